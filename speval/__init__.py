@@ -1,0 +1,50 @@
+"""Evaluate a function over many arguments, in parallel, and never lose an answer.
+
+Owns the names users import. Invariant: importing it is quick and starts nothing.
+"""
+
+from __future__ import annotations
+
+from . import aio
+from .errors import (
+    ArgsChangedError,
+    DatabaseError,
+    DatabaseLockedError,
+    DatabaseMissingError,
+    DatabaseUnavailableError,
+    EvaluationsFailed,
+    ForeignDatabaseError,
+    NewerSchemaError,
+    OptionError,
+    SpaceError,
+    SpevalError,
+    UnknownNameError,
+    UnserializableError,
+)
+from .model import Evaluation, Summary
+from .sync import as_completed, load_evals, retry, speval
+
+__all__ = [
+    "ArgsChangedError",
+    "DatabaseError",
+    "DatabaseLockedError",
+    "DatabaseMissingError",
+    "DatabaseUnavailableError",
+    "Evaluation",
+    "EvaluationsFailed",
+    "ForeignDatabaseError",
+    "NewerSchemaError",
+    "OptionError",
+    "SpaceError",
+    "SpevalError",
+    "Summary",
+    "UnknownNameError",
+    "UnserializableError",
+    "aio",
+    "as_completed",
+    "load_evals",
+    "retry",
+    "speval",
+]
+
+__version__ = "1.0.0.dev0"

@@ -1,0 +1,107 @@
+"""Values to JSON text and back.
+
+Owns how args and results are written. Invariant: ``decode(encode(x))`` is the same for every worker and every call, so
+a function never sees anything but what JSON gives back; NaN and infinities survive, which JSON itself does not demand.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .errors import UnserializableError
+
+__all__ = ["decode", "encode", "same"]
+
+
+def _from_numpy(value: Any) -> Any:
+    """Turn what the JSON encoder does not know into something it does."""
+    # NumPy is not imported for this: whoever hands in an array has done so.
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        plain = value.tolist()
+        if type(plain) is not type(value):
+            return plain
+    raise TypeError(f"{type(value).__qualname__} is none of dict, list, tuple, str, int, float, bool, None or NumPy data")
+
+
+# One encoder for all calls: json.dumps() with options builds a new one each time, which doubles the cost.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_from_numpy).encode
+_encode_ascii = json.JSONEncoder(separators=(",", ":"), default=_from_numpy).encode
+_encode_sorted = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+decode = json.loads
+
+_CONTAINERS = (dict, list, tuple)
+
+
+def encode(value: Any, what: str) -> str:
+    """Write a value as JSON text, dict keys in the order given.
+
+    Args:
+        value: What to write. Dict keys become strings and tuples lists; NumPy scalars and arrays become numbers and lists.
+        what: What the value is, for the error ("args of evaluation '17'").
+
+    Returns:
+        Text that UTF-8 can carry, without line breaks.
+
+    Raises:
+        UnserializableError: the value has something JSON has no form for, contains itself, or has two keys of one text.
+    """
+    if type(value) is int:  # the commonest args of a big space; three times as quick this way
+        return int.__repr__(value)
+    try:
+        if _has_other_keys(value):
+            value = _with_string_keys(value)
+        text = _encode(value)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
+                text = _encode_ascii(value)
+        return text
+    except RecursionError:
+        raise UnserializableError(what, "it is nested too deeply, or contains itself") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnserializableError(what, str(error)) from error
+
+
+def _has_other_keys(value: Any) -> bool:
+    """Tell whether a dict somewhere in the value has a key that is no plain string."""
+    # The encoder itself turns 1 into "1", but silently drops one of {1: a, "1": b}.
+    if isinstance(value, dict):
+        return any(type(key) is not str for key in value) or any(
+            isinstance(item, _CONTAINERS) and _has_other_keys(item) for item in value.values()
+        )
+    if isinstance(value, list | tuple):
+        return any(isinstance(item, _CONTAINERS) and _has_other_keys(item) for item in value)
+    return False
+
+
+def _with_string_keys(value: Any) -> Any:
+    """Return a copy of the value with every dict key a string."""
+    if isinstance(value, dict):
+        copy: dict[str, Any] = {}
+        for key, item in value.items():
+            text = _key_text(key)
+            if text in copy:
+                raise ValueError(f"two of its keys are {text!r} once they are strings")
+            copy[text] = _with_string_keys(item)
+        return copy
+    if isinstance(value, list | tuple):
+        return [_with_string_keys(item) for item in value]
+    return value
+
+
+def _key_text(key: Any) -> str:
+    if isinstance(key, str):
+        return str(key)
+    if not isinstance(key, int | float | None):
+        key = _from_numpy(key)
+        if not isinstance(key, int | float):
+            raise TypeError(f"a dict key of type {type(key).__qualname__} is no string")
+    text: str = _encode(key)
+    return text
+
+
+def same(one: str, other: str) -> bool:
+    """Tell whether two JSON texts stand for the same value; the order of keys and white space don't count, 1 is not 1.0."""
+    return one == other or _encode_sorted(decode(one)) == _encode_sorted(decode(other))

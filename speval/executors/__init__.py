@@ -1,0 +1,57 @@
+"""Executors: where the user's function runs.
+
+Owns the choice among them. Invariant: an executor is made before anything is claimed, so what can't run is refused first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from typing import Any
+
+from ..clock import Clock
+from ..errors import OptionError
+from ..options import Options
+from .base import Executor, Function
+
+__all__ = ["make_executor"]
+
+
+def make_executor(function: Function, options: Options, clock: Clock) -> Executor:
+    """Return the executor that the options ask for.
+
+    Raises:
+        OptionError: the function is not callable, or can't run there.
+    """
+    if not callable(function):
+        raise OptionError("func", repr(function)[:60], "a function of one argument, plain or async")
+    chosen = options.executor
+    if chosen == "auto":
+        chosen = "coroutine" if _is_async(function) else "thread"
+    if chosen == "coroutine":
+        from .coroutine import CoroutineExecutor
+
+        return CoroutineExecutor(function, options.retry_on, clock)
+    if chosen == "thread":
+        from .thread import ThreadExecutor
+
+        return ThreadExecutor(_Blocking(function) if _is_async(function) else function, options.retry_on, clock)
+    raise OptionError("executor", repr(chosen)[:60], "this release has 'auto', 'coroutine' and 'thread'")
+
+
+def _is_async(function: Any) -> bool:
+    """Tell whether calling it returns a coroutine, seeing through partials and objects with an async ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class _Blocking:
+    """An async function called from a thread, in an event loop of its own."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+
+    def __call__(self, args: Any) -> Any:
+        return asyncio.run(self._function(args))

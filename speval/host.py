@@ -1,0 +1,81 @@
+"""Who a process is, and whether it still runs.
+
+Owns what can be said about processes of this machine. Invariant: "gone" is said only of a process that is certainly
+gone; whatever can't be known counts as alive, and the lease decides.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Process", "is_gone", "this_process"]
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, told apart from every other one by where it runs and when it started.
+
+    Attributes:
+        host: The host's name, for people.
+        pid: Its number, only good within ``machine``.
+        machine: The boot and the PID namespace the number belongs to; empty where the system can't tell.
+        start: When it started in the kernel's own ticks, so that a number used again is noticed; empty if unknown.
+    """
+
+    host: str
+    pid: int
+    machine: str
+    start: str
+
+
+def this_process() -> Process:
+    """Return the process that calls."""
+    pid = os.getpid()
+    return Process(socket.gethostname(), pid, _machine(), _stat(pid)[1])
+
+
+def is_gone(process: Process, machine: str) -> bool:
+    """Tell whether the process has certainly ended, as seen by one on ``machine``."""
+    if not machine or process.machine != machine:
+        return False
+    if sys.platform == "linux":
+        state, start = _stat(process.pid)
+        # A dead process whose parent does not reap it still has a number and passes kill(pid, 0).
+        return state in ("", "Z", "X") or (bool(process.start) and start != process.start)
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """Return (state letter, start in ticks since boot) on Linux; empty if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return "", ""
+    except OSError:
+        return "?", ""  # it is there, and may not be looked at
+    fields = text.rpartition(")")[2].split()  # the command's name may hold anything, brackets too
+    return fields[0], fields[19]
+
+
+def _machine() -> str:
+    try:
+        if sys.platform == "linux":
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return ""

@@ -1,0 +1,142 @@
+"""The values everything else speaks in.
+
+Owns the shapes that leave speval (``Evaluation``, ``Summary``) and those that travel inside (``Claim``, ``Outcome``).
+Invariant: plain data without behaviour that could fail; the pair (evaluation, attempt) is the fencing token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from .errors import EvaluationsFailed
+
+__all__ = ["Cause", "Claim", "Error", "Evaluation", "Outcome", "Status", "Summary"]
+
+Status = Literal["pending", "in_progress", "completed", "failed"]
+Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
+
+
+class Error(TypedDict):
+    """Why an evaluation failed."""
+
+    cause: Cause
+    type: str
+    message: str
+    traceback: str
+
+
+class Evaluation(TypedDict):
+    """One evaluation as it stands in the database.
+
+    Attributes:
+        name: Its key; evaluations of a list space are named "0", "1" and so on.
+        status: ``pending``, ``in_progress``, ``completed`` or ``failed``.
+        updated: When the status last changed, unix seconds.
+        result: What the function returned, None while there is no result.
+        args: What the function is given.
+        attempts: How many attempts were made, one under way included; those given back on Ctrl-C don't count.
+        error: None unless failed.
+        started: When the last attempt started, unix seconds, or None.
+        duration: How long the last attempt ran, seconds, or None while it runs.
+        worker: Who made the last attempt, ``host:pid:id``, or None.
+    """
+
+    name: str
+    status: Status
+    updated: float
+    result: Any
+    args: Any
+    attempts: int
+    error: Error | None
+    started: float | None
+    duration: float | None
+    worker: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a call ended: the evaluations of its eval space by status.
+
+    Attributes:
+        pending: Evaluations nobody has started or that wait for another attempt.
+        in_progress: Evaluations a worker holds.
+        completed: Evaluations with a result.
+        failed: Evaluations that ended without one.
+        causes: Of the failed ones, how many by cause.
+        recorded: How many of the completed and failed ones this call recorded itself.
+        seconds: How long the call took.
+        stopped: Why the call ended before everything was done, or None.
+    """
+
+    pending: int
+    in_progress: int
+    completed: int
+    failed: int
+    causes: Mapping[Cause, int] = field(default_factory=dict)
+    recorded: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "causes", MappingProxyType(dict(self.causes)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy can't be pickled.
+        counts = (self.pending, self.in_progress, self.completed, self.failed)
+        return type(self), (*counts, dict(self.causes), self.recorded, self.seconds, self.stopped)
+
+    @property
+    def total(self) -> int:
+        """Return the number of evaluations in the eval space."""
+        return self.pending + self.in_progress + self.completed + self.failed
+
+    def _causes_text(self) -> str:
+        return ", ".join(f"{count} {cause}" for cause, count in sorted(self.causes.items()))
+
+    def raise_for_failures(self) -> None:
+        """Raise ``EvaluationsFailed`` if an evaluation failed."""
+        if self.failed:
+            raise EvaluationsFailed(self.failed, self.total, self._causes_text())
+
+    def __str__(self) -> str:
+        parts = [f"{self.completed} completed"]
+        if self.failed:
+            parts.append(f"{self.failed} failed ({self._causes_text()})")
+        if self.in_progress:
+            parts.append(f"{self.in_progress} in progress")
+        if self.pending:
+            parts.append(f"{self.pending} pending")
+        noun = "evaluation" if self.total == 1 else "evaluations"
+        stopped = f"; stopped: {self.stopped}" if self.stopped else ""
+        return f"{self.total} {noun}: {', '.join(parts)} in {self.seconds:.1f} s ({self.recorded} by this call){stopped}"
+
+
+class Claim(NamedTuple):
+    """A worker's right to make one attempt; ``(id, attempt)`` is its fencing token.
+
+    A tuple, because a run makes one for each evaluation and a dataclass costs three times as much to make.
+    """
+
+    id: int
+    attempt: int
+    charged: int  # attempts charged to the budget, this one included
+    name: str
+    args: str
+    worker: int
+
+    def __repr__(self) -> str:
+        return f"<Claim {self.name!r} attempt {self.attempt}>"
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended, as its executor tells it."""
+
+    cause: Cause | None  # None: completed
+    result: str | None  # JSON text
+    error: Error | None
+    started_at: float  # unix seconds
+    duration: float  # seconds
+    again: bool = False  # may be tried again, if the budget allows

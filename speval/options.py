@@ -1,0 +1,113 @@
+"""The options of a call, checked.
+
+Owns what values an option may have. Invariant: an ``Options`` in hand is valid, so nothing behind it checks again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import Executor as FutureExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .errors import OptionError
+from .model import Status
+from .stores.base import OnChanged
+
+__all__ = ["Durability", "ExecutorOption", "Options", "checked_path", "checked_status"]
+
+ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
+Durability = Literal["process", "power"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What ``speval`` and ``as_completed`` take besides function, space and database; ``aio.speval`` tells the meaning."""
+
+    timeout: float | None = None
+    concurrency: int = 1
+    executor: ExecutorOption = "auto"
+    max_attempts: int = 3
+    retry_on: tuple[type[BaseException], ...] = ()
+    backoff: float = 1.0
+    lease: float = 30.0
+    on_changed: OnChanged = "error"
+    wait: bool = True
+    max_failures: int | float | None = None
+    durability: Durability = "process"
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "retry_on", _exception_types(self.retry_on))
+        if self.timeout is not None:
+            _number("timeout", self.timeout, "seconds above 0, or None for no limit", above=0)
+        _whole("concurrency", self.concurrency)
+        if not isinstance(self.executor, FutureExecutor):
+            _one_of("executor", self.executor, ("auto", "coroutine", "thread", "process"))
+        _whole("max_attempts", self.max_attempts)
+        _number("backoff", self.backoff, "seconds, 0 or more", least=0)
+        _number("lease", self.lease, "seconds, 1 or more", least=1)
+        _one_of("on_changed", self.on_changed, get_args(OnChanged))
+        _one_of("wait", self.wait, (True, False))
+        _one_of("progress", self.progress, (True, False, None))
+        _one_of("durability", self.durability, get_args(Durability))
+        if isinstance(self.max_failures, float):
+            _number("max_failures", self.max_failures, "a share between 0 and 1, or a whole number", above=0)
+            if self.max_failures > 1:
+                raise OptionError("max_failures", repr(self.max_failures), "a share is at most 1.0; a count is an int")
+        elif self.max_failures is not None:
+            _whole("max_failures", self.max_failures)
+
+    def failure_limit(self, evaluations: int) -> int | None:
+        """Return the number of failures at which claiming stops, for a space of so many evaluations."""
+        if isinstance(self.max_failures, float):
+            return max(1, math.ceil(self.max_failures * evaluations))
+        return self.max_failures
+
+
+def checked_path(db: Any) -> Path:
+    """Return the path a database argument means."""
+    if not isinstance(db, str | os.PathLike):
+        raise OptionError("db", repr(db)[:60], "the path of a SQLite file")
+    text = os.fspath(db)
+    if isinstance(text, bytes):
+        text = os.fsdecode(text)
+    if not text or "\0" in text:
+        raise OptionError("db", repr(text), "the path of a SQLite file")
+    if text == ":memory:" or text.startswith("file:"):
+        raise OptionError("db", repr(text), "evaluations are kept in a file, so name one: other copies and later runs need it")
+    if "://" in text:
+        raise OptionError(
+            "db", repr(text.partition("://")[0] + "://..."), "this release keeps evaluations in SQLite files only"
+        )
+    return Path(text)
+
+
+def checked_status(status: Any, allowed: tuple[Status | None, ...]) -> None:
+    """Refuse what is no status."""
+    _one_of("status", status, allowed)
+
+
+def _exception_types(value: Any) -> tuple[type[BaseException], ...]:
+    types = (value,) if isinstance(value, type) else tuple(value) if isinstance(value, tuple | list) else None
+    if types is None or not all(isinstance(t, type) and issubclass(t, Exception) for t in types):
+        raise OptionError("retry_on", repr(value)[:60], "an exception type, or a tuple of them")
+    return types
+
+
+def _whole(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(option, repr(value)[:60], "a whole number, 1 or more")
+
+
+def _number(option: str, value: Any, expected: str, *, above: float = -math.inf, least: float = -math.inf) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= above or value < least:
+        raise OptionError(option, repr(value)[:60], expected)
+
+
+def _one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        raise OptionError(option, repr(value)[:60], f"one of {', '.join(repr(a) for a in allowed)}")

@@ -1,0 +1,211 @@
+"""What a store does for a worker, whatever it keeps its evaluations in.
+
+Owns the contract between the engine and its stores; the docstrings here are that contract. Invariant: every write
+about an attempt carries its fencing token, and what a method has returned is durable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ..model import Claim, Evaluation, Outcome, Status, Summary
+from ..space import Space
+
+__all__ = ["Ended", "LeaseKeeping", "OnChanged", "Reclaimed", "Recorded", "Seeded", "Store"]
+
+OnChanged = Literal["error", "keep", "rerun"]
+
+
+class Ended(NamedTuple):
+    """An attempt that has ended and waits to be recorded."""
+
+    claim: Claim
+    outcome: Outcome
+    again: bool  # hold it for another attempt instead of failing it
+
+
+@dataclass(frozen=True, slots=True)
+class Seeded:
+    """What seeding an eval space found; counts of evaluations."""
+
+    new: int
+    unchanged: int
+    changed: int
+    gone: int  # stored, but not in this eval space
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What one ``record`` did.
+
+    Attributes:
+        refused: The attempts among the ended ones whose token was stale; nothing was written about them.
+        claims: The new claims, in eval-space order.
+        lost: The worker has been declared dead; it must register anew before it can claim.
+        open: Whether an evaluation of the space is still neither completed nor failed; None when not looked up,
+            which is so as long as there was something to claim.
+        failures: Evaluations of the space that failed since ``seed``, whoever recorded them; None when not asked for.
+    """
+
+    refused: list[Claim] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    lost: bool = False
+    open: bool | None = None
+    failures: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """What was taken back from dead workers.
+
+    Attributes:
+        workers: The dead ones, as people read them.
+        pending: Evaluations that are pending again.
+        failed: Names of those that had no attempt left and failed.
+    """
+
+    workers: list[str] = field(default_factory=list)
+    pending: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+class LeaseKeeping(ABC):
+    """The part of a store that one worker's lease thread uses: blocking, with a connection of its own."""
+
+    @abstractmethod
+    def renew(self, worker: int, patience: float) -> bool:
+        """Prove that the worker lives.
+
+        Args:
+            worker: Its id.
+            patience: Seconds to keep trying while others hold the database.
+
+        Returns:
+            False if the worker has been declared dead; its claims are no longer its own then.
+        """
+
+    @abstractmethod
+    def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
+        """Take back what dead workers hold, a bounded number at a time.
+
+        A worker is dead when its process on this machine is gone, or when its beat has stood still for its whole lease
+        as watched by this object on its own monotonic clock.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Start all watching anew, after a time in which this machine itself stood still."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Make a call that waits for others fail soon; callable from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+
+
+class Store(ABC):
+    """Evaluations of one database, used by one worker or reader.
+
+    Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
+    """
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Open the database; nothing else may be called before.
+
+        Raises:
+            DatabaseError: it can't be used; it is as it was.
+        """
+
+    @abstractmethod
+    async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
+        """Add what is new in the space; later calls speak of the evaluations of this space only.
+
+        Idempotent, also when many do it at once. Nothing is written before the whole space has been compared.
+
+        Raises:
+            ArgsChangedError: evaluations are stored with other args and ``on_changed`` is "error".
+        """
+
+    @abstractmethod
+    async def register(self, lease: float) -> int:
+        """Enter a worker and return its id; its lease runs from now, for ``lease`` seconds."""
+
+    @abstractmethod
+    def lease_keeping(self) -> LeaseKeeping:
+        """Return what the worker's lease thread needs."""
+
+    @abstractmethod
+    async def record(
+        self,
+        worker: int,
+        ended: Sequence[Ended] = (),
+        *,
+        released: Sequence[Claim] = (),
+        due: Sequence[Claim] = (),
+        idle: int = 0,
+        ahead: int = 0,
+        count_failures: bool = False,
+    ) -> Recorded:
+        """Record attempts that ended, give claims back and take new ones, all in one transaction.
+
+        Args:
+            worker: Who claims.
+            ended: Attempts to record, by whichever worker id they were claimed.
+            released: Claims to give back unused; no attempt is charged.
+            due: Claims held for their backoff that everybody may claim now.
+            idle: Claims wanted at once.
+            ahead: Claims wanted besides, to be started soon; only evaluations without an earlier attempt are given for it,
+                so that a worker killed by one evaluation can't use up the attempts of others that never started.
+            count_failures: Whether to count the failures so far.
+        """
+
+    @abstractmethod
+    async def leave(self, worker: int) -> None:
+        """Give back all the worker still holds, charging nothing, and end it."""
+
+    @abstractmethod
+    async def changed(self) -> bool:
+        """Tell whether anybody else has written since the last call; cheap enough to ask many times a second."""
+
+    @abstractmethod
+    async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
+        """Return evaluations of the space that ended after the cursor, in the order they ended.
+
+        Args:
+            cursor: 0 for the beginning, else what the last call returned.
+            limit: How many at most.
+
+        Returns:
+            The next cursor and pairs of (id, evaluation). An evaluation that ended, was put back and ended again comes
+            again.
+        """
+
+    @abstractmethod
+    async def summary(self) -> Summary:
+        """Count the evaluations of the space by status, and the failed ones by cause."""
+
+    @abstractmethod
+    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
+        """Return (cursor, evaluations with ids above ``after`` in eval-space order); an empty list ends it."""
+
+    @abstractmethod
+    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
+        """Put evaluations of that status back to pending with a fresh attempt budget; return how many.
+
+        Raises:
+            UnknownNameError: a name is not in the database; nothing was changed.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close the connection; whatever a cancelled call had begun is ended first."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Let go at once without waiting for anything, for the second Ctrl-C; callable from any thread."""

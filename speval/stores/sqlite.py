@@ -1,0 +1,555 @@
+"""The store in one SQLite file, through aiosqlite.
+
+Owns the SQL of every verb a worker uses on its own connection. Invariant: each verb is one or a few whole transactions,
+each run in one go on the connection's thread, so no cancelled task can leave one open and no stall of the event loop can
+make others wait.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sqlite3
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import aiosqlite
+from anyio import CancelScope
+
+from ..clock import Clock
+from ..codec import decode, same
+from ..errors import ArgsChangedError, StoreClosedError, UnknownNameError
+from ..host import this_process
+from ..model import Cause, Claim, Error, Evaluation, Status, Summary
+from ..space import Space, name_to_key
+from .base import Ended, LeaseKeeping, OnChanged, Recorded, Seeded, Store
+from .sqlite_file import SqliteFile
+from .sqlite_lease import SqliteLeaseKeeping, worker_label
+
+__all__ = ["SqliteStore"]
+
+logger = logging.getLogger("speval.store")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_CHUNK = 10_000  # rows seeded in one transaction: holds the lock for some 30 ms
+_EXAMPLES = 3
+_STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
+_CODES: dict[Status | None, str] = {
+    None: "[0, 1, 2, 3, 4]", "pending": "[0, 4]", "in_progress": "[1]", "completed": "[2]", "failed": "[3]",
+}  # fmt: skip
+
+# The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
+_OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
+
+# name is declared without a type, here as in the schema, so that 17 and '17' stay what they are.
+_INCOMING = "CREATE TEMP TABLE incoming (position INTEGER PRIMARY KEY, name NOT NULL UNIQUE, args TEXT NOT NULL)"
+_DIFFERING = "CREATE TEMP TABLE differing (id INTEGER PRIMARY KEY, position INTEGER NOT NULL)"
+_COUNT_MISSING = """
+SELECT count(*) FROM incoming AS i
+WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
+"""
+_OTHER_TEXT = """
+SELECT e.id, i.position, e.args, i.args FROM incoming AS i JOIN evaluations AS e ON e.name = i.name
+WHERE e.args <> i.args ORDER BY i.position
+"""
+_ADD = """
+INSERT INTO evaluations (name, args) SELECT name, args FROM incoming AS i
+WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
+ORDER BY position
+"""
+_ADD_STATES = "INSERT INTO states (id, updated_at) SELECT id, ? FROM evaluations WHERE id > ?"
+_NEW_ARGS = """
+UPDATE evaluations SET args = (
+    SELECT i.args FROM differing AS d JOIN incoming AS i ON i.position = d.position WHERE d.id = evaluations.id
+) WHERE id IN (SELECT id FROM differing)
+"""
+# With a new attempt number, so that a worker that still runs one with the old args is refused.
+_RERUN = """
+UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, attempt = attempt + 1, released = released + 1,
+    updated_at = ?
+WHERE id IN (SELECT id FROM differing)
+"""
+_STRANGERS = """
+INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
+"""
+_LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+
+# The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
+_CLAIM = """
+UPDATE states SET status = 1, attempt = attempt + 1, worker = :worker, updated_at = :now
+WHERE id IN (
+    SELECT id FROM states INDEXED BY states_pending
+    WHERE status = 0 AND id <= :last AND id NOT IN strangers ORDER BY id LIMIT :limit
+)
+RETURNING id, attempt, attempt - released - forgiven
+"""
+_CLAIM_UNTRIED = _CLAIM.replace("ORDER BY", "AND attempt = released + forgiven ORDER BY")
+_ARGS = "SELECT name, args FROM evaluations WHERE id = ?"
+
+# Guarded by the whole token: a stale attempt changes no row, and the count of changed rows tells.
+_END = """
+UPDATE states SET status = ?, worker = ?, last = ?, updated_at = ?
+WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
+"""
+_ADD_ATTEMPT = """
+INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result,
+    error_type, error_message, error_traceback)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
+_RELEASE = """
+UPDATE states SET status = 0, worker = NULL, released = released + 1, updated_at = ?
+WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
+"""
+_RELEASE_ALL = """
+UPDATE states SET released = released + (status = 1), status = 0, worker = NULL, updated_at = ? WHERE worker = ?
+"""
+_DUE = "UPDATE states SET status = 0, worker = NULL WHERE id = ? AND attempt = ? AND worker = ? AND status = 4"
+_LEAVE = "UPDATE workers SET ended_at = ?, last_seen = ? WHERE id = ? AND ended_at IS NULL"
+
+_ANY_PENDING = """
+SELECT EXISTS (
+    SELECT 1 FROM states INDEXED BY states_pending WHERE status = 0 AND id <= :last AND id NOT IN strangers
+)
+"""
+_ANY_HELD = """
+SELECT EXISTS (
+    SELECT 1 FROM states INDEXED BY states_held WHERE worker IS NOT NULL AND id <= :last AND id NOT IN strangers
+)
+"""
+_FAILURES = """
+SELECT count(*) FROM states AS s INDEXED BY states_failed
+WHERE s.status = 3 AND s.last > :since AND s.id <= :last AND s.id NOT IN strangers
+"""
+_IS_HERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL AND NOT dead"
+_REGISTER = """
+INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen)
+VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
+"""
+
+_COLUMNS = """
+    e.name, s.status, s.updated_at, e.args, s.attempt - s.released, a.result, a.outcome,
+    a.error_type, a.error_message, a.error_traceback, a.started_at, a.duration, w.id, w.host, w.pid
+"""
+_LOAD = (
+    "SELECT s.id,"
+    + _COLUMNS
+    + """
+FROM states AS s JOIN evaluations AS e ON e.id = s.id
+LEFT JOIN attempts AS a ON a.seq = s.last AND s.status IN (2, 3)
+LEFT JOIN workers AS w ON w.id = CASE WHEN s.status = 1 THEN s.worker ELSE a.worker END
+WHERE s.id > ? AND s.status IN (SELECT value FROM json_each(?)) ORDER BY s.id LIMIT ?
+"""
+)
+_LOAD_0_1 = """
+SELECT rowid, name, CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END, updated,
+    coalesce(args, 'null'), status <> 'pending', CASE status WHEN 'completed' THEN coalesce(result, 'null') END, NULL,
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+FROM evals
+WHERE rowid > ? AND CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END
+    IN (SELECT value FROM json_each(?))
+ORDER BY rowid LIMIT ?
+"""
+_ENDED_SINCE = (
+    "SELECT a.seq, s.id,"
+    + _COLUMNS
+    + """
+FROM attempts AS a JOIN states AS s ON s.id = a.evaluation AND s.last = a.seq JOIN evaluations AS e ON e.id = s.id
+LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN strangers ORDER BY a.seq LIMIT :limit
+"""
+)
+
+_COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
+_CAUSES = """
+SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY a.outcome
+"""
+
+_UNKNOWN_NAMES = """
+SELECT value FROM json_each(?) AS j WHERE NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = j.value)
+"""
+_RETRY = """
+UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, updated_at = ?
+WHERE status IN (SELECT value FROM json_each(?))
+"""
+_RETRY_NAMED = _RETRY + " AND id IN (SELECT e.id FROM json_each(?) AS j CROSS JOIN evaluations AS e ON e.name = j.value)"
+
+
+class _Connection(aiosqlite.Connection):
+    """An aiosqlite connection that runs whole functions on its thread.
+
+    aiosqlite's own methods are one hop to the thread per statement, which is slow and leaves transactions open when
+    their task is cancelled; what queues a function is not public there, hence this one place that uses it.
+    """
+
+    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
+        super().__init__(connector, iter_chunk_size=64)
+        # The second Ctrl-C must end the process whatever this thread is waiting for.
+        self._thread.daemon = True
+        self._thread.name = "speval store"
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = await self._execute(work, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return result
+
+
+class SqliteStore(Store):
+    """Evaluations in one SQLite file.
+
+    Args:
+        path: The file.
+        mode: ``create`` makes it if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
+        durability: ``process`` survives the death of any process, ``power`` a power cut too.
+        clock: Where the time comes from.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: Literal["create", "write", "read"] = "create",
+        durability: Literal["process", "power"] = "process",
+        clock: Clock | None = None,
+    ) -> None:
+        self.path = path
+        self._mode: Literal["create", "write", "read"] = mode
+        self._durability: Literal["process", "power"] = durability
+        self._clock = clock or Clock()
+        self._file: SqliteFile | None = None
+        self._connection: _Connection | None = None
+        self._last = 0  # the highest id of the space
+        self._since = 0  # the highest attempts.seq when the space was seeded
+        self._version = -1
+
+    def __repr__(self) -> str:
+        return f"<SqliteStore {str(self.path)!r}{'' if self._connection else ' closed'}>"
+
+    async def open(self) -> None:
+        def connect() -> sqlite3.Connection:
+            self._file = SqliteFile(self.path, self._mode, self._durability)
+            self._file.connection.execute(_OPENED)
+            return self._file.connection
+
+        connection = _Connection(connect)
+        with CancelScope(shield=True):  # a cancelled connect would leave its thread and its file behind
+            await connection
+        self._connection = connection
+        if self._file is not None and self._file.network and self._mode == "create":
+            logger.warning(
+                "%s is on a network filesystem (%s): commits are slow there, and safe only where its locks work; "
+                "for many machines a PostgreSQL database is the way",
+                self.path,
+                self._file.network,
+            )
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._file is not None:
+            self._file.give_up()
+            with CancelScope(shield=True):
+                await connection.run(self._file.close)
+                await connection.close()
+
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.give_up()
+
+    def lease_keeping(self) -> LeaseKeeping:
+        return SqliteLeaseKeeping(self.path, self._clock)
+
+    async def _write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        connection, file = self._opened()
+        return await connection.run(partial(file.write, work, *args, **kwargs))
+
+    async def _read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        connection, file = self._opened()
+        return await connection.run(partial(file.read, work, *args, **kwargs))
+
+    def _opened(self) -> tuple[_Connection, SqliteFile]:
+        if self._connection is None or self._file is None:
+            raise StoreClosedError(str(self.path))
+        return self._connection, self._file
+
+    # Seeding: the space goes into a TEMP table, SQL compares it with what is stored, and only then is anything written.
+
+    async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
+        if await self._read(self._is_known, space):
+            return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
+        await self._read(_load_incoming, space)
+        try:
+            while True:
+                missing, differing, examples = await self._read(_compare)
+                if differing and on_changed == "error":
+                    raise ArgsChangedError(str(self.path), differing, examples)
+                added = 0
+                for low in range(0, space.count, _CHUNK) if missing else ():
+                    # Looked up without the lock: most of a space that is only extended needs no writing.
+                    if await self._read(_count_missing, low, low + _CHUNK):
+                        added += await self._write(self._add, low, low + _CHUNK)
+                if added == missing:
+                    break  # else others are seeding as well, and what they have stored must be compared
+            if differing and on_changed == "rerun":
+                await self._write(self._rerun)
+            is_stored = not differing or on_changed == "rerun"
+            gone = await self._write(self._settle, space, is_stored)
+        finally:
+            with CancelScope(shield=True):
+                await self._read(_drop_incoming)
+        return Seeded(new=missing, unchanged=space.count - missing - differing, changed=differing, gone=gone)
+
+    def _is_known(self, c: sqlite3.Connection, space: Space) -> bool:
+        """Compare with the digest of what is stored, which spares comparing row by row."""
+        (self._since,) = c.execute(_MAX_SEQ).fetchone()
+        stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
+        (self._last,) = c.execute(_LAST).fetchone()
+        return bool(stored == (_digest(space),))
+
+    def _add(self, c: sqlite3.Connection, low: int, high: int) -> int:
+        (last,) = c.execute("SELECT coalesce(max(id), 0) FROM evaluations").fetchone()
+        c.execute(_ADD, (low, high))
+        c.execute("DELETE FROM meta WHERE key = 'space'")
+        return c.execute(_ADD_STATES, (self._clock.wall(), last)).rowcount
+
+    def _rerun(self, c: sqlite3.Connection) -> None:
+        c.execute(_NEW_ARGS)
+        c.execute(_RERUN, (self._clock.wall(),))
+        c.execute("DELETE FROM meta WHERE key = 'space'")
+
+    def _settle(self, c: sqlite3.Connection, space: Space, is_stored: bool) -> int:
+        gone: int = c.execute(_STRANGERS).rowcount
+        (self._last,) = c.execute(_LAST).fetchone()
+        if is_stored and not gone:
+            c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
+        return gone
+
+    # Claiming and recording
+
+    async def register(self, lease: float) -> int:
+        process, worker = this_process(), secrets.randbits(47)
+        values = {"id": worker, "lease": lease, "now": self._clock.wall(), "machine": process.machine}
+        values |= {"host": process.host, "pid": process.pid, "start": process.start}
+        await self._write(lambda c: c.execute(_REGISTER, values).rowcount)
+        return worker
+
+    async def record(
+        self,
+        worker: int,
+        ended: Sequence[Ended] = (),
+        *,
+        released: Sequence[Claim] = (),
+        due: Sequence[Claim] = (),
+        idle: int = 0,
+        ahead: int = 0,
+        count_failures: bool = False,
+    ) -> Recorded:
+        if not (ended or released or due):
+            # Who only asks for more does not take the lock before there is something to have.
+            pending, recorded = await self._read(self._look, count_failures)
+            if not pending or not (idle or ahead):
+                return recorded
+        return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
+
+    def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
+        (pending,) = c.execute(_ANY_PENDING, {"last": self._last}).fetchone()
+        failures = self._failures(c) if count_failures else None
+        return pending, Recorded(open=bool(pending) or self._any_held(c), failures=failures)
+
+    def _any_held(self, c: sqlite3.Connection) -> bool:
+        (held,) = c.execute(_ANY_HELD, {"last": self._last}).fetchone()
+        return bool(held)
+
+    def _failures(self, c: sqlite3.Connection) -> int:
+        (count,) = c.execute(_FAILURES, {"last": self._last, "since": self._since}).fetchone()
+        return int(count)
+
+    def _record(
+        self,
+        c: sqlite3.Connection,
+        worker: int,
+        ended: Sequence[Ended],
+        released: Sequence[Claim],
+        due: Sequence[Claim],
+        idle: int,
+        ahead: int,
+        count_failures: bool,
+    ) -> Recorded:
+        now = self._clock.wall()
+        recorded = Recorded()
+        if ended:
+            recorded.refused = _end(c, ended, now)
+        if released:
+            c.executemany(_RELEASE, [(now, claim.id, claim.attempt, claim.worker) for claim in released])
+        if due:
+            c.executemany(_DUE, [(claim.id, claim.attempt, claim.worker) for claim in due])
+        if idle or ahead:
+            if c.execute(_IS_HERE, (worker,)).fetchone() is None:
+                recorded.lost = True
+                return recorded
+            values = {"worker": worker, "now": now, "last": self._last}
+            rows = c.execute(_CLAIM, values | {"limit": idle}).fetchall() if idle else []
+            if ahead and len(rows) == idle:
+                rows += c.execute(_CLAIM_UNTRIED, values | {"limit": ahead}).fetchall()
+            rows.sort()  # RETURNING promises no order
+            for id, attempt, charged in rows:
+                name, args = c.execute(_ARGS, (id,)).fetchone()
+                recorded.claims.append(Claim(id, attempt, charged, str(name), args, worker))
+            if len(rows) < idle:
+                recorded.open = bool(rows) or self._any_held(c)
+        if count_failures:
+            recorded.failures = self._failures(c)
+        return recorded
+
+    async def leave(self, worker: int) -> None:
+        def leave(c: sqlite3.Connection) -> None:
+            now = self._clock.wall()
+            c.execute(_RELEASE_ALL, (now, worker))
+            c.execute(_LEAVE, (now, now, worker))
+
+        await self._write(leave)
+
+    # Reading
+
+    async def changed(self) -> bool:
+        connection, file = self._opened()
+        version = await connection.run(file.data_version)
+        before, self._version = self._version, version
+        return version != before
+
+    async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
+        def fetch(c: sqlite3.Connection) -> tuple[int, list[tuple[int, Evaluation]]]:
+            rows = c.execute(_ENDED_SINCE, {"cursor": cursor, "last": self._last, "limit": limit}).fetchall()
+            # Rows that were passed over need not be looked at again.
+            (newest,) = (rows[-1][0],) if len(rows) == limit else c.execute(_MAX_SEQ).fetchone()
+            return newest, [(row[1], _evaluation(row[2:])) for row in rows]
+
+        return await self._read(fetch)
+
+    async def summary(self) -> Summary:
+        def count(c: sqlite3.Connection) -> Summary:
+            counts: dict[str, int] = dict.fromkeys(_STATUS.values(), 0)
+            for status, number in c.execute(_COUNTS, {"last": self._last}):
+                counts[_STATUS[status]] += number
+            causes: dict[Cause, int] = dict(c.execute(_CAUSES, {"last": self._last}).fetchall())
+            return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
+
+        return await self._read(count)
+
+    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
+        _, file = self._opened()
+        sql = _LOAD_0_1 if file.is_0_1 else _LOAD
+
+        def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
+            rows = c.execute(sql, (after, _CODES[status], limit)).fetchall()
+            return (rows[-1][0] if rows else after), [_evaluation(row[1:]) for row in rows]
+
+        return await self._read(fetch)
+
+    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
+        def put_back(c: sqlite3.Connection) -> int:
+            now = self._clock.wall()
+            if names is None:
+                return c.execute(_RETRY, (now, _CODES[status])).rowcount
+            keys = json.dumps([name_to_key(name) for name in names])
+            unknown = [str(name) for (name,) in c.execute(_UNKNOWN_NAMES, (keys,))]
+            if unknown:
+                raise UnknownNameError(str(self.path), unknown)
+            return c.execute(_RETRY_NAMED, (now, _CODES[status], keys)).rowcount
+
+        return await self._write(put_back)
+
+
+def _digest(space: Space) -> str:
+    return f"{space.digest} {space.count}"
+
+
+def _load_incoming(c: sqlite3.Connection, space: Space) -> None:
+    c.execute(_INCOMING)
+    c.execute(_DIFFERING)
+    c.executemany("INSERT INTO incoming (name, args) VALUES (?, ?)", space.rows())
+
+
+def _drop_incoming(c: sqlite3.Connection) -> None:
+    c.execute("DROP TABLE IF EXISTS incoming")
+    c.execute("DROP TABLE IF EXISTS differing")
+
+
+def _count_missing(c: sqlite3.Connection, low: int, high: int) -> int:
+    (count,) = c.execute(_COUNT_MISSING, (low, high)).fetchone()
+    return int(count)
+
+
+def _compare(c: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str, str]]]:
+    """Return how many are missing, how many have other args (noted in ``differing``), and the first few of those."""
+    (total,) = c.execute("SELECT coalesce(max(position), 0) FROM incoming").fetchone()
+    missing = _count_missing(c, 0, total)
+    c.execute("DELETE FROM differing")
+    examples: list[tuple[str, str, str]] = []
+    differing = 0
+    # Other text need not be other args: the order of keys and spaces, as other releases write them, don't count.
+    for id, position, stored, given in c.execute(_OTHER_TEXT):
+        if not same(stored, given):
+            differing += 1
+            c.execute("INSERT INTO differing VALUES (?, ?)", (id, position))
+            if len(examples) < _EXAMPLES:
+                (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
+                examples.append((str(name), _shorten(stored), _shorten(given)))
+    return missing, differing, examples
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Claim]:
+    """Record the attempts whose tokens are good and return the claims of the others."""
+    (newest,) = c.execute(_MAX_SEQ).fetchone()
+    updates = []
+    for seq, (claim, outcome, again) in enumerate(ended, newest + 1):
+        status = 2 if outcome.cause is None else 4 if again else 3
+        holder = claim.worker if again else None
+        updates.append((status, holder, seq, now, claim.id, claim.attempt, claim.worker))
+    if c.executemany(_END, updates).rowcount == len(updates):
+        c.executemany(_ADD_ATTEMPT, [_attempt(u[2], e, now) for u, e in zip(updates, ended, strict=True)])
+        return []
+    # Some are stale, and only their own rows tell which: a good one now points to its row in attempts.
+    refused = []
+    for update, e in zip(updates, ended, strict=True):
+        row = c.execute("SELECT attempt, last FROM states WHERE id = ?", (e.claim.id,)).fetchone()
+        if row == (e.claim.attempt, update[2]):
+            c.execute(_ADD_ATTEMPT, _attempt(update[2], e, now))
+        else:
+            refused.append(e.claim)
+    return refused
+
+
+def _attempt(seq: int, ended: Ended, now: float) -> tuple[Any, ...]:
+    claim, outcome, _ = ended
+    error = outcome.error
+    shown = (None, None, None) if error is None else (error["type"], error["message"], error["traceback"])
+    times = (outcome.started_at, outcome.duration, now)
+    return (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
+
+
+def _evaluation(row: Sequence[Any]) -> Evaluation:
+    name, code, updated, args, attempts, result, outcome, type_, message, traceback, started, duration, *worker = row
+    status = _STATUS[code]
+    error: Error | None = None
+    if status == "failed":
+        error = {"cause": outcome, "type": type_ or "", "message": message or "", "traceback": traceback or ""}
+    return {
+        "name": str(name),
+        "status": status,
+        "updated": updated,
+        "result": None if result is None else decode(result),
+        "args": decode(args),
+        "attempts": attempts,
+        "error": error,
+        "started": updated if status == "in_progress" else started,
+        "duration": duration,
+        "worker": None if worker[0] is None else worker_label(*worker),
+    }

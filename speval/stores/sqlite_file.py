@@ -1,0 +1,324 @@
+"""One SQLite file and one connection to it.
+
+Owns opening, recognising, creating and migrating the file, waiting for its lock, and what SQLite's errors mean.
+Invariant: every transaction is one call on one thread, takes its lock at BEGIN, and is over when the call returns; a file
+that is not ours is never written to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Concatenate, Literal, ParamSpec, TypeVar
+from urllib.parse import quote
+
+from ..errors import (
+    DatabaseError,
+    DatabaseLockedError,
+    DatabaseMissingError,
+    DatabaseUnavailableError,
+    ForeignDatabaseError,
+    NewerSchemaError,
+    StoreClosedError,
+)
+
+__all__ = ["SqliteFile"]
+
+logger = logging.getLogger("speval.store")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+APPLICATION_ID = 0x7370_6576  # "spev"
+SCHEMA = 1
+RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
+COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
+
+_NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
+_TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+
+
+class SqliteFile:
+    """A connection to a database file of speval, used by one thread at a time.
+
+    Args:
+        path: The file.
+        mode: ``create`` makes it if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
+        durability: ``process`` survives the death of any process, ``power`` a power cut too.
+        patience: Seconds to wait for others' locks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: Literal["create", "write", "read"],
+        durability: Literal["process", "power"] = "process",
+        patience: float = 60.0,
+    ) -> None:
+        self.path = path
+        self.patience = patience
+        self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
+        self.network: str | None = None  # the kind of network filesystem it is on
+        self._is_current = False
+        self._given_up = threading.Event()
+        self._closed = False
+        _check_path(path, mode)
+        with self._errors():
+            self.connection = self._connect(mode)
+            try:
+                self._recognise(mode)
+                if mode != "read":
+                    self._prepare(durability)
+            except BaseException:
+                self.connection.close()
+                raise
+
+    def __repr__(self) -> str:
+        return f"<SqliteFile {str(self.path)!r}{' closed' if self._closed else ''}>"
+
+    def write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)`` in one transaction that holds the write lock from its start."""
+        return self._transaction("BEGIN IMMEDIATE", self.patience, work, *args, **kwargs)
+
+    def write_within(
+        self, patience: float, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Do as ``write`` does, waiting so many seconds for the lock."""
+        return self._transaction("BEGIN IMMEDIATE", patience, work, *args, **kwargs)
+
+    def read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
+        return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+
+    def data_version(self) -> int:
+        """Return a number that differs after another connection has written."""
+        with self._errors():
+            (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+            return int(version)
+
+    def close(self) -> None:
+        """Close the connection; calling it again does nothing."""
+        self._closed = True
+        self.connection.close()
+
+    def give_up(self) -> None:
+        """Make a call that waits for a lock fail at once; callable from any thread."""
+        self._given_up.set()
+
+    def _transaction(
+        self,
+        begin: str,
+        patience: float,
+        work: Callable[Concatenate[sqlite3.Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        if self._closed:
+            raise StoreClosedError(str(self.path))
+        connection = self.connection
+        with self._errors():
+            self._patiently(patience, begin)
+            try:
+                if begin == "BEGIN":  # takes its lock only with the first look at the file, which may be refused as well
+                    self._patiently(patience, "SELECT 1 FROM sqlite_master LIMIT 1")
+                result = work(connection, *args, **kwargs)
+                self._patiently(patience, "COMMIT")
+                return result
+            finally:
+                if connection.in_transaction:
+                    connection.rollback()
+
+    def _patiently(self, patience: float, statement: str) -> None:
+        """Execute a statement that may find the database locked."""
+        # SQLite's own busy handler lets some wait for seconds while others go first many hundred times. Short random
+        # pauses are fair and hardly slower; they grow once it is plain that somebody keeps the lock for long.
+        started = time.monotonic()
+        while True:
+            try:
+                self.connection.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if _code(error) not in _BUSY:
+                    raise
+                waited = time.monotonic() - started
+                if waited >= patience:
+                    raise DatabaseLockedError(str(self.path), waited) from error
+                if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
+                    raise DatabaseLockedError(str(self.path), waited) from error
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        if mode == "create" and not self.path.exists():
+            self._create()
+        # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them.
+        uri = f"file:{quote(str(self.path.absolute()))}?mode={'ro' if mode == 'read' else 'rw'}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
+        if mode != "read":
+            return connection
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return connection
+        except sqlite3.OperationalError as error:
+            if _code(error) not in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
+                return connection
+            connection.close()
+        # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
+        if Path(f"{self.path}-wal").exists():
+            raise DatabaseError(str(self.path), "its folder can't be written to and its -wal file has to be merged; copy both")
+        return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+
+    def _create(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Closing a descriptor drops this process's locks on the file, so only ever on one that was not there before.
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            if self.path.parent.exists() and not self.path.parent.is_dir():
+                raise DatabaseError(str(self.path), f"{self.path.parent} is no folder") from None
+        except OSError as error:
+            folder = next(f for f in self.path.absolute().parents if f.exists())
+            raise DatabaseError(str(self.path), f"can't be created in {folder}: {error.strerror}") from error
+
+    def _recognise(self, mode: str) -> None:
+        """Tell what the file is, writing nothing."""
+        application_id, version, tables, columns = self.read(_describe)
+        if application_id == APPLICATION_ID:
+            if version > SCHEMA:
+                release = self.read(lambda c: c.execute("SELECT value FROM meta WHERE key = 'release'").fetchone())
+                raise NewerSchemaError(str(self.path), version, SCHEMA, release[0] if release else f"{version}.0")
+            self._is_current = version == SCHEMA
+        elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
+            self.is_0_1 = True
+        elif application_id == 0 and version == 0 and not tables:
+            if mode != "create":
+                raise ForeignDatabaseError(str(self.path), "an empty file")
+        else:
+            shown = ", ".join(sorted(tables)[:5]) or "none"
+            raise ForeignDatabaseError(str(self.path), f"an SQLite database of something else (its tables: {shown})")
+
+    def _prepare(self, durability: str) -> None:
+        connection = self.connection
+        self.network = _network_filesystem(self.path)
+        mode = self._journal_mode("delete" if self.network else "wal")
+        # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
+        full = durability == "power" or mode != "wal"
+        connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+        connection.execute("PRAGMA journal_size_limit = 67108864")
+        if not self._is_current:
+            self.write(_migrate)
+            self.is_0_1 = False
+
+    def _journal_mode(self, wanted: str) -> str:
+        """Set the journal mode and return the one in force."""
+        started = time.monotonic()
+        while True:
+            try:
+                (mode,) = self.connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+                return str(mode)
+            except sqlite3.OperationalError as error:
+                # Somebody has the file open in the other mode, or is changing the mode right now.
+                waited = time.monotonic() - started
+                if _code(error) not in _BUSY:
+                    raise
+                if waited > self.patience:
+                    raise DatabaseLockedError(str(self.path), waited) from error
+                time.sleep(random.random() * 0.02)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            db, code = str(self.path), _code(error)
+            if self._closed:
+                raise StoreClosedError(db) from error
+            if code == sqlite3.SQLITE_NOTADB:
+                raise ForeignDatabaseError(db, "some other kind of file") from error
+            if code == sqlite3.SQLITE_CORRUPT:
+                raise DatabaseError(db, f"damaged ({error}); `sqlite3 {db} .recover` saves what can be saved") from error
+            if code == sqlite3.SQLITE_READONLY:
+                raise DatabaseError(db, f"can't be written to ({error}); check the permissions of file and folder") from error
+            if code in _BUSY:
+                raise DatabaseLockedError(db, self.patience) from error
+            if code == sqlite3.SQLITE_FULL:
+                raise DatabaseUnavailableError(db, "the disk is full; nothing is lost, make room") from error
+            if code in _TRANSIENT:
+                raise DatabaseUnavailableError(db, f"can't be read or written just now ({error})") from error
+            raise DatabaseError(db, str(error)) from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    """Return SQLite's primary result code, 0 if it has none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _check_path(path: Path, mode: str) -> None:
+    if path.is_dir():
+        raise DatabaseError(str(path), "is a folder; name a file in it")
+    if mode != "create" and not path.exists():
+        raise DatabaseMissingError(str(path))
+
+
+def _describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[str]]:
+    """Return (application id, schema version, tables, columns of the table evals)."""
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(evals)")]
+    return application_id, version, tables, columns
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring the file to SCHEMA; looked at again under the lock, because many copies start at once."""
+    application_id, version, _, columns = _describe(connection)
+    if application_id == APPLICATION_ID and version == SCHEMA:
+        return
+    from_0_1 = columns == COLUMNS_0_1
+    if from_0_1:
+        connection.execute("ALTER TABLE evals RENAME TO evals_0_1")
+    _script(connection, "schema.sql")
+    if from_0_1:
+        _script(connection, "from_0_1.sql")
+    connection.execute("INSERT INTO meta VALUES ('release', ?)", (RELEASE_FOR_SCHEMA,))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
+    if from_0_1:
+        logger.warning("migrated a database of speval 0.1.1; copies of the old release can't use it any more")
+
+
+def _script(connection: sqlite3.Connection, name: str) -> None:
+    """Execute a script statement by statement; executescript() would commit the open transaction first."""
+    statement = ""
+    for line in resources.files(__package__).joinpath(name).read_text(encoding="utf-8").splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""
+
+
+def _network_filesystem(path: Path) -> str | None:
+    """Return the kind of network filesystem the file is on, or None."""
+    if sys.platform != "linux":
+        return None
+    device = path.stat().st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with Path("/proc/self/mountinfo").open() as mounts:
+            for line in mounts:
+                fields = line.split()
+                kind = fields[fields.index("-") + 1]
+                if fields[2] == name and (kind in _NETWORK or kind.startswith("fuse.")):
+                    return kind
+    except (OSError, ValueError):
+        pass
+    return None

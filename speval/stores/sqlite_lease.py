@@ -1,0 +1,185 @@
+"""Leases in a SQLite file: renewing one's own, watching the others'.
+
+Owns the connection of the lease thread. Invariant: nobody is declared dead by comparing wall clocks. A worker is dead when
+its process on this machine is gone, or when its beat has stood still for its whole lease on our own monotonic clock; the
+verdict and the taking back happen in one transaction that looks at the beat once more.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..clock import Clock
+from ..host import Process, is_gone, this_process
+from .base import LeaseKeeping, Reclaimed
+from .sqlite_file import SqliteFile
+
+__all__ = ["SqliteLeaseKeeping", "Watch", "WorkerRow", "worker_label"]
+
+_BOUND = 1000  # evaluations taken back in one transaction
+
+_RENEW = "UPDATE workers SET beat = beat + 1, last_seen = ? WHERE id = ? AND ended_at IS NULL AND NOT dead"
+_OTHERS = """
+SELECT id, host, pid, machine, start, lease, beat, dead FROM workers INDEXED BY workers_here
+WHERE ended_at IS NULL AND id <> ? ORDER BY id
+"""
+_DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
+_HELD = """
+SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.updated_at, e.name
+FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id WHERE s.worker = ? LIMIT ?
+"""
+_TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, last), updated_at = ? WHERE id = ?"
+_ADD_LOST = """
+INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, ended_at, outcome, error_type, error_message,
+    error_traceback)
+VALUES ((SELECT coalesce(max(seq), 0) + 1 FROM attempts), ?, ?, ?, ?, ?, 'lost', 'WorkerLost', ?, '') RETURNING seq
+"""
+_BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
+
+
+def worker_label(id: int, host: str, pid: int) -> str:
+    """Return how a worker is shown to people."""
+    return f"{host}:{pid}:{id:012x}"
+
+
+class WorkerRow(NamedTuple):
+    """Another worker, as its row says."""
+
+    id: int
+    process: Process
+    lease: float
+    beat: int
+    dead: bool  # somebody has declared it dead and was perhaps interrupted in taking back what it held
+
+
+@dataclass(slots=True)
+class _Sight:
+    beat: int
+    since: float  # monotonic seconds
+
+
+class Watch:
+    """Decides which workers are dead, from rows and the time alone.
+
+    Args:
+        machine: The machine we are on, as ``Process.machine`` says.
+    """
+
+    def __init__(self, machine: str) -> None:
+        self._machine = machine
+        self._sights: dict[int, _Sight] = {}
+
+    def dead(self, rows: list[WorkerRow], me: int, now: float) -> list[WorkerRow]:
+        """Return those of the rows that are certainly dead.
+
+        Args:
+            rows: All other workers that have not ended, ordered by id.
+            me: Our own id.
+            now: Monotonic seconds.
+        """
+        dead = [row for row in rows if row.dead or self._stands_still(row, now)]
+        self._sights = {row.id: self._sights[row.id] for row in rows if row.id in self._sights}
+        # Asking the kernel about every process from every process would grow with the square of their number. So each one
+        # looks after the next alive one in the order of ids only; whoever is dead in between is found on the way.
+        here = [row for row in rows if row.process.machine == self._machine and row not in dead]
+        for row in sorted(here, key=lambda row: (row.id < me, row.id)):
+            if not is_gone(row.process, self._machine):
+                break
+            dead.append(row)
+        return dead
+
+    def _stands_still(self, row: WorkerRow, now: float) -> bool:
+        sight = self._sights.get(row.id)
+        if sight is None or sight.beat != row.beat:
+            self._sights[row.id] = _Sight(row.beat, now)
+            return False
+        return now - sight.since >= row.lease
+
+    def forget(self) -> None:
+        """Start all windows anew."""
+        self._sights.clear()
+
+
+class SqliteLeaseKeeping(LeaseKeeping):
+    """The lease thread's own connection; it may be made in one thread and used in another.
+
+    Args:
+        path: The database, which must be there.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._file: SqliteFile | None = None
+        self._watch = Watch(this_process().machine)
+
+    def __repr__(self) -> str:
+        return f"<SqliteLeaseKeeping {str(self._path)!r}>"
+
+    def _opened(self) -> SqliteFile:
+        if self._file is None:
+            # Taking back can wait for the next look, one's own renewal can't wait for it.
+            self._file = SqliteFile(self._path, "write", patience=1.0)
+        return self._file
+
+    def renew(self, worker: int, patience: float) -> bool:
+        def beat(c: sqlite3.Connection) -> bool:
+            return c.execute(_RENEW, (self._clock.wall(), worker)).rowcount == 1
+
+        return self._opened().write_within(patience, beat)
+
+    def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
+        rows = [
+            WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))
+            for id, host, pid, machine, start, lease, beat, dead in self._opened().read(
+                lambda c: c.execute(_OTHERS, (worker,)).fetchall()
+            )
+        ]
+        reclaimed = Reclaimed()
+        pending = 0
+        for row in self._watch.dead(rows, worker, self._clock.monotonic()):
+            # A worker of many claims is taken back in several transactions, so that none of them stops the others for long.
+            more = True
+            while more:
+                more, back, failed = self._opened().write(self._take_back, row, max_attempts)
+                pending += back
+                reclaimed.failed.extend(failed)
+            reclaimed.workers.append(worker_label(row.id, row.process.host, row.process.pid))
+        return Reclaimed(reclaimed.workers, pending, reclaimed.failed)
+
+    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> tuple[bool, int, list[str]]:
+        """Return (is there more, how many are pending again, names of those that failed)."""
+        if c.execute(_DECLARE_DEAD, (row.id, row.beat)).rowcount == 0:
+            return False, 0, []  # it has renewed, or left, since we looked
+        now = self._clock.wall()
+        message = f"worker {worker_label(row.id, row.process.host, row.process.pid)} died or was out of reach"
+        pending, failed = 0, []
+        held = c.execute(_HELD, (row.id, _BOUND)).fetchall()
+        for id, attempt, charged, status, claimed_at, name in held:
+            seq, final = None, False
+            if status == 1:
+                (seq,) = c.execute(_ADD_LOST, (id, attempt, row.id, claimed_at, now, message)).fetchone()
+                final = charged >= max_attempts
+            c.execute(_TAKE_BACK, (3 if final else 0, seq, now, id))
+            pending += not final
+            if final:
+                failed.append(str(name))
+        if len(held) < _BOUND:
+            c.execute(_BURY, (now, row.id))
+            return False, pending, failed
+        return True, pending, failed
+
+    def forget(self) -> None:
+        self._watch.forget()
+
+    def give_up(self) -> None:
+        if self._file is not None:
+            self._file.give_up()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,459 @@
+"""The engine: one worker, from its first claim to its last record.
+
+Owns the loop that claims evaluations, hands them to slots and records what comes back. Invariant: an outcome is reported
+only after the commit that records it, and everything claimed is either recorded or given back when the worker ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from anyio import CancelScope
+
+from .clock import Clock
+from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
+from .executors.base import Executor
+from .lease import Lease
+from .model import Claim, Summary
+from .options import Options
+from .space import Space
+from .stores.base import Ended, Recorded, Store
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger("speval.worker")
+
+T = TypeVar("T")
+
+_AHEAD = 0.03  # seconds of work claimed beyond what the slots can start at once
+_MOST_AHEAD = 1000  # evaluations claimed ahead for each commit's sake; more makes the commits long, not cheaper
+_STALE = 0.15  # seconds after which what was claimed ahead and not started is given back
+_POLL = (0.02, 0.25)  # seconds between looks for new work while others hold all of it: at first, and in the long run
+_LONGEST_BACKOFF = 60.0  # seconds
+_STOP_WITHIN = 10.0  # seconds a cancelled run may take to record and give back
+
+
+class Worker:
+    """Evaluates a space with a store and an executor; used once.
+
+    Args:
+        space: What to evaluate, encoded.
+        store: Where evaluations live; opened and closed by the worker.
+        executor: Where the function runs; closed by the worker.
+        options: The options of the call.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, space: Space, store: Store, executor: Executor, options: Options, clock: Clock) -> None:
+        self._space = space
+        self._store = store
+        self._executor = executor
+        self._options = options
+        self._clock = clock
+        self._failure_limit = options.failure_limit(space.count)
+        self._task: asyncio.Task[None] | None = None
+        self._lease: Lease | None = None
+        self._id = 0
+        self._wake = asyncio.Event()
+        # What is claimed and not started, what runs by slot number, and what waits for the next commit.
+        self._ready: deque[Claim] = deque()
+        self._running: dict[int, tuple[Claim, asyncio.Task[None]]] = {}
+        self._ended: list[Ended] = []
+        self._released: list[Claim] = []
+        self._held: list[tuple[float, int, Claim]] = []  # a heap by the time the backoff is over
+        self._slots = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._interrupted: set[Claim] = set()
+        self._mean = 1.0  # seconds an evaluation takes, over the last ones
+        self._dry = False  # the last claim brought less than was wanted
+        self._is_open = True  # an evaluation of the space is still to end, here or elsewhere
+        self._stopping: str | None = None
+        self._closing = False
+        self._in_doubt = False
+        self._lost = False
+        self._polls = 0
+        self._recorded = 0
+        self._started = clock.monotonic()
+        self.commits = asyncio.Event()  # set after each commit, for those who wait for ended evaluations
+
+    def __repr__(self) -> str:
+        return f"<Worker {self._id:012x} running {len(self._running)} of {self._options.concurrency}>"
+
+    @property
+    def store(self) -> Store:
+        """Return the store, opened while the worker runs."""
+        return self._store
+
+    async def start(self) -> None:
+        """Seed the space and start claiming; the work goes on in a task of its own.
+
+        Raises:
+            SpevalError: the database can't be used, or holds other args; nothing was changed.
+        """
+        await self._store.open()
+        try:
+            seeded = await self._store.seed(self._space, self._options.on_changed)
+        except BaseException:
+            await self._store.close()
+            raise
+        counts = (seeded.new, seeded.unchanged, seeded.changed, seeded.gone)
+        logger.info("eval space: %d new, %d unchanged, %d changed, %d stored but no longer in it", *counts)
+        if seeded.changed and self._options.on_changed == "keep":
+            logger.warning("%d evaluations are stored with other args than given now, and go on with those", seeded.changed)
+        self._task = asyncio.create_task(self._run(), name="speval worker")
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the worker has ended."""
+        return self._task is None or self._task.done()
+
+    async def wait(self) -> None:
+        """Return when the worker has ended; being cancelled does not stop it.
+
+        Raises:
+            SpevalError: the database can't be used any more.
+        """
+        assert self._task is not None
+        await asyncio.shield(self._task)
+
+    async def summary(self) -> Summary:
+        """Count how the evaluations of the space stand."""
+        summary = await self._store.summary()
+        seconds = self._clock.monotonic() - self._started
+        return replace(summary, recorded=self._recorded, seconds=seconds, stopped=self._stopping)
+
+    def tell(self, summary: Summary) -> Summary:
+        """Log how the call ended."""
+        if not self._stopping:
+            logger.log(logging.WARNING if summary.failed else logging.INFO, "%s", summary)
+        return summary
+
+    async def close(self) -> None:
+        """Stop claiming, stop what runs, record what has ended, give back the rest, and close the store.
+
+        Being cancelled in the meantime lets go of everything at once.
+        """
+        # A cancel scope of anyio cancels again and again until it is left; a shield keeps that off, but no second cancel().
+        with CancelScope(shield=True):
+            task = self._task
+            try:
+                if task is not None and not task.done():
+                    self.stop("cancelled")
+                    await asyncio.wait({task}, timeout=_STOP_WITHIN)
+                    if not task.done():
+                        logger.warning("what was claimed could not be given back in time; the lease will run out")
+            finally:
+                if task is not None and not task.done():
+                    self._store.abandon()
+                    task.cancel()
+                    await asyncio.wait({task}, timeout=_STOP_WITHIN)
+                await self._store.close()
+
+    def stop(self, why: str) -> None:
+        """Stop claiming and end what runs; the worker's task ends soon after."""
+        self._stopping = self._stopping or why
+        self._released.extend(self._ready)
+        self._ready.clear()
+        self._interrupt()
+        self._wake.set()
+
+    # The worker's own task
+
+    async def _run(self) -> None:
+        try:
+            self._id = await self._store.register(self._options.lease)
+            loop = asyncio.get_running_loop()
+            self._lease = Lease(
+                self._store.lease_keeping(),
+                self._id,
+                self._options.lease,
+                self._options.max_attempts,
+                self._clock,
+                on_doubt=partial(_tell, loop, self._on_doubt),
+                on_lost=partial(_tell, loop, self._on_lost),
+            )
+            self._lease.start()
+            try:
+                async with asyncio.TaskGroup() as slots:
+                    await self._drive(slots)
+                    self._closing = True
+                    self._wake_slots(len(self._waiting))
+            finally:
+                try:
+                    await self._executor.close()
+                finally:
+                    await self._leave()
+        except BaseExceptionGroup as group:
+            # One thing went wrong; that it did so beside slots is nobody's business.
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        finally:
+            self.commits.set()
+
+    async def _leave(self) -> None:
+        assert self._lease is not None
+        try:
+            await self._store.leave(self._id)
+        except SpevalError as error:
+            logger.warning("what was claimed could not be given back, the lease will run out: %s", error)
+        finally:
+            self._lease.stop()
+
+    async def _drive(self, slots: asyncio.TaskGroup) -> None:
+        """Claim, record and wait until nothing is left to do."""
+        while True:
+            ended, self._ended = self._ended, []
+            released, self._released = self._released, []
+            due = self._take_due()
+            idle, ahead = self._wanted()
+            if self._lost:
+                self._lost = False
+                await self._patiently_register()
+            if ended or released or due or (idle and not self._dry):
+                recorded = await self._record(ended, released, due, idle, ahead)
+                self._take(recorded, idle, slots)
+                self._report(ended, recorded.refused)
+                self.commits.set()
+            elif self._is_finished():
+                return
+            else:
+                await self._rest()
+
+    def _wanted(self) -> tuple[int, int]:
+        """Return how many claims are wanted at once, and how many ahead."""
+        if self._stopping or self._in_doubt:
+            return 0, 0
+        free = self._options.concurrency - len(self._running)
+        idle = max(0, free - len(self._ready))
+        # Evaluations much shorter than a commit are claimed many at a time; long ones never before a slot is free for them.
+        target = min(_MOST_AHEAD, int(_AHEAD * self._options.concurrency / max(self._mean, 1e-6)))
+        return idle, max(0, target - max(0, len(self._ready) - free))
+
+    def _is_finished(self) -> bool:
+        if self._running or self._ended or self._released or self._ready:
+            return False
+        if self._stopping:
+            return True
+        if self._held or self._in_doubt or not self._dry:
+            return False
+        return not self._is_open or not self._options.wait
+
+    async def _rest(self) -> None:
+        """Wait for whatever comes first: a slot, a backoff that is over, others' writes, something gone stale."""
+        free = len(self._running) < self._options.concurrency
+        polling = self._dry and free and not self._stopping
+        pauses = [self._held[0][0] - self._clock.monotonic()] if self._held else []
+        if polling:
+            short, long = _POLL
+            pauses.append(min(long, short * 1.3**self._polls) * random.uniform(0.7, 1.0))
+        if self._ready:
+            pauses.append(_STALE)
+        try:
+            async with asyncio.timeout(max(0.0, min(pauses)) if pauses else None):
+                await self._wake.wait()
+            self._wake.clear()
+            self._polls = 0
+        except TimeoutError:
+            if self._ready:
+                # A slow one among quick ones: what stands behind it, others can start now.
+                self._released.extend(self._ready)
+                self._ready.clear()
+                self._dry = False
+            elif polling and await self._changed():
+                self._dry = False
+            self._polls += 1
+
+    async def _changed(self) -> bool:
+        try:
+            return await self._store.changed()
+        except (DatabaseLockedError, DatabaseUnavailableError):
+            return False
+
+    async def _record(
+        self, ended: Sequence[Ended], released: Sequence[Claim], due: Sequence[Claim], idle: int, ahead: int
+    ) -> Recorded:
+        """Record, and where that can't be done just now, keep everything and try again."""
+        wanted: dict[str, int] = {"idle": idle, "ahead": ahead}
+        count_failures = self._failure_limit is not None
+        pause, has_warned = 0.05, False
+        while True:
+            try:
+                return await self._store.record(
+                    self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
+                )
+            except (DatabaseLockedError, DatabaseUnavailableError) as error:
+                if not has_warned:
+                    logger.warning("%d results are kept and written as soon as possible: %s", len(ended), error)
+                    has_warned = True
+                if self._stopping:
+                    wanted = {"idle": 0, "ahead": 0}
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, 5.0)
+
+    async def _patiently_register(self) -> None:
+        """Register anew after the lease was lost."""
+        assert self._lease is not None
+        while not self._stopping:
+            try:
+                self._id = await self._store.register(self._options.lease)
+            except (DatabaseLockedError, DatabaseUnavailableError):
+                await asyncio.sleep(self._options.lease / 10)
+            else:
+                self._lease.adopt(self._id)
+                self._dry = False
+                return
+
+    def _take(self, recorded: Recorded, idle: int, slots: asyncio.TaskGroup) -> None:
+        """Hand new claims to the slots and note what else the commit has told."""
+        if recorded.lost:
+            self._on_lost(self._id)
+        if recorded.open is not None:
+            self._is_open = recorded.open
+        if idle:
+            self._dry = len(recorded.claims) < idle and not recorded.lost
+        if self._failure_limit is not None and recorded.failures is not None and recorded.failures >= self._failure_limit:
+            if not self._stopping:
+                logger.error("%d evaluations have failed, which is max_failures: no more are started", recorded.failures)
+            self._stopping = f"{recorded.failures} failed, max_failures={self._options.max_failures}"
+            self._released.extend(self._ready)
+            self._ready.clear()
+        if self._stopping or self._in_doubt:
+            self._released.extend(recorded.claims)
+            return
+        self._ready.extend(recorded.claims)
+        if recorded.claims:
+            self._polls = 0
+        new = min(len(self._ready) - len(self._waiting), self._options.concurrency - self._slots)
+        self._wake_slots(len(self._ready))
+        for _ in range(new):
+            slots.create_task(self._slot(self._slots), name=f"speval slot {self._slots}")
+            self._slots += 1
+
+    def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
+        """Log what was recorded, and note the backoff of what is to be tried again."""
+        stale = set(refused)
+        for claim, outcome, again in ended:
+            if claim in stale:
+                logger.warning(
+                    "evaluation %r: attempt %d came to an end after it had been given to another worker; refused",
+                    claim.name,
+                    claim.attempt,
+                )
+                continue
+            self._recorded += not again
+            if outcome.error is None:
+                logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
+                continue
+            what = f"{outcome.error['type']}: {outcome.error['message']}".partition("\n")[0]
+            if again:
+                pause = self._backoff(claim)
+                heapq.heappush(self._held, (self._clock.monotonic() + pause, claim.id, claim))
+                text = "evaluation %r will be tried again in %.1f s, after attempt %d: %s"
+                logger.warning(text, claim.name, pause, claim.charged, _visible(what))
+            else:
+                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, _visible(what))
+
+    def _backoff(self, claim: Claim) -> float:
+        doubled = self._options.backoff * 2.0 ** min(claim.charged - 1, 30)
+        return min(_LONGEST_BACKOFF, doubled * random.uniform(0.8, 1.2))
+
+    def _take_due(self) -> list[Claim]:
+        """Return the claims whose backoff is over."""
+        due = []
+        now = self._clock.monotonic()
+        while self._held and self._held[0][0] <= now:
+            due.append(heapq.heappop(self._held)[2])
+        if due:
+            self._dry = False
+        return due
+
+    # Slots
+
+    def _wake_slots(self, count: int) -> None:
+        for _ in range(min(count, len(self._waiting))):
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _slot(self, number: int) -> None:
+        """Run one evaluation after the other until the worker ends."""
+        slot = self._executor.slot(number)
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        options = self._options
+        try:
+            while not self._closing:
+                if not self._ready:
+                    waiter = loop.create_future()
+                    self._waiting.append(waiter)
+                    await waiter
+                    continue
+                claim = self._ready.popleft()
+                self._running[number] = claim, task
+                try:
+                    outcome = await slot.call(claim.name, claim.args, options.timeout)
+                except asyncio.CancelledError:
+                    if claim not in self._interrupted or task.uncancel():
+                        raise
+                    self._released.append(claim)
+                else:
+                    again = outcome.again and claim.charged < options.max_attempts
+                    self._ended.append(Ended(claim, outcome, again))
+                    # Quick to believe that evaluations are long, slow to believe that they are short.
+                    self._mean += (outcome.duration - self._mean) * (0.1 if outcome.duration < self._mean else 0.3)
+                finally:
+                    del self._running[number]
+                    self._interrupted.discard(claim)
+                    self._wake.set()
+        finally:
+            await slot.close()
+
+    def _interrupt(self) -> None:
+        """End what runs and give it back."""
+        for claim, task in self._running.values():
+            if claim not in self._interrupted:
+                self._interrupted.add(claim)
+                task.cancel()
+
+    # What the lease's thread has found, told in the event loop
+
+    def _on_doubt(self, in_doubt: bool) -> None:
+        self._in_doubt = in_doubt
+        if in_doubt:
+            self._released.extend(self._ready)
+            self._ready.clear()
+            if self._executor.can_stop:
+                self._interrupt()
+        else:
+            self._dry = False
+        self._wake.set()
+
+    def _on_lost(self, worker: int) -> None:
+        if worker != self._id or self._lost:
+            return
+        self._lost = True
+        self._ready.clear()  # they belong to whoever took them back
+        self._held.clear()
+        if self._executor.can_stop:
+            self._interrupt()
+        self._wake.set()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[T], None], value: T) -> None:
+    """Call back in the event loop, unless it is over."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(partial(callback, value))
+
+
+def _visible(text: str) -> str:
+    """Show control characters instead of sending them to a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
