@@ -17,6 +17,7 @@ from .errors import OptionError
 from .executors import make_executor
 from .model import Evaluation, Status, Summary
 from .options import Durability, ExecutorOption, Options, checked_path, checked_status
+from .progress import shown
 from .space import Space
 from .stores.base import OnChanged
 from .worker import Worker
@@ -239,7 +240,8 @@ async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike
         worker = make_worker(func, space, db, options)
         await worker.start()
         try:
-            await worker.wait()
+            async with shown(worker, options.progress):
+                await worker.wait()
             return worker.tell(await worker.summary())
         finally:
             await worker.close()
@@ -265,32 +267,40 @@ async def batches(
         worker = make_worker(func, space, db, options)
         await worker.start()
         try:
-            seen = bytearray()  # by id; one byte for each evaluation is little beside a set
-            cursor, left = 0, space.count
-            while left:
-                worker.commits.clear()
-                is_done = worker.is_done
-                cursor, ended = await worker.store.ended_since(cursor, _PAGE)
-                batch = []
-                for id, evaluation in ended:
-                    if id >= len(seen):
-                        seen.extend(bytes(id + _PAGE - len(seen)))
-                    if not seen[id]:
-                        seen[id] = 1
-                        batch.append(evaluation)
-                left -= len(batch)
-                if batch:
-                    yield batch
-                elif is_done:
-                    break
-                elif not ended:
-                    await _commit_or_pause(worker)
-            await worker.wait()
+            async with shown(worker, options.progress):
+                async with aclosing(_ended(worker, space.count)) as ended:
+                    async for batch in ended:
+                        yield batch
+                await worker.wait()
             worker.tell(await worker.summary())
         finally:
             await worker.close()
     finally:
         space.close()
+
+
+async def _ended(worker: Worker, count: int) -> AsyncGenerator[list[Evaluation], None]:
+    """Yield each evaluation once, reading from the database what this worker and all others have recorded."""
+    seen = bytearray()  # by id; one byte for each evaluation is little beside a set
+    cursor, left = 0, count
+    while left:
+        worker.commits.clear()
+        is_done = worker.is_done  # asked before looking: what it recorded last is seen then
+        cursor, ended = await worker.store.ended_since(cursor, _PAGE)
+        batch = []
+        for id, evaluation in ended:
+            if id >= len(seen):
+                seen.extend(bytes(id + _PAGE - len(seen)))
+            if not seen[id]:
+                seen[id] = 1
+                batch.append(evaluation)
+        left -= len(batch)
+        if batch:
+            yield batch
+        elif is_done:
+            return
+        elif not ended:
+            await _commit_or_pause(worker)
 
 
 async def _commit_or_pause(worker: Worker) -> None:
