@@ -59,9 +59,8 @@ async def _show(worker: Worker) -> None:
 
 async def _update(bar: Any, worker: Worker) -> None:
     summary = await worker.summary()
-    parts = {"failed": summary.failed} if summary.failed else {}
-    elsewhere = max(0, summary.in_progress - worker.held)
-    bar.set_postfix(parts | {"here": worker.running} | ({"elsewhere": elsewhere} if elsewhere else {}), refresh=False)
+    if summary.failed:
+        bar.set_postfix(failed=summary.failed, refresh=False)
     bar.update(summary.completed + summary.failed - bar.n)
 
 

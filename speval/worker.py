@@ -89,16 +89,6 @@ class Worker:
         return f"<Worker {self._id:012x} running {len(self._running)} of {self._options.concurrency}>"
 
     @property
-    def running(self) -> int:
-        """Return how many evaluations run here now."""
-        return len(self._running)
-
-    @property
-    def held(self) -> int:
-        """Return how many evaluations are claimed here, running or not."""
-        return len(self._running) + len(self._ready)
-
-    @property
     def store(self) -> Store:
         """Return the store, opened while the worker runs."""
         return self._store

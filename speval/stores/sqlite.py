@@ -194,6 +194,10 @@ class _Connection(aiosqlite.Connection):
         self._thread.daemon = True
         self._thread.name = "speval store"
 
+    def join(self) -> None:
+        """Wait for the thread, which has been told to end and has nothing left to do but say so to the loop."""
+        self._thread.join()
+
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         result: T = await self._execute(work, *args, **kwargs)  # type: ignore[no-untyped-call]
         return result
@@ -237,7 +241,13 @@ class SqliteStore(Store):
 
         connection = _Connection(connect)
         with CancelScope(shield=True):  # a cancelled connect would leave its thread and its file behind
-            await connection
+            try:
+                await connection
+            except BaseException:
+                connection.join()
+                if self._file is not None:  # cancelled when it was open already
+                    self._file.close()
+                raise
         self._connection = connection
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
@@ -254,6 +264,7 @@ class SqliteStore(Store):
             with CancelScope(shield=True):
                 await connection.run(self._file.close)
                 await connection.close()
+                connection.join()
 
     def abandon(self) -> None:
         if self._file is not None:

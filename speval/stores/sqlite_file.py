@@ -159,18 +159,13 @@ class SqliteFile:
     def _connect(self, mode: str) -> sqlite3.Connection:
         if mode == "create" and not self.path.exists():
             self._create()
-        # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them.
-        uri = f"file:{quote(str(self.path.absolute()))}?mode={'ro' if mode == 'read' else 'rw'}"
+        # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
+        # mode=ro for reading: a reader that may write cleans up behind itself.
+        uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
-        if mode != "read":
+        if mode != "read" or not _is_unreadable(connection):
             return connection
-        try:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            return connection
-        except sqlite3.OperationalError as error:
-            if _code(error) not in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
-                return connection
-            connection.close()
+        connection.close()
         # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
         if Path(f"{self.path}-wal").exists():
             raise DatabaseError(str(self.path), "its folder can't be written to and its -wal file has to be merged; copy both")
@@ -182,8 +177,8 @@ class SqliteFile:
             # Closing a descriptor drops this process's locks on the file, so only ever on one that was not there before.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
-            if self.path.parent.exists() and not self.path.parent.is_dir():
-                raise DatabaseError(str(self.path), f"{self.path.parent} is no folder") from None
+            if not self.path.parent.is_dir():
+                raise DatabaseError(str(self.path), f"can't be created in {self.path.parent}: it is a file") from None
         except OSError as error:
             folder = next(f for f in self.path.absolute().parents if f.exists())
             raise DatabaseError(str(self.path), f"can't be created in {folder}: {error.strerror}") from error
@@ -260,6 +255,15 @@ class SqliteFile:
 def _code(error: sqlite3.Error) -> int:
     """Return SQLite's primary result code, 0 if it has none."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_unreadable(connection: sqlite3.Connection) -> bool:
+    """Tell whether not even reading works, because the files beside a WAL database can't be made."""
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+    except sqlite3.Error as error:
+        return _code(error) in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+    return False
 
 
 def _check_path(path: Path, mode: str) -> None:

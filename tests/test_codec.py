@@ -1,0 +1,118 @@
+"""What becomes of values on their way through JSON."""
+
+import math
+from collections import OrderedDict, namedtuple
+from enum import IntEnum
+
+import numpy
+import pytest
+
+from speval.codec import decode, encode, same
+from speval.errors import UnserializableError
+
+
+@pytest.mark.parametrize(
+    ("value", "back"),
+    [
+        (None, None),
+        (True, True),
+        (0, 0),
+        (-17, -17),
+        (2**80, 2**80),
+        (0.1, 0.1),
+        (1.0, 1.0),
+        ("", ""),
+        ("grüße 🎈 \0 \n \x1b", "grüße 🎈 \0 \n \x1b"),
+        ("\ud800", "\ud800"),
+        ([1, [2, (3, 4)]], [1, [2, [3, 4]]]),
+        ((), []),
+        ({"b": 1, "a": {"c": None}}, {"b": 1, "a": {"c": None}}),
+        ({1: "a", 2.5: "b"}, {"1": "a", "2.5": "b"}),
+        ({None: 1, False: 2}, {"null": 1, "false": 2}),
+        (OrderedDict(z=1, a=(1,)), {"z": 1, "a": [1]}),
+        (namedtuple("Point", "x y")(1, 2), [1, 2]),
+        (IntEnum("Color", "red green").green, 2),
+        (numpy.float64(0.5), 0.5),
+        (numpy.float32(0.5), 0.5),
+        (numpy.int64(7), 7),
+        (numpy.bool_(True), True),
+        (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (numpy.array(3.5), 3.5),
+        ({numpy.int64(3): numpy.arange(2)}, {"3": [0, 1]}),
+        ({"x": [{1: {2: "deep"}}]}, {"x": [{"1": {"2": "deep"}}]}),
+    ],
+)
+def test_a_value_comes_back_as_json_gives_it(value, back):
+    got = decode(encode(value, "it"))
+    assert got == back
+    assert type(got) is type(back)
+
+
+def test_nan_and_infinities_survive():
+    nan, up, down, array = decode(encode([math.nan, math.inf, -math.inf, numpy.array([numpy.nan])], "it"))
+    assert math.isnan(nan)
+    assert (up, down) == (math.inf, -math.inf)
+    assert math.isnan(array[0])
+
+
+def test_the_order_of_keys_is_kept():
+    assert list(decode(encode({"z": 1, "a": 2, "m": 3}, "it"))) == ["z", "a", "m"]
+
+
+def test_encoded_text_fits_on_a_line_and_into_utf8():
+    text = encode({"a\nb": "c\r\n\ud800 ü"}, "it")
+    assert "\n" not in text
+    assert text.encode().decode() == text
+
+
+def circular():
+    value = []
+    value.append({"again": value})
+    return value
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (object(), "object is none of"),
+        ({1, 2}, "set is none of"),
+        (b"bytes", "bytes is none of"),
+        (1j, "complex is none of"),
+        (numpy.complex64(1j), "complex is none of"),
+        (numpy.datetime64("2020-01-01"), "none of"),
+        ({(1, 2): 3}, "dict key of type tuple"),
+        ({1: "a", "1": "b"}, "two of its keys are '1'"),
+        ({"x": {numpy.int64(1): "a", "1": "b"}}, "two of its keys are '1'"),
+        (circular(), "contains itself"),
+        (nested(100_000), "nested too deeply"),
+        pytest.param(10**5000, "digits", id="too many digits"),
+    ],
+)
+def test_what_has_no_json_form_is_refused_by_name(value, problem):
+    with pytest.raises(UnserializableError, match="the args of evaluation 'x' can't be written as JSON") as caught:
+        encode(value, "the args of evaluation 'x'")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ('{"a":1,"b":2}', '{ "b": 2, "a": 1 }', True),
+        ("[1, 2]", "[1,2]", True),
+        ("1", "1.0", False),
+        ("1", '"1"', False),
+        ("[1,2]", "[2,1]", False),
+        ("NaN", "NaN", True),
+        ('"\\u00e9"', '"é"', True),
+        ("true", "1", False),
+    ],
+)
+def test_args_are_compared_by_value_and_type(one, other, is_same):
+    assert same(one, other) is is_same

@@ -1,0 +1,144 @@
+"""The public face: names, parameters, errors."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import speval
+from speval import aio, errors, sync
+from speval.model import Claim, Summary
+
+
+def test_the_public_names_are_these():
+    assert sorted(speval.__all__) == [
+        "ArgsChangedError",
+        "DatabaseError",
+        "DatabaseLockedError",
+        "DatabaseMissingError",
+        "DatabaseUnavailableError",
+        "Evaluation",
+        "EvaluationsFailed",
+        "ForeignDatabaseError",
+        "NewerSchemaError",
+        "OptionError",
+        "SpaceError",
+        "SpevalError",
+        "Summary",
+        "UnknownNameError",
+        "UnserializableError",
+        "aio",
+        "as_completed",
+        "load_evals",
+        "retry",
+        "speval",
+    ]
+    for name in speval.__all__:
+        assert getattr(speval, name) is not None
+
+
+def test_both_flavours_have_the_same_names():
+    assert aio.__all__ == sync.__all__ == ["as_completed", "load_evals", "retry", "speval"]
+
+
+@pytest.mark.parametrize("name", aio.__all__)
+def test_both_flavours_have_the_same_parameters(name):
+    one, other = inspect.signature(getattr(aio, name)), inspect.signature(getattr(sync, name))
+    assert list(one.parameters.values()) == list(other.parameters.values())
+    assert getattr(speval, name) is getattr(sync, name)
+
+
+@pytest.mark.parametrize("name", ["speval", "as_completed"])
+def test_the_options_have_these_defaults(name):
+    parameters = inspect.signature(getattr(speval, name)).parameters
+    assert [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["func", "eval_space", "db", "timeout"]
+    assert {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY} == {
+        "concurrency": 1,
+        "executor": "auto",
+        "max_attempts": 3,
+        "retry_on": (),
+        "backoff": 1.0,
+        "lease": 30.0,
+        "on_changed": "error",
+        "wait": True,
+        "max_failures": None,
+        "durability": "process",
+        "progress": None,
+    }
+
+
+@pytest.mark.parametrize("flavour", [aio, sync])
+@pytest.mark.parametrize("name", aio.__all__)
+def test_every_parameter_is_documented(flavour, name):
+    function = getattr(flavour, name)
+    for parameter in inspect.signature(function).parameters:
+        assert f"        {parameter}: " in function.__doc__
+
+
+SAMPLES = [
+    errors.SpevalError("text"),
+    errors.OptionError("lease", "-1", "seconds, 1 or more"),
+    errors.SpaceError("'x'", "is twice there"),
+    errors.UnserializableError("the args of evaluation 'x'", "no"),
+    errors.ArgsChangedError("runs.db", 5, [("a", "1", "2"), ("b", "3", "4")]),
+    errors.DatabaseError("runs.db", "is odd"),
+    errors.DatabaseMissingError("runs.db"),
+    errors.DatabaseLockedError("runs.db", 60.0),
+    errors.DatabaseUnavailableError("runs.db", "the disk is full"),
+    errors.ForeignDatabaseError("runs.db", "some other kind of file"),
+    errors.NewerSchemaError("runs.db", 9, 1, "2.3"),
+    errors.StoreClosedError("runs.db"),
+    errors.UnknownNameError("runs.db", ["a", "b"]),
+    errors.EvaluationsFailed(3, 10, "3 exception"),
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda e: type(e).__name__)
+def test_every_error_survives_pickling_and_copying(error):
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is type(error)
+        assert str(twin) == str(error)
+        assert vars(twin) == vars(error)
+
+
+def test_every_error_is_among_the_samples_and_has_one_root():
+    classes = {c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, Exception)}
+    assert {type(sample) for sample in SAMPLES} == classes
+    assert all(issubclass(c, speval.SpevalError) for c in classes)
+    assert set(errors.__all__) == {c.__name__ for c in classes}
+
+
+def test_errors_are_builtin_ones_where_that_fits():
+    assert issubclass(speval.OptionError, ValueError)
+    assert issubclass(speval.DatabaseMissingError, FileNotFoundError)
+    assert issubclass(speval.DatabaseLockedError, TimeoutError)
+    assert issubclass(speval.UnserializableError, TypeError)
+    assert issubclass(speval.UnknownNameError, KeyError)
+
+
+def test_a_summary_reads_as_one_line_and_can_be_pickled():
+    summary = Summary(1, 2, 90, 7, {"timeout": 3, "exception": 4}, recorded=50, seconds=12.34, stopped="7 failed")
+    text = (
+        "100 evaluations: 90 completed, 7 failed (4 exception, 3 timeout), 2 in progress, 1 pending in 12.3 s (50 by this call)"
+    )
+    assert str(summary) == f"{text}; stopped: 7 failed"
+    assert summary.total == 100
+    assert pickle.loads(pickle.dumps(summary)) == summary
+    with pytest.raises(speval.EvaluationsFailed, match="7 of 100 evaluations failed"):
+        summary.raise_for_failures()
+    with pytest.raises(AttributeError):
+        summary.failed = 0
+    Summary(0, 0, 1, 0).raise_for_failures()
+
+
+def test_a_claim_shows_its_token():
+    assert repr(Claim(17, 2, 2, "17", "{}", 99)) == "<Claim '17' attempt 2>"
+
+
+def test_importing_speval_starts_nothing_and_stays_light():
+    code = "import sys, threading, speval; print(threading.active_count(), {'aiosqlite', 'numpy', 'tqdm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 set()\n"

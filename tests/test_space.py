@@ -1,0 +1,154 @@
+"""Eval spaces: what is accepted, how it is named, what is refused."""
+
+import json
+from collections.abc import Mapping
+
+import numpy
+import pytest
+
+from speval.errors import OptionError, SpaceError, SpevalError, UnserializableError
+from speval.space import Space, name_to_key
+
+
+def rows_of(eval_space):
+    space = Space()
+    try:
+        for _ in space.fill(eval_space):
+            pass
+        return [(str(key), json.loads(args)) for key, args in space.rows()]
+    finally:
+        space.close()
+
+
+def digest_of(eval_space):
+    space = Space()
+    try:
+        list(space.fill(eval_space))
+        return space.digest
+    finally:
+        space.close()
+
+
+class Twice(Mapping):
+    """A mapping that has one key two times, as some multi-dicts do."""
+
+    def __getitem__(self, key):
+        return 1
+
+    def __iter__(self):
+        return iter(["a", "a"])
+
+    def __len__(self):
+        return 2
+
+
+def test_a_list_is_named_by_position():
+    assert rows_of(["x", "y"]) == [("0", "x"), ("1", "y")]
+
+
+def test_a_mapping_keeps_its_names_and_its_order():
+    space = {"b": 1, "a": 2, "07": 3, "7": 4, 5: 6, "line\nbreak\ttab": 7, "ü": 8}
+    assert rows_of(space) == [("b", 1), ("a", 2), ("07", 3), ("7", 4), ("5", 6), ("line\nbreak\ttab", 7), ("ü", 8)]
+
+
+@pytest.mark.parametrize(
+    "space", [range(3), (i for i in range(3)), numpy.arange(3), iter([0, 1, 2]), {0: 0, 1: 1, 2: 2}.values()]
+)
+def test_any_iterable_is_an_eval_space(space):
+    assert rows_of(space) == [("0", 0), ("1", 1), ("2", 2)]
+
+
+def test_a_parameter_grid_is_an_eval_space():
+    from sklearn.model_selection import ParameterGrid
+
+    assert rows_of(ParameterGrid({"c": [1, 10], "kernel": ["rbf"]})) == [
+        ("0", {"c": 1, "kernel": "rbf"}),
+        ("1", {"c": 10, "kernel": "rbf"}),
+    ]
+
+
+def test_a_large_space_is_streamed_and_spooled():
+    taken = []
+
+    def endless():
+        for i in range(5000):
+            taken.append(i)
+            yield i
+
+    space = Space()
+    filling = space.fill(endless())
+    next(filling)
+    assert len(taken) < 2000
+    list(filling)
+    assert space.count == 5000
+    assert [args for _, args in space.rows()] == [str(i) for i in range(5000)]
+    space.close()
+
+
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [({1: "a", "1": "b"}, "1"), (Twice(), "a"), ({numpy.int64(4): "a", 4.5: 1}, "4.5")],
+)
+def test_names_that_clash_or_are_none_are_refused(space, name):
+    with pytest.raises(SpaceError, match=name):
+        rows_of(space)
+
+
+@pytest.mark.parametrize("space", ["text", b"text", 17, None, object()])
+def test_what_is_no_space_is_refused(space):
+    with pytest.raises(OptionError, match="eval_space"):
+        rows_of(space)
+
+
+def test_an_async_iterator_is_refused_with_the_way_out():
+    async def space():
+        yield 1
+
+    with pytest.raises(OptionError, match="gathered into a list"):
+        rows_of(space())
+
+
+def test_unserializable_args_are_named():
+    with pytest.raises(UnserializableError, match="the args of evaluation 'second'"):
+        rows_of({"first": 1, "second": object()})
+
+
+def test_an_error_of_the_users_generator_is_passed_on():
+    def broken():
+        yield 1
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        rows_of(broken())
+
+
+def test_the_digest_knows_names_args_and_order():
+    assert digest_of([1, 2]) == digest_of({"0": 1, "1": 2})
+    assert len({digest_of(s) for s in ([1, 2], [2, 1], [1, 2, 3], {"a": 1, "b": 2}, {"b": 2, "a": 1}, [], [12])}) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("0", 0),
+        ("17", 17),
+        ("017", "017"),
+        ("", ""),
+        ("-1", "-1"),
+        ("1.0", "1.0"),
+        ("²", "²"),
+        ("٣", "٣"),
+        ("9" * 18, int("9" * 18)),
+        ("9" * 19, "9" * 19),
+    ],
+)
+def test_only_a_plain_decimal_number_is_stored_as_one(name, key):
+    got = name_to_key(name)
+    assert (got, type(got)) == (key, type(key))
+    assert str(got) == name
+
+
+def test_every_refusal_is_a_speval_error():
+    assert issubclass(OptionError, SpevalError)
+    assert issubclass(SpaceError, SpevalError)
+    assert issubclass(UnserializableError, SpevalError)

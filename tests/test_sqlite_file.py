@@ -1,0 +1,365 @@
+"""The file: recognised before it is touched, made private, migrated in one transaction, refused by name."""
+
+import os
+import shutil
+import sqlite3
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from speval import aio
+from speval.errors import (
+    DatabaseError,
+    DatabaseLockedError,
+    DatabaseMissingError,
+    ForeignDatabaseError,
+    NewerSchemaError,
+    OptionError,
+)
+from speval.stores.sqlite_file import APPLICATION_ID, SCHEMA, SqliteFile
+
+from .conftest import Scripts, rows
+
+
+def double(args):
+    return args * 2
+
+
+def old_database(path: Path, *, names=("0", "1", "2", "3", "4")) -> None:
+    """Make a half finished database as speval 0.1.1 does."""
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE evals (\n    name TEXT, status TEXT, updated INTEGER, result TEXT, args TEXT\n)")
+    states = ["completed", "in_progress", "completed", "pending", "pending"]
+    for i, (name, status) in enumerate(zip(names, states, strict=True)):
+        result = f'{{"v": {i}, "nan": NaN}}' if status == "completed" else None
+        connection.execute("INSERT INTO evals VALUES (?,?,?,?,?)", (name, status, 1.5e9 + i, result, f'{{"x": {i}}}'))
+    connection.commit()
+    connection.close()
+
+
+def everything(db: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(db.parent.iterdir()) if path.is_file()}
+
+
+# Databases of speval 0.1.1
+
+
+async def test_a_half_finished_database_of_0_1_1_goes_on(db):
+    old_database(db)
+    called = []
+    summary = await aio.speval(lambda args: called.append(args["x"]) or {"v": args["x"]}, [{"x": i} for i in range(6)], db)
+    assert sorted(called) == [1, 3, 4, 5]
+    assert (summary.completed, summary.total) == (6, 6)
+    evaluations = await aio.load_evals(db)
+    assert [e["name"] for e in evaluations] == ["0", "1", "2", "3", "4", "5"]
+    assert [e["result"]["v"] for e in evaluations] == [0, 1, 2, 3, 4, 5]
+    assert [e["attempts"] for e in evaluations] == [1, 1, 1, 1, 1, 1]
+    assert evaluations[0]["updated"] == 1.5e9
+
+
+async def test_a_database_of_0_1_1_with_names_of_its_own_goes_on(db):
+    names = ("a", "b", "07", "7", "x y")
+    old_database(db, names=names)
+    summary = await aio.speval(lambda args: args, {name: {"x": i} for i, name in enumerate(names)}, db)
+    assert summary.completed == 5
+    assert [e["name"] for e in await aio.load_evals(db)] == list(names)
+
+
+async def test_reading_a_database_of_0_1_1_changes_nothing(db):
+    old_database(db)
+    before = everything(db)
+    evaluations = await aio.load_evals(db)
+    assert [e["status"] for e in evaluations] == ["completed", "in_progress", "completed", "pending", "pending"]
+    assert evaluations[2]["result"]["v"] == 2
+    assert evaluations[1]["args"] == {"x": 1}
+    assert len(await aio.load_evals(db, status="pending")) == 2
+    assert everything(db) == before
+
+
+async def test_a_migration_that_fails_changes_nothing(db, monkeypatch):
+    old_database(db)
+    original = sqlite3.complete_statement
+    seen = []
+
+    def break_late(statement):
+        seen.append(statement)
+        if "DROP TABLE" in statement:
+            raise RuntimeError("interrupted")
+        return original(statement)
+
+    monkeypatch.setattr("speval.stores.sqlite_file.sqlite3.complete_statement", break_late)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        await aio.speval(double, [1], db)
+    monkeypatch.undo()
+    assert len(seen) > 10
+    assert rows(db, "SELECT name FROM sqlite_master") == [("evals",)]
+    assert len(await aio.load_evals(db)) == 5
+
+
+async def test_the_classic_query_works(db):
+    await aio.speval(double, {"a": 1, "7": [2]}, db)
+    assert rows(db, "select name, status, result, args from evals") == [
+        ("a", "completed", "2", "1"),
+        ("7", "completed", "[2,2]", "[2]"),
+    ]
+    assert rows(db, "select typeof(name), typeof(updated) from evals") == [("text", "real")] * 2
+
+
+def test_an_old_copy_that_still_runs_cannot_write_any_more(db):
+    old_database(db)
+    SqliteFile(db, "write").close()
+    connection = sqlite3.connect(db)
+    with pytest.raises(sqlite3.OperationalError, match="view"):
+        connection.execute("UPDATE evals SET status = 'completed' WHERE name = '1'")
+    connection.close()
+
+
+# What is not ours
+
+
+def garbage(path):
+    path.write_bytes(b"This is a text file, and quite a long one. " * 200)
+
+
+def short_garbage(path):
+    path.write_bytes(b"hello")
+
+
+def png(path):
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 20)
+
+
+def someone_elses(path):
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT)")
+    connection.execute("INSERT INTO customers VALUES (1, 'ours')")
+    connection.commit()
+    connection.close()
+
+
+def someone_elses_evals(path):
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE evals (name TEXT, score REAL)")
+    connection.commit()
+    connection.close()
+
+
+def someone_elses_beside_evals(path):
+    old_database(path)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE notes (text)")
+    connection.commit()
+    connection.close()
+
+
+def with_another_application_id(path):
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA application_id = 12345")
+    connection.execute("CREATE TABLE t (x)")
+    connection.commit()
+    connection.close()
+
+
+FOREIGN = [
+    garbage,
+    short_garbage,
+    png,
+    someone_elses,
+    someone_elses_evals,
+    someone_elses_beside_evals,
+    with_another_application_id,
+]
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+@pytest.mark.parametrize("call", ["speval", "load_evals", "retry"])
+async def test_a_foreign_file_is_refused_and_left_byte_for_byte(db, make, call):
+    make(db)
+    before = everything(db)
+    with pytest.raises(ForeignDatabaseError, match=r"runs\.db: not a database of speval but"):
+        await (aio.speval(double, [1], db) if call == "speval" else getattr(aio, call)(db))
+    assert everything(db) == before
+
+
+async def test_a_newer_schema_is_refused_saying_what_to_install(db):
+    await aio.speval(double, [1], db)
+    connection = sqlite3.connect(db)
+    connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    connection.execute("UPDATE meta SET value = '7.5' WHERE key = 'release'")
+    connection.commit()
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    before = everything(db)
+    for call in (aio.speval(double, [1], db), aio.load_evals(db), aio.retry(db)):
+        with pytest.raises(NewerSchemaError, match=r"pip install 'speval>=7\.5'"):
+            await call
+    assert everything(db) == before
+
+
+# Names and folders
+
+
+@pytest.mark.parametrize("name", [":memory:", "", "postgresql://user:secret@host/db", "file:runs.db", "a\0b"])
+async def test_what_is_no_file_name_is_refused_without_repeating_a_password(name):
+    for call in (aio.speval(double, [1], name), aio.load_evals(name), aio.retry(name)):
+        with pytest.raises(OptionError, match="db=") as caught:
+            await call
+        assert "secret" not in str(caught.value)
+
+
+async def test_reading_or_retrying_a_missing_database_names_it_and_makes_none(tmp_path):
+    for call in (aio.load_evals, aio.retry):
+        with pytest.raises(DatabaseMissingError, match=r"nowhere\.db"):
+            await call(tmp_path / "nowhere.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_folder_is_refused(tmp_path):
+    for call in (aio.speval(double, [1], tmp_path), aio.load_evals(tmp_path)):
+        with pytest.raises(DatabaseError, match="is a folder"):
+            await call
+
+
+async def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DatabaseError, match="can't be created in"):
+        await aio.speval(double, [1], tmp_path / "file" / "runs.db")
+
+
+async def test_missing_folders_are_made(tmp_path):
+    await aio.speval(double, [1], tmp_path / "a" / "b" / "runs.db")
+    assert len(await aio.load_evals(str(tmp_path / "a" / "b" / "runs.db"))) == 1
+
+
+@pytest.mark.parametrize("name", ["with space.db", "50%.db", "what?.db", "#1.db", "ünï.db", "a&b=c.db", "semi;colon.db"])
+async def test_any_file_name_is_taken_as_it_is(tmp_path, name):
+    await aio.speval(double, [1], tmp_path / name)
+    assert [e["result"] for e in await aio.load_evals(tmp_path / name)] == [2]
+    assert {p.name for p in tmp_path.iterdir()} == {name}
+
+
+async def test_a_database_is_private_whatever_the_umask(db):
+    before = os.umask(0)
+    try:
+        await aio.speval(double, [1], db)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(db.stat().st_mode) == 0o600
+
+
+def test_the_file_says_whose_it_is(db):
+    SqliteFile(db, "create").close()
+    assert rows(db, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert rows(db, "PRAGMA user_version") == [(SCHEMA,)]
+    assert rows(db, "PRAGMA journal_mode") == [("wal",)]
+
+
+UNPRIVILEGED = """
+import os, sys, json
+import speval, speval.stores.sqlite, speval.executors.thread
+import encodings.idna, stringprep
+# As root, permissions mean nothing; nobody has them.
+if os.geteuid() == 0:
+    os.setegid(65534); os.seteuid(65534)
+call, db = sys.argv[1:]
+try:
+    if call == "speval":
+        speval.speval(abs, [1], db)
+    else:
+        print([e["result"] for e in speval.load_evals(db)])
+except speval.SpevalError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may enter, which pytest's own are not."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scripts):
+    open_folder.chmod(0o555)
+    done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
+    assert done.stdout == f"DatabaseError {open_folder}/runs.db: can't be created in {open_folder}: Permission denied\n", (
+        done.stderr
+    )
+    assert list(open_folder.iterdir()) == []
+
+
+async def test_a_database_in_a_folder_that_cannot_be_written_to_can_be_read(open_folder, scripts: Scripts):
+    await aio.speval(double, [1, 2], open_folder / "runs.db")
+    (open_folder / "runs.db").chmod(0o444)
+    open_folder.chmod(0o555)
+    done = scripts.run(UNPRIVILEGED, "load", str(open_folder / "runs.db"))
+    assert done.stdout == "[2, 4]\n", done.stderr
+    done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
+    assert "DatabaseError" in done.stdout
+    assert "can't be written to" in done.stdout
+
+
+async def test_a_damaged_database_is_named(db):
+    await aio.speval(double, range(1000), db)
+    data = bytearray(db.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    db.write_bytes(data)
+    with pytest.raises(DatabaseError, match=r"runs\.db"):
+        await aio.load_evals(db)
+
+
+# Waiting for locks
+
+
+def test_a_lock_that_stays_is_an_error_that_names_the_file(db):
+    SqliteFile(db, "create").close()
+    blocker = sqlite3.connect(db, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    file = SqliteFile(db, "write", patience=0.05)
+    try:
+        with pytest.raises(DatabaseLockedError, match=r"runs\.db: locked by another program"):
+            file.write(lambda c: c.execute("DELETE FROM meta"))
+        assert file.read(lambda c: c.execute("SELECT count(*) FROM meta").fetchone()) == (1,)  # readers don't wait
+        blocker.execute("ROLLBACK")
+        file.write(lambda c: c.execute("DELETE FROM meta"))
+    finally:
+        file.close()
+        blocker.close()
+
+
+def test_a_transaction_that_raises_is_rolled_back(db):
+    file = SqliteFile(db, "create")
+
+    def half(connection):
+        connection.execute("INSERT INTO meta VALUES ('half', 1)")
+        raise KeyError("half way")
+
+    try:
+        with pytest.raises(KeyError):
+            file.write(half)
+        assert not file.connection.in_transaction
+        assert file.read(lambda c: c.execute("SELECT * FROM meta WHERE key = 'half'").fetchall()) == []
+    finally:
+        file.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the mount table")
+def test_a_local_disk_is_not_taken_for_a_network(db):
+    file = SqliteFile(db, "create")
+    assert file.network is None
+    file.close()
+
+
+def test_without_a_wal_every_commit_is_synchronous(db, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_file._network_filesystem", lambda path: "nfs4")
+    file = SqliteFile(db, "create")
+    assert file.connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert file.connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    file.close()

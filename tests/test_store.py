@@ -1,0 +1,548 @@
+"""The contract of a store, held by every store: one real database each, workers that claim, stall, come back and leave."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from speval.errors import ArgsChangedError, StoreClosedError, UnknownNameError
+from speval.model import Claim, Outcome
+from speval.space import Space
+from speval.stores.base import Ended, Store
+from speval.stores.sqlite import SqliteStore
+
+from .conftest import MovableClock, rows
+
+
+def space_of(eval_space) -> Space:
+    space = Space()
+    list(space.fill(eval_space))
+    return space
+
+
+def done(claim: Claim, result="1") -> Ended:
+    return Ended(claim, Outcome(None, result, None, 5.0, 0.25), False)
+
+
+def broken(claim: Claim, cause="exception", again=False) -> Ended:
+    error = {"cause": cause, "type": "ValueError", "message": "boom", "traceback": "Traceback: boom"}
+    return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
+
+
+class Database:
+    """Makes stores on one database, each as a worker of its own would have it."""
+
+    def __init__(self, path: Path, clock: MovableClock) -> None:
+        self.path = path
+        self.clock = clock
+        self.stores: list[Store] = []
+        self.spaces: list[Space] = []
+
+    async def open(self, eval_space=None, on_changed="error") -> Store:
+        store = SqliteStore(self.path, "create", clock=self.clock)
+        await store.open()
+        self.stores.append(store)
+        if eval_space is not None:
+            await self.seed(store, eval_space, on_changed)
+        return store
+
+    async def seed(self, store, eval_space, on_changed="error"):
+        space = space_of(eval_space)
+        self.spaces.append(space)
+        return await store.seed(space, on_changed)
+
+    async def worker(self, eval_space, lease=10.0):
+        store = await self.open(eval_space)
+        return store, await store.register(lease)
+
+    async def all(self) -> dict[str, dict]:
+        _, evaluations = await self.stores[0].load(None, 0, 100_000)
+        return {e["name"]: e for e in evaluations}
+
+    async def statuses(self) -> list[str]:
+        return [e["status"] for e in (await self.all()).values()]
+
+
+@pytest.fixture
+async def database(db: Path, clock: MovableClock) -> AsyncIterator[Database]:
+    database = Database(db, clock)
+    yield database
+    for store in database.stores:
+        await store.close()
+    for space in database.spaces:
+        space.close()
+
+
+# Seeding
+
+
+async def test_seeding_twice_adds_nothing(database):
+    store = await database.open()
+    first = await database.seed(store, ["a", "b"])
+    again = await database.seed(await database.open(), ["a", "b"])
+    assert (first.new, first.unchanged, first.changed, first.gone) == (2, 0, 0, 0)
+    assert (again.new, again.unchanged, again.changed, again.gone) == (0, 2, 0, 0)
+    assert len(await database.all()) == 2
+
+
+async def test_a_longer_space_adds_what_is_new(database):
+    await database.open(range(3))
+    seeded = await database.seed(await database.open(), range(5))
+    assert (seeded.new, seeded.unchanged) == (2, 3)
+    assert list(await database.all()) == ["0", "1", "2", "3", "4"]
+
+
+async def test_many_copies_seed_at_once_and_store_each_evaluation_once(database):
+    space = {f"name {i}": i for i in range(25_000)}
+    stores = [await database.open() for _ in range(5)]
+    seeded = await asyncio.gather(*(database.seed(store, space) for store in stores))
+    assert list(await database.all()) == list(space)
+    assert all(s.new + s.unchanged == 25_000 for s in seeded)
+
+
+async def test_copies_with_different_spaces_seed_at_once_and_lose_none(database):
+    stores = [await database.open() for _ in range(4)]
+    spaces = [{f"{i} {j % (i + 1)} {j}": j for j in range(12_000)} for i in range(4)]
+    await asyncio.gather(*(database.seed(store, space) for store, space in zip(stores, spaces, strict=True)))
+    assert set(await database.all()) == set().union(*spaces)
+
+
+async def test_changed_args_are_an_error_that_shows_the_first_few_and_changes_nothing(database):
+    await database.open({f"e{i}": {"x": i} for i in range(10)})
+    store = await database.open()
+    with pytest.raises(ArgsChangedError) as caught:
+        await database.seed(store, {f"e{i}": {"x": i * 2} for i in range(12)})
+    assert caught.value.count == 9
+    assert caught.value.examples == [(f"e{i}", f'{{"x":{i}}}', f'{{"x":{i * 2}}}') for i in (1, 2, 3)]
+    assert "9 evaluations are stored with other args" in str(caught.value)
+    assert '\'e1\': stored {"x":1}, now {"x":2}' in str(caught.value)
+    assert [e["args"] for e in (await database.all()).values()] == [{"x": i} for i in range(10)]
+
+
+async def test_the_order_of_keys_is_no_change(database):
+    await database.open([{"a": 1, "b": [2, {"c": 3, "d": 4}]}])
+    seeded = await database.seed(await database.open(), [{"b": [2, {"d": 4, "c": 3}], "a": 1}])
+    assert (seeded.unchanged, seeded.changed) == (1, 0)
+
+
+async def test_keep_goes_on_with_the_stored_args(database):
+    await database.open([1, 2])
+    store = await database.open()
+    seeded = await database.seed(store, [1, 5, 6], on_changed="keep")
+    assert (seeded.new, seeded.unchanged, seeded.changed) == (1, 1, 1)
+    assert [e["args"] for e in (await database.all()).values()] == [1, 2, 6]
+    again = await database.seed(await database.open(), [1, 5, 6], on_changed="keep")
+    assert again.changed == 1
+
+
+async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the_old_args(database):
+    store, worker = await database.worker([1, 2, 3])
+    claims = (await store.record(worker, idle=3)).claims
+    await store.record(worker, [done(claims[0]), done(claims[1])])
+    other = await database.open()
+    seeded = await database.seed(other, [1, 20, 30], on_changed="rerun")
+    assert (seeded.changed, seeded.unchanged) == (2, 1)
+    assert (await store.record(worker, [done(claims[2], '"old"')])).refused == [claims[2]]
+    assert await database.statuses() == ["completed", "pending", "pending"]
+    assert [e["args"] for e in (await database.all()).values()] == [1, 20, 30]
+    assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
+
+
+async def test_what_is_no_longer_in_the_space_is_counted_and_left_alone(database):
+    await database.open({"a": 1, "b": 2, "c": 3})
+    store = await database.open()
+    seeded = await database.seed(store, {"b": 2, "d": 4})
+    assert (seeded.new, seeded.unchanged, seeded.gone) == (1, 1, 2)
+    worker = await store.register(10)
+    recorded = await store.record(worker, idle=10)
+    assert [c.name for c in recorded.claims] == ["b", "d"]
+    recorded = await store.record(worker, [done(c) for c in recorded.claims], idle=1)
+    assert recorded.open is False
+    assert (await store.summary()).total == 2
+
+
+async def test_what_others_add_meanwhile_is_not_of_this_space(database):
+    store, worker = await database.worker([1])
+    await database.open([1, 2])
+    recorded = await store.record(worker, idle=5)
+    assert [c.name for c in recorded.claims] == ["0"]
+    assert (await store.record(worker, [done(recorded.claims[0])], idle=5)).open is False
+
+
+async def test_an_empty_space_is_done_at_once(database):
+    store, worker = await database.worker([])
+    recorded = await store.record(worker, idle=1)
+    assert (recorded.claims, recorded.open) == ([], False)
+
+
+# Claiming
+
+
+async def test_claims_come_in_eval_space_order_and_never_twice(database):
+    store, worker = await database.worker({"c": 1, "a": 2, "b": 3})
+    other, its = await database.worker({"c": 1, "a": 2, "b": 3})
+    first = (await store.record(worker, idle=2)).claims
+    second = (await other.record(its, idle=2)).claims
+    assert [c.name for c in first + second] == ["c", "a", "b"]
+    assert {(c.attempt, c.charged) for c in first + second} == {(1, 1)}
+
+
+async def test_a_hundred_claims_at_once_from_eight_workers_overlap_nowhere(database):
+    workers = [await database.worker(range(800)) for _ in range(8)]
+
+    async def claim(store, worker):
+        return [c.id for _ in range(10) for c in (await store.record(worker, idle=7, ahead=3)).claims]
+
+    claimed = await asyncio.gather(*(claim(*w) for w in workers))
+    ids = [i for mine in claimed for i in mine]
+    assert len(ids) == len(set(ids)) == 800
+
+
+async def test_claimed_ahead_is_only_what_was_never_tried(database):
+    store, worker = await database.worker(range(6))
+    claims = (await store.record(worker, idle=2)).claims
+    await store.record(worker, [broken(c, "timeout", again=True) for c in claims])
+    await store.record(worker, due=claims)
+    recorded = await store.record(worker, idle=1, ahead=2)
+    assert [(c.name, c.charged) for c in recorded.claims] == [("0", 2), ("2", 1), ("3", 1)]
+
+
+async def test_open_tells_whether_something_is_left_to_end(database):
+    store, worker = await database.worker([1, 2])
+    recorded = await store.record(worker, idle=3)
+    assert recorded.open is True
+    recorded = await store.record(worker, [done(c) for c in recorded.claims], idle=1)
+    assert recorded.open is False
+
+
+# Recording and fencing
+
+
+async def test_a_completed_evaluation_has_its_result_and_its_times(database):
+    store, worker = await database.worker([{"x": 1}])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    database.clock.wall_now += 60
+    await store.record(worker, [done(claim, '{"loss":0.5}')])
+    evaluation = (await database.all())["0"]
+    label = evaluation.pop("worker")
+    assert label.endswith(f":{worker:012x}")
+    assert evaluation == {
+        "name": "0",
+        "status": "completed",
+        "updated": database.clock.wall_now,
+        "result": {"loss": 0.5},
+        "args": {"x": 1},
+        "attempts": 1,
+        "error": None,
+        "started": 5.0,
+        "duration": 0.25,
+    }
+
+
+async def test_a_failed_evaluation_has_its_error(database):
+    store, worker = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, [broken(claim)])
+    evaluation = (await database.all())["0"]
+    assert evaluation["status"] == "failed"
+    assert evaluation["error"] == {
+        "cause": "exception",
+        "type": "ValueError",
+        "message": "boom",
+        "traceback": "Traceback: boom",
+    }
+    assert evaluation["result"] is None
+
+
+async def test_nothing_is_recorded_twice(database):
+    store, worker = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    assert (await store.record(worker, [done(claim)])).refused == []
+    assert (await store.record(worker, [done(claim, "2")])).refused == [claim]
+    assert (await store.record(worker, [broken(claim)])).refused == [claim]
+    assert (await database.all())["0"]["result"] == 1
+
+
+async def test_a_stale_attempt_cannot_complete(database):
+    store, worker = await database.worker([1, 2, 3])
+    claims = (await store.record(worker, idle=3)).claims
+    stale = claims[1]._replace(attempt=0)
+    foreign = claims[2]._replace(worker=worker + 1)
+    recorded = await store.record(worker, [done(claims[0]), done(stale), done(foreign)])
+    assert recorded.refused == [stale, foreign]
+    assert await database.statuses() == ["completed", "in_progress", "in_progress"]
+    assert rows(database.path, "SELECT evaluation FROM attempts") == [(claims[0].id,)]
+
+
+async def test_one_refused_among_many_keeps_none_of_the_others_from_being_recorded(database):
+    store, worker = await database.worker(range(100))
+    claims = (await store.record(worker, idle=100)).claims
+    await store.record(worker, [done(claims[50])])
+    recorded = await store.record(worker, [done(c) for c in claims])
+    assert recorded.refused == [claims[50]]
+    assert await database.statuses() == ["completed"] * 100
+    assert rows(database.path, "SELECT count(*), count(DISTINCT evaluation) FROM attempts") == [(100, 100)]
+
+
+async def test_a_released_claim_charges_no_attempt_and_leaves_no_row(database):
+    store, worker = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, released=[claim])
+    assert (await database.all())["0"]["attempts"] == 0
+    (again,) = (await store.record(worker, idle=1)).claims
+    assert (again.attempt, again.charged) == (2, 1)
+    assert (await store.record(worker, [done(claim)])).refused == [claim]
+    assert (await store.record(worker, [done(again)])).refused == []
+    assert (await database.all())["0"]["attempts"] == 1
+    assert rows(database.path, "SELECT count(*) FROM attempts") == [(1,)]
+
+
+async def test_one_held_for_its_backoff_is_nobodys_to_claim_until_it_is_due(database):
+    store, worker = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, [broken(claim, "timeout", again=True)])
+    assert await database.statuses() == ["pending"]
+    assert (await store.record(worker, idle=1)).claims == []
+    assert (await store.record(worker, idle=1)).open is True
+    recorded = await store.record(worker, due=[claim], idle=1)
+    assert [(c.name, c.attempt, c.charged) for c in recorded.claims] == [("0", 2, 2)]
+    assert rows(database.path, "SELECT attempt, outcome, error_message FROM attempts") == [(1, "timeout", "boom")]
+
+
+async def test_leaving_gives_everything_back_and_charges_nothing(database):
+    store, worker = await database.worker([1, 2, 3])
+    claims = (await store.record(worker, idle=2)).claims
+    await store.record(worker, [broken(claims[0], "timeout", again=True)])
+    await store.leave(worker)
+    assert await database.statuses() == ["pending"] * 3
+    assert [e["attempts"] for e in (await database.all()).values()] == [1, 0, 0]
+    other, its = await database.worker([1, 2, 3])
+    assert [c.charged for c in (await other.record(its, idle=3)).claims] == [2, 1, 1]
+
+
+async def test_who_has_left_or_is_dead_cannot_claim(database):
+    store, worker = await database.worker([1])
+    await store.leave(worker)
+    recorded = await store.record(worker, idle=1)
+    assert (recorded.lost, recorded.claims) == (True, [])
+
+
+async def test_failures_are_counted_from_the_seeding_on(database):
+    store, worker = await database.worker(range(4))
+    claims = (await store.record(worker, idle=4)).claims
+    await store.record(worker, [broken(claims[0])])
+    later, its = await database.worker(range(4))
+    assert (await store.record(worker, count_failures=True)).failures == 1
+    assert (await later.record(its, count_failures=True)).failures == 0
+    recorded = await store.record(worker, [broken(claims[1]), done(claims[2])], count_failures=True)
+    assert recorded.failures == 2
+    assert (await later.record(its, count_failures=True)).failures == 1
+
+
+# Reading
+
+
+async def test_the_feed_brings_each_ended_evaluation_in_the_order_of_the_commits(database):
+    store, worker = await database.worker(range(5))
+    claims = (await store.record(worker, idle=5)).claims
+    await store.record(worker, [done(claims[3]), broken(claims[1])])
+    cursor, ended = await store.ended_since(0, 100)
+    assert [(id, e["name"], e["status"]) for id, e in ended] == [(4, "3", "completed"), (2, "1", "failed")]
+    assert await store.ended_since(cursor, 100) == (cursor, [])
+    await store.record(worker, [broken(claims[0], "timeout", again=True), done(claims[2])])
+    cursor, ended = await store.ended_since(cursor, 100)
+    assert [e["name"] for _, e in ended] == ["2"]
+
+
+async def test_the_feed_comes_in_pages(database):
+    store, worker = await database.worker(range(10))
+    await store.record(worker, [done(c) for c in (await store.record(worker, idle=10)).claims])
+    names, cursor = [], 0
+    while True:
+        cursor, ended = await store.ended_since(cursor, 3)
+        if not ended:
+            break
+        names += [e["name"] for _, e in ended]
+    assert names == [str(i) for i in range(10)]
+
+
+async def test_changed_tells_of_others_writes_only(database):
+    store, worker = await database.worker([1, 2])
+    other, its = await database.worker([1, 2])
+    await store.changed()
+    await store.record(worker, idle=1)
+    assert await store.changed() is False
+    await other.record(its, idle=1)
+    assert await store.changed() is True
+    assert await store.changed() is False
+
+
+async def test_the_summary_counts_by_status_and_cause(database):
+    store, worker = await database.worker(range(6))
+    claims = (await store.record(worker, idle=5)).claims
+    await store.record(
+        worker, [done(claims[0]), broken(claims[1]), broken(claims[2], "crash"), broken(claims[3], "timeout", again=True)]
+    )
+    summary = await store.summary()
+    assert (summary.pending, summary.in_progress, summary.completed, summary.failed) == (2, 1, 1, 2)
+    assert summary.causes == {"exception": 1, "crash": 1}
+
+
+async def test_loading_filters_by_status_and_pages(database):
+    store, worker = await database.worker(range(10))
+    claims = (await store.record(worker, idle=5)).claims
+    await store.record(worker, [done(c) for c in claims[:3]])
+    cursor, page = await store.load("completed", 0, 2)
+    assert [e["name"] for e in page] == ["0", "1"]
+    cursor, page = await store.load("completed", cursor, 2)
+    assert [e["name"] for e in page] == ["2"]
+    assert [len((await store.load(s, 0, 100))[1]) for s in ("pending", "in_progress", "failed")] == [5, 2, 0]
+
+
+# Putting back
+
+
+async def test_retry_puts_failed_ones_back_with_a_fresh_budget(database):
+    store, worker = await database.worker(range(3))
+    claims = (await store.record(worker, idle=3)).claims
+    await store.record(worker, [broken(claims[0]), broken(claims[1]), done(claims[2])])
+    assert await store.retry(None, "failed") == 2
+    assert await database.statuses() == ["pending", "pending", "completed"]
+    recorded = await store.record(worker, idle=3)
+    assert [(c.name, c.attempt, c.charged) for c in recorded.claims] == [("0", 2, 1), ("1", 2, 1)]
+    assert (await database.all())["0"]["attempts"] == 2
+    assert rows(database.path, "SELECT count(*) FROM attempts WHERE outcome = 'exception'") == [(2,)]
+
+
+async def test_retry_by_name_leaves_other_statuses_alone(database):
+    store, worker = await database.worker({"a": 1, "7": 2, "c": 3})
+    claims = (await store.record(worker, idle=3)).claims
+    await store.record(worker, [broken(claims[0]), broken(claims[1]), done(claims[2])])
+    assert await store.retry(["7", "c"], "failed") == 1
+    assert await database.statuses() == ["failed", "pending", "completed"]
+    assert await store.retry(["c"], "completed") == 1
+
+
+async def test_retrying_an_unknown_name_changes_nothing(database):
+    store, worker = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, [broken(claim)])
+    with pytest.raises(UnknownNameError, match="no evaluation is named 'x', '9'"):
+        await store.retry(["0", "x", "9"], "failed")
+    assert await database.statuses() == ["failed"]
+
+
+async def test_a_closed_store_says_so(database):
+    store = await database.open([1])
+    await store.close()
+    await store.close()
+    with pytest.raises(StoreClosedError):
+        await store.summary()
+
+
+# Leases: taking back
+
+
+def keeping_of(store):
+    return store.lease_keeping()
+
+
+async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    store, worker = await database.worker([1, 2], lease=10)
+    other, its = await database.worker([1, 2], lease=10)
+    claims = (await store.record(worker, idle=2)).claims
+    keeping, its_keeping = keeping_of(store), keeping_of(other)
+    try:
+        assert its_keeping.reclaim(its, 3).workers == []
+        database.clock.now += 9
+        assert its_keeping.reclaim(its, 3).workers == []
+        assert keeping.renew(worker, 1.0)
+        database.clock.now += 9
+        assert its_keeping.reclaim(its, 3).workers == []
+        database.clock.now += 9.9
+        assert its_keeping.reclaim(its, 3).workers == []
+        database.clock.now += 0.2
+        reclaimed = its_keeping.reclaim(its, 3)
+        assert (len(reclaimed.workers), reclaimed.pending, reclaimed.failed) == (1, 2, [])
+        assert not keeping.renew(worker, 1.0)
+        assert (await store.record(worker, [done(claims[0])], idle=1)).lost
+        assert await database.statuses() == ["pending", "pending"]
+        assert rows(database.path, "SELECT outcome, error_type FROM attempts") == [("lost", "WorkerLost")] * 2
+        assert [c.charged for c in (await other.record(its, idle=2)).claims] == [2, 2]
+    finally:
+        keeping.close()
+        its_keeping.close()
+
+
+async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    store, _ = await database.worker([1], lease=10)
+    other, its = await database.worker([1], lease=10)
+    keeping = keeping_of(other)
+    try:
+        keeping.reclaim(its, 3)
+        for jump in (36_000, -72_000, 1e9):
+            database.clock.wall_now += jump
+            database.clock.now += 3
+            assert keeping.reclaim(its, 3).workers == []
+        assert await store.changed() is not None
+    finally:
+        keeping.close()
+
+
+async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    other, its = await database.worker([1, 2])
+    keeping = keeping_of(other)
+    try:
+        for round_ in (1, 2, 3):
+            store, worker = await database.worker([1, 2])
+            claims = (await store.record(worker, idle=1)).claims
+            assert claims[0].charged == round_
+            reclaimed = keeping.reclaim(its, 3)
+            assert reclaimed.failed == (["0"] if round_ == 3 else [])
+        evaluation = (await database.all())["0"]
+        assert evaluation["status"] == "failed"
+        assert evaluation["attempts"] == 3
+        assert evaluation["error"]["cause"] == "lost"
+        assert "died or was out of reach" in evaluation["error"]["message"]
+    finally:
+        keeping.close()
+
+
+async def test_taking_back_many_claims_is_done_in_pieces_and_anybody_can_go_on_with_it(database, monkeypatch):
+    gone = set()
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: process.pid in gone)
+    monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", 10)
+    store, worker = await database.worker(range(35))
+    await store.record(worker, idle=35)
+    second, its = await database.worker(range(35))
+    await second._write(lambda c: c.execute("UPDATE workers SET pid = -1 WHERE id = ?", (worker,)).rowcount)
+    gone.add(-1)
+    keeping = keeping_of(second)
+    last = keeping_of(second)
+    try:
+        file = keeping._opened()
+        original, calls = file.write, []
+
+        def die_in_the_second(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(file, "write", die_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            keeping.reclaim(its, 3)
+        assert (await database.statuses()).count("pending") == 10
+        gone.clear()  # nobody needs to find it dead a second time
+        assert (await store.record(worker, idle=1)).lost
+        reclaimed = last.reclaim(its, 3)
+        assert reclaimed.pending == 25
+        assert set(await database.statuses()) == {"pending"}
+        assert last.reclaim(its, 3).workers == []
+    finally:
+        keeping.close()
+        last.close()
