@@ -406,6 +406,8 @@ class Worker:
                         raise
                     self._released.append(claim)
                 else:
+                    if claim in self._interrupted:
+                        task.uncancel()  # too late: it had ended
                     again = outcome.again and claim.charged < options.max_attempts
                     self._ended.append(Ended(claim, outcome, again))
                     # Quick to believe that evaluations are long, slow to believe that they are short.
@@ -414,6 +416,8 @@ class Worker:
                     del self._running[number]
                     self._interrupted.discard(claim)
                     self._wake.set()
+                if task.cancelling():
+                    raise asyncio.CancelledError
         finally:
             await slot.close()
 

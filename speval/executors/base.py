@@ -39,7 +39,8 @@ class Slot(ABC):
 
         Returns:
             How it ended. When the call is cancelled, it stops the function, or lets go of it where that can't be done, and
-            raises the cancellation within a short grace.
+            raises the cancellation within a short grace; but a function that has ended by then has an outcome, which is
+            returned all the same.
         """
 
     @abstractmethod

@@ -62,6 +62,8 @@ class _CoroutineSlot(Slot):
         try:
             await waiter
         except asyncio.CancelledError:
+            if task.done():  # it came too late: there is an outcome
+                return task.result()
             await _stop(evaluation, task)
             raise
         finally:

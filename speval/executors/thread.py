@@ -59,7 +59,8 @@ class _Call:
     name: str
     args: str
     loop: asyncio.AbstractEventLoop
-    outcome: asyncio.Future[Outcome]
+    future: asyncio.Future[None]
+    outcome: Outcome | None = None  # set by the thread before it says so to the loop
 
 
 class _Thread:
@@ -76,12 +77,12 @@ class _Thread:
         while (call := self.calls.get()) is not None:
             # The thread keeps nothing of a call while it waits for the next: a big result would stay in memory.
             run = (executor.function, call.name, call.args, executor.retry_on, executor.clock)
-            outcome = executor.context.copy().run(evaluate, *run)
+            call.outcome = executor.context.copy().run(evaluate, *run)
             try:
-                call.loop.call_soon_threadsafe(_deliver, call.outcome, outcome)
+                call.loop.call_soon_threadsafe(_wake, call.future)
             except RuntimeError:  # the loop is closed: we were given up
                 return
-            del call, outcome, run
+            del call, run
 
     def where(self) -> str:
         """Return the thread's stack, without our own frames."""
@@ -94,9 +95,9 @@ class _Thread:
 _OURS = {__file__, evaluate.__code__.co_filename, threading.__file__}
 
 
-def _deliver(future: asyncio.Future[Outcome], outcome: Outcome) -> None:
+def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
-        future.set_result(outcome)
+        future.set_result(None)
 
 
 class _ThreadSlot(Slot):
@@ -112,23 +113,22 @@ class _ThreadSlot(Slot):
         loop = asyncio.get_running_loop()
         call = _Call(name, args, loop, loop.create_future())
         started_at, started = clock.wall(), clock.monotonic()
-        alarm = None
-        if timeout is not None:
-            alarm = loop.call_later(timeout, call.outcome.cancel)
+        alarm = None if timeout is None else loop.call_later(timeout, _wake, call.future)
         self._thread.calls.put(call)
         try:
-            return await call.outcome
+            await call.future
         except asyncio.CancelledError:
-            thread = self._abandon()
-            # Ours by the alarm, unless somebody cancelled the slot itself at the same time.
-            task = asyncio.current_task()
-            if timeout is None or clock.monotonic() - started < timeout or (task and task.cancelling()):
+            if call.outcome is None:
+                self._abandon()
                 raise
-            self._executor.warn_of_abandoned(name, timeout)
-            return timed_out(timeout, thread.where(), started_at, clock.monotonic() - started)
         finally:
             if alarm is not None:
                 alarm.cancel()
+        if call.outcome is not None:
+            return call.outcome
+        assert timeout is not None
+        self._executor.warn_of_abandoned(name, timeout)
+        return timed_out(timeout, self._abandon().where(), started_at, clock.monotonic() - started)
 
     def _abandon(self) -> _Thread:
         """Let go of a thread that is still at work; the next call gets a new one."""

@@ -7,12 +7,12 @@ make others wait.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -194,12 +194,27 @@ class _Connection(aiosqlite.Connection):
         self._thread.daemon = True
         self._thread.name = "speval store"
 
+    async def finish(self) -> None:
+        """Close the connection behind whatever its thread is still doing, also when cancelled."""
+        stopped = self.stop()
+        try:
+            if stopped is not None:
+                with CancelScope(shield=True):
+                    await asyncio.shield(stopped)
+        except asyncio.CancelledError:
+            if self._connection is not None:
+                self._connection.interrupt()
+            raise
+        finally:
+            self.join()
+
     def join(self) -> None:
-        """Wait for the thread, which has been told to end and has nothing left to do but say so to the loop."""
+        """Wait for the thread, which has been told to end and must not outlive the loop it reports to."""
         self._thread.join()
 
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        result: T = await self._execute(work, *args, **kwargs)  # type: ignore[no-untyped-call]
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run a function without parameters: aiosqlite logs what it is given, and args and results are not for logs."""
+        result: T = await self._execute(work)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -261,10 +276,7 @@ class SqliteStore(Store):
         connection, self._connection = self._connection, None
         if connection is not None and self._file is not None:
             self._file.give_up()
-            with CancelScope(shield=True):
-                await connection.run(self._file.close)
-                await connection.close()
-                connection.join()
+            await connection.finish()
 
     def abandon(self) -> None:
         if self._file is not None:
@@ -275,11 +287,11 @@ class SqliteStore(Store):
 
     async def _write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         connection, file = self._opened()
-        return await connection.run(partial(file.write, work, *args, **kwargs))
+        return await connection.run(lambda: file.write(work, *args, **kwargs))
 
     async def _read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         connection, file = self._opened()
-        return await connection.run(partial(file.read, work, *args, **kwargs))
+        return await connection.run(lambda: file.read(work, *args, **kwargs))
 
     def _opened(self) -> tuple[_Connection, SqliteFile]:
         if self._connection is None or self._file is None:

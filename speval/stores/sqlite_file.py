@@ -43,6 +43,8 @@ SCHEMA = 1
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 
+_PATIENCE = 60.0  # seconds to wait for the lock of another program
+
 _NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
 _TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -55,7 +57,7 @@ class SqliteFile:
         path: The file.
         mode: ``create`` makes it if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
         durability: ``process`` survives the death of any process, ``power`` a power cut too.
-        patience: Seconds to wait for others' locks.
+        patience: Seconds to wait for others' locks. None: a minute.
     """
 
     def __init__(
@@ -63,10 +65,10 @@ class SqliteFile:
         path: Path,
         mode: Literal["create", "write", "read"],
         durability: Literal["process", "power"] = "process",
-        patience: float = 60.0,
+        patience: float | None = None,
     ) -> None:
         self.path = path
-        self.patience = patience
+        self.patience = _PATIENCE if patience is None else patience
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
         self.network: str | None = None  # the kind of network filesystem it is on
         self._is_current = False

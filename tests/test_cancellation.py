@@ -1,0 +1,227 @@
+"""Cancelling at any moment: no lock left, no claim kept, no thread alive, nothing charged."""
+
+import asyncio
+import sqlite3
+import sys
+from contextlib import suppress
+
+import anyio
+import pytest
+
+from speval import aio
+
+from .conftest import rows
+
+
+async def quick(args):
+    await asyncio.sleep(0)
+    return args
+
+
+def assert_nothing_held(db):
+    """Fail if a lock, a claim or a live worker is left."""
+    if not db.exists():
+        return
+    connection = sqlite3.connect(db, isolation_level=None, timeout=0)
+    connection.execute("BEGIN IMMEDIATE")  # raises at once if anybody holds the lock
+    connection.execute("ROLLBACK")
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if "states" in tables:
+        assert connection.execute("SELECT count(*) FROM states WHERE worker IS NOT NULL OR status IN (1, 4)").fetchone() == (0,)
+        assert connection.execute("SELECT count(*) FROM workers WHERE ended_at IS NULL").fetchone() == (0,)
+    connection.close()
+
+
+def steps_until_cancelled(db, make, step):
+    """Run a coroutine and cancel it after so many steps of the event loop; tell whether it was still running."""
+
+    async def main():
+        task = asyncio.create_task(make())
+        for _ in range(step):
+            if task.done():
+                break
+            await asyncio.sleep(0)
+        was_running = not task.done()
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            assert was_running
+        return was_running
+
+    return asyncio.run(main())
+
+
+CALLS = {
+    "speval": lambda db: aio.speval(quick, range(30), db, concurrency=4),
+    "load_evals": lambda db: aio.load_evals(db),
+    "retry": lambda db: aio.retry(db, status="completed"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_cancelled_at_every_step_nothing_is_held(tmp_path, call):
+    # A step of the loop is not always the same moment, as the store's thread runs at its own pace: hence so many.
+    db = tmp_path / "runs.db"
+    if call != "speval":
+        asyncio.run(aio.speval(quick, range(3000), db, concurrency=100))
+    for step in [*range(60), *range(60, 400, 7)]:
+        if call == "speval":
+            db = tmp_path / f"{step}.db"
+        steps_until_cancelled(db, lambda: CALLS[call](db), step)
+        assert_nothing_held(db)
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.1])
+async def test_cancelled_at_any_time_the_next_run_completes_the_rest_and_repeats_nothing_finished(db, delay):
+    calls = []
+
+    async def function(args):
+        await asyncio.sleep(0.001)
+        calls.append(args)
+        return args
+
+    task = asyncio.create_task(aio.speval(function, range(200), db, concurrency=5))
+    await asyncio.sleep(delay)
+    task.cancel()
+    with suppress(asyncio.CancelledError):  # a quick machine may be done by then
+        await task
+    assert_nothing_held(db)
+    before = len(calls)
+    done = len(await aio.load_evals(db, status="completed")) if db.exists() else 0
+    assert done == before  # what had returned was recorded, whenever the cancellation came
+    summary = await aio.speval(function, range(200), db, concurrency=5)
+    assert summary.completed == 200
+    assert sorted(calls) == list(range(200))
+    assert {e["attempts"] for e in await aio.load_evals(db)} == {1}
+
+
+async def test_cancelling_charges_no_attempt(db):
+    started = asyncio.Event()
+
+    async def function(args):
+        started.set()
+        await asyncio.sleep(600)
+
+    for _ in range(5):
+        started.clear()
+        task = asyncio.create_task(aio.speval(function, [1], db, max_attempts=1))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    (evaluation,) = await aio.load_evals(db)
+    assert (evaluation["status"], evaluation["attempts"]) == ("pending", 0)
+
+
+async def test_what_had_finished_when_the_cancellation_came_is_recorded(db):
+    finished = asyncio.Event()
+
+    async def function(args):
+        if args:
+            await asyncio.sleep(600)
+        finished.set()
+        return "answer"
+
+    task = asyncio.create_task(aio.speval(function, [0, 1], db, concurrency=2))
+    await finished.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [e["status"] for e in await aio.load_evals(db)] == ["completed", "pending"]
+
+
+async def test_a_cancel_scope_of_anyio_ends_it_in_good_order(db):
+    # Such a scope cancels every await below it again and again until it is left.
+    async def function(args):
+        if args:
+            await asyncio.sleep(600)
+
+    with anyio.move_on_after(0.3) as scope:
+        await aio.speval(function, range(10), db, concurrency=10)
+    assert scope.cancelled_caught
+    assert_nothing_held(db)
+    assert [e["status"] for e in await aio.load_evals(db)] == ["completed"] + ["pending"] * 9
+
+
+async def test_asyncio_timeout_ends_it_in_good_order(db):
+    async def function(args):
+        await asyncio.sleep(600)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await aio.speval(function, range(10), db, concurrency=10)
+    assert_nothing_held(db)
+
+
+async def test_a_second_cancellation_lets_go_at_once(db):
+    started, release = asyncio.Event(), asyncio.Event()
+
+    async def stubborn(args):
+        started.set()
+        while not release.is_set():
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+
+    task = asyncio.create_task(aio.speval(stubborn, [1], db))
+    await started.wait()
+    task.cancel()
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    release.set()
+
+
+async def test_a_function_in_a_thread_does_not_delay_cancellation(db):
+    import threading
+
+    started, release = threading.Event(), threading.Event()
+
+    def function(args):
+        started.set()
+        release.wait(600)
+
+    task = asyncio.create_task(aio.speval(function, [1], db))
+    while not started.is_set():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert_nothing_held(db)
+    release.set()
+
+
+async def test_cancelled_while_the_database_is_locked_it_ends_and_the_lease_does_the_rest(db, monkeypatch):
+    monkeypatch.setattr("speval.worker._STOP_WITHIN", 0.3)
+    started = asyncio.Event()
+
+    async def function(args):
+        started.set()
+        await asyncio.sleep(600)
+
+    task = asyncio.create_task(aio.speval(function, [1], db))
+    await started.wait()
+    blocker = sqlite3.connect(db, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert rows(db, "SELECT status FROM evals") == [("in_progress",)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+async def test_a_thousand_calls_leave_no_descriptor_and_no_thread(db):
+    import threading
+    from pathlib import Path
+
+    def left():
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    await aio.speval(quick, [1], db)
+    before = left()
+    for i in range(1000):
+        await aio.speval(quick, [1, 2] if i % 100 else [1], db)
+    assert left() == before

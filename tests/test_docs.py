@@ -1,0 +1,285 @@
+"""The documentation: every block of code runs and prints what the page shows, and what the page names is there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import pytest
+
+from speval import aio, speval
+from speval.model import Cause, Status
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+WAIT = 60.0  # seconds one block may take on a busy machine
+
+# Commands that are shown to be typed elsewhere, or that would run these very tests.
+NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "srun ")
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    lines: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    opened: Block | None = None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            assert line.startswith("```"), f"{page.name}:{number}: a block inside a list is not run; put it at the margin"
+            if opened is None:
+                opened = Block(page.name, number, line[3:].strip(), [])
+            else:
+                found.append(opened)
+                opened = None
+        elif opened is not None:
+            opened.lines.append(line)
+    assert opened is None, f"{opened} is not closed"
+    return found
+
+
+def commands(block: Block) -> list[tuple[str, list[str]]]:
+    """Return (command, what it prints) for a shell transcript."""
+    found: list[tuple[str, list[str]]] = []
+    for line in block.lines:
+        if line.startswith("$ "):
+            found.append((line[2:], []))
+        else:
+            assert found, f"{block}: a transcript begins with a command"
+            found[-1][1].append(line)
+    return found
+
+
+def plain(line: str) -> str:
+    """Return a line without what differs from run to run: seconds and the ids of workers."""
+    line = re.sub(r"\b\d+(\.\d+)? s\b", "# s", line.rstrip())
+    return re.sub(r"\b[\w.-]+:\d+:[0-9a-f]{12}\b", "host:pid:id", line)
+
+
+def shows(shown: list[str], printed: list[str], *, in_order: bool) -> bool:
+    """Tell whether a page shows what was printed; a line of three dots stands for any lines."""
+    left, right = [plain(line) for line in shown], [plain(line) for line in printed]
+    if in_order:
+        pattern = "".join("(?:.*\n)*" if line == "..." else re.escape(line) + "\n" for line in left)
+        return re.fullmatch(pattern, "".join(line + "\n" for line in right)) is not None
+    if "..." not in left:
+        return sorted(left) == sorted(right)
+    for line in left:
+        if line != "...":
+            if line not in right:
+                return False
+            right.remove(line)
+    return True
+
+
+class Reader:
+    """Somebody who types in what a page shows, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: set[str] = set()  # scripts that no command has run yet
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        # The page shows a terminal, where every line is printed as soon as it is complete.
+        self.env = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+
+    def python(self, block: Block) -> list[str] | None:
+        """Run a block as a script of its own; one whose first line names a file is saved, for the transcripts below it."""
+        name = re.match(r"# (\w+\.py)$", block.lines[0])
+        script = self.folder / (name[1] if name else f"line_{block.line}.py")
+        script.write_text("\n".join(block.lines) + "\n", encoding="utf-8")
+        if name:
+            self.saved.add(name[1])
+            return None
+        process = subprocess.run(
+            [sys.executable, "-W", "error", script.name],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=WAIT,
+        )
+        assert process.returncode == 0, f"{block}\n{process.stderr}"
+        return process.stdout.splitlines()
+
+    def shell(self, command: str, expected: list[str]) -> list[str]:
+        """Run a command and return what it prints, errors included."""
+        self.saved -= set(re.findall(r"\bpython (\w+\.py)", command))
+        if killed := re.fullmatch(r"\(python (\w+\.py) & sleep [\d.]+; kill -9 \$!\)", command):
+            return self._killed(killed[1], len(expected))
+        process = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.env, timeout=WAIT, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.returncode == 0, f"{command}\n{process.stdout}"
+        return process.stdout.splitlines()
+
+    def _killed(self, script: str, lines: int) -> list[str]:
+        """Run a script and kill it after so many lines: how far it gets in a given time depends on the machine."""
+        command = [sys.executable, script]
+        with subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                return [process.stdout.readline().rstrip("\n") for _ in range(lines)]
+            finally:
+                process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path):
+    # One test for a page, because its blocks go on where the ones before left the folder.
+    reader = Reader(tmp_path)
+    printed: list[str] | None = None
+    for block in blocks(page):
+        if block.language == "python":
+            printed = reader.python(block)
+        elif block.language == "text":
+            assert printed is not None, f"{block}: nothing has been printed that it could show"
+            assert shows(block.lines, printed, in_order=True), f"{block} shows other lines than these:\n" + "\n".join(printed)
+            printed = None
+        elif block.language == "console":
+            for command, expected in commands(block):
+                if command.startswith(NOT_RUN) or (command.startswith("sqlite3 ") and not shutil.which("sqlite3")):
+                    continue
+                printed = reader.shell(command, expected)
+                # What several processes, or a thread that logs, print at once has no order of its own.
+                assert shows(expected, printed, in_order=False), f"{block}: {command}\n" + "\n".join(printed)
+                printed = None
+        else:
+            assert block.language in ("", "sql"), f"{block}: nobody knows what to do with {block.language!r}"
+    assert not reader.saved, "saved, but never run"
+
+
+def test_a_page_that_shows_something_else_is_noticed():
+    printed = ["one", "worker box:17:0123456789ab is dead", "3 evaluations: 3 completed in 0.1 s (3 by this call)"]
+    shown = ["one", "worker laptop:4711:ba9876543210 is dead", "3 evaluations: 3 completed in 12.0 s (3 by this call)"]
+    for in_order in (True, False):
+        assert shows(shown, printed, in_order=in_order)
+        assert shows(["...", shown[2]], printed, in_order=in_order)
+        assert shows([shown[0], "..."], printed, in_order=in_order)
+        assert not shows(shown[:2], printed, in_order=in_order)
+        assert not shows(["one", "one", "..."], printed, in_order=in_order)
+        assert not shows([*shown[:2], shown[2].replace("(3", "(2")], printed, in_order=in_order)
+    assert shows([shown[1], shown[0], shown[2]], printed, in_order=False)
+    assert not shows([shown[1], shown[0], shown[2]], printed, in_order=True)
+
+
+def test_the_first_screen_has_its_code_by_line_25():
+    first = next(block for block in blocks(ROOT / "README.md") if block.language == "python")
+    assert first.line + len(first.lines) <= 25
+
+
+def test_the_two_commands_of_the_readme_are_what_ci_runs_and_what_is_there():
+    found = [c for b in blocks(ROOT / "README.md") if b.language == "console" for c, _ in commands(b)]
+    main, tests = [c for c in found if c.startswith("python3 -m venv ")]
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert (ROOT / main.rpartition(" ")[2]).is_file()
+
+
+def table(page: Path, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its two head rows."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    below = lines[lines.index(heading) + 1 :]
+    start = next(i for i, line in enumerate(below) if line.startswith("|"))
+    rows = []
+    for line in below[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[2:]
+
+
+@pytest.mark.parametrize("function", [speval, aio.speval], ids=["speval", "aio.speval"])
+def test_the_table_of_options_is_complete(function):
+    parameters = inspect.signature(function).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    rows = table(ROOT / "README.md", "## Options")
+    assert {name.strip("`"): ast.literal_eval(default.strip("`")) for name, default, _ in rows} == options
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    inside = {line for block in blocks(page) for line in block.lines}
+    headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#") and line not in inside]
+    return {re.sub(r"[^\w -]", "", h.lstrip("#").strip().lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in slugs(linked), f"{page.name}: {target}"
+
+
+def tests_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_a_page_names_exists(page):
+    for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / file).is_file(), f"{page.name}: {file}"
+        assert name in tests_of(ROOT / file), f"{page.name}: {file}::{name}"
+
+
+def test_every_promise_names_its_tests_or_says_that_it_has_none():
+    text = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    promises = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    numbers = [int(promise.partition(".")[0]) for promise in promises if promise[0].isdigit()]
+    assert numbers == list(range(1, 13))
+    for promise in promises:
+        if promise[0].isdigit():
+            assert "::test_" in promise or "no test yet" in promise, promise.partition("\n")[0]
+
+
+def test_the_glossary_defines_every_status_and_cause():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    for word in (*get_args(Status), *get_args(Cause)):
+        assert f"`{word}`" in text
+
+
+def test_the_architecture_page_knows_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for module in (ROOT / "speval").rglob("*.py"):
+        name = module.relative_to(ROOT / "speval").as_posix()
+        assert f"`{name}`" in text, name
+
+
+def test_the_architecture_page_knows_every_table_and_column(tmp_path):
+    speval(lambda args: args, [1], tmp_path / "runs.db", progress=False)
+    connection = sqlite3.connect(tmp_path / "runs.db")
+    try:
+        select = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%'"
+        columns: dict[str, list[Any]] = {
+            name: [row[1] for row in connection.execute(f"PRAGMA table_info({name})")] for (name,) in connection.execute(select)
+        }
+    finally:
+        connection.close()
+    for name, expected in columns.items():
+        rows = table(ROOT / "docs" / "architecture.md", f"### `{name}`")
+        assert [cells[0].strip("`") for cells in rows] == expected, name
