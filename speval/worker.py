@@ -215,7 +215,6 @@ class Worker:
             due = self._take_due()
             idle, ahead = self._wanted()
             if self._lost:
-                self._lost = False
                 await self._patiently_register()
             if ended or released or due or (idle and not self._dry):
                 recorded = await self._record(ended, released, due, idle, ahead)
@@ -308,6 +307,7 @@ class Worker:
                 await asyncio.sleep(self._options.lease / 10)
             else:
                 self._lease.adopt(self._id)
+                self._lost = False  # only now: meanwhile the lease's thread may have told of the same loss
                 self._dry = False
                 return
 

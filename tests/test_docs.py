@@ -235,7 +235,7 @@ def test_every_link_leads_somewhere(page):
             assert anchor in slugs(linked), f"{page.name}: {target}"
 
 
-def tests_of(file: Path) -> set[str]:
+def names_of_tests(file: Path) -> set[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
@@ -244,7 +244,7 @@ def tests_of(file: Path) -> set[str]:
 def test_every_test_a_page_names_exists(page):
     for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text(encoding="utf-8")):
         assert (ROOT / file).is_file(), f"{page.name}: {file}"
-        assert name in tests_of(ROOT / file), f"{page.name}: {file}::{name}"
+        assert name in names_of_tests(ROOT / file), f"{page.name}: {file}::{name}"
 
 
 def test_every_promise_names_its_tests_or_says_that_it_has_none():
