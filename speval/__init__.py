@@ -8,12 +8,14 @@ from __future__ import annotations
 from . import aio
 from .errors import (
     ArgsChangedError,
+    CalledInWorkerError,
     DatabaseError,
     DatabaseLockedError,
     DatabaseMissingError,
     DatabaseUnavailableError,
     EvaluationsFailed,
     ForeignDatabaseError,
+    FunctionError,
     NewerSchemaError,
     OptionError,
     SpaceError,
@@ -26,6 +28,7 @@ from .sync import as_completed, load_evals, retry, speval
 
 __all__ = [
     "ArgsChangedError",
+    "CalledInWorkerError",
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",
@@ -33,6 +36,7 @@ __all__ = [
     "Evaluation",
     "EvaluationsFailed",
     "ForeignDatabaseError",
+    "FunctionError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",

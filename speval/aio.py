@@ -7,13 +7,14 @@ the event loop, and leaving a call, however that happens, gives back what it hel
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from os import PathLike
 from typing import Any
 
 from .clock import Clock
-from .errors import OptionError
+from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
 from .model import Evaluation, Status, Summary
 from .options import Durability, ExecutorOption, Options, checked_path, checked_status
@@ -58,8 +59,9 @@ async def speval(
         db: The database's file name; made if it is missing, with its folders.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
-        executor: Where the function runs: ``"coroutine"`` (this event loop) or ``"thread"``. ``"auto"`` takes coroutines for
-            async functions and threads for plain ones.
+        executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"`` or ``"process"``. ``"auto"`` takes
+            coroutines for async functions; for plain ones a thread while ``concurrency`` is 1 and no timeout is set, else
+            processes, which alone can be stopped.
         max_attempts: Attempts an evaluation gets when they end in a timeout, a crash or with the death of their worker.
         retry_on: Exception types after which an evaluation is tried again, within ``max_attempts``. By default an
             exception is final.
@@ -83,6 +85,7 @@ async def speval(
         SpaceError: a name can't be used, or stands for two evaluations.
         UnserializableError: some args can't be written as JSON.
         ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
+        FunctionError: the function can't be sent to processes.
         DatabaseError: the file can't be used as a database. In all these cases it is as it was.
     """
     options = Options(
@@ -215,6 +218,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 
     Raises:
         UnknownNameError: a name is not in the database; nothing was changed.
+        FunctionError: the function can't be sent to processes.
         DatabaseError: the file can't be used as a database.
     """
     path = checked_path(db)
@@ -253,6 +257,8 @@ def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str
     """Return a worker that has not begun."""
     from .stores.sqlite import SqliteStore
 
+    if hasattr(sys, "speval_loading"):
+        raise CalledInWorkerError("speval")
     clock = Clock()
     path = checked_path(db)
     executor = make_executor(func, options, clock)

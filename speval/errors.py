@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 __all__ = [
     "ArgsChangedError",
+    "CalledInWorkerError",
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",
     "DatabaseUnavailableError",
     "EvaluationsFailed",
     "ForeignDatabaseError",
+    "FunctionError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",
@@ -39,6 +41,31 @@ class OptionError(SpevalError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.option}={self.value} can't be used: {self.expected}"
+
+
+class FunctionError(SpevalError, TypeError):
+    """The function can't run in other processes."""
+
+    def __init__(self, function: str, problem: str) -> None:
+        super().__init__(function, problem)
+        self.function, self.problem = function, problem
+
+    def __str__(self) -> str:
+        return f"{self.function} can't run in processes of its own: {self.problem}\nexecutor='thread' runs it in this process"
+
+
+class CalledInWorkerError(SpevalError, RuntimeError):
+    """speval was called by a module that a worker process imports."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(call)
+        self.call = call
+
+    def __str__(self) -> str:
+        return (
+            f"{self.call}() is called at the top level of a module that a worker process has to import for the function; it is "
+            'not started again there. Put the call into a function, or under if __name__ == "__main__"'
+        )
 
 
 class SpaceError(SpevalError, ValueError):

@@ -23,7 +23,7 @@ from .clock import Clock
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
-from .model import Claim, Summary
+from .model import Claim, Outcome, Summary
 from .options import Options
 from .space import Space
 from .stores.base import Ended, Recorded, Store
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 _AHEAD = 0.03  # seconds of work claimed beyond what the slots can start at once
 _MOST_AHEAD = 1000  # evaluations claimed ahead for each commit's sake; more makes the commits long, not cheaper
+_AT_ONCE = 0.002  # seconds of work handed to a slot at once, where that spares round trips
+_MOST_AT_ONCE = 64  # evaluations
 _STALE = 0.15  # seconds after which what was claimed ahead and not started is given back
 _POLL = (0.02, 0.25)  # seconds between looks for new work while others hold all of it: at first, and in the long run
 _LONGEST_BACKOFF = 60.0  # seconds
@@ -66,13 +68,13 @@ class Worker:
         self._wake = asyncio.Event()
         # What is claimed and not started, what runs by slot number, and what waits for the next commit.
         self._ready: deque[Claim] = deque()
-        self._running: dict[int, tuple[Claim, asyncio.Task[None]]] = {}
+        self._running: dict[int, tuple[list[Claim], asyncio.Task[None]]] = {}
         self._ended: list[Ended] = []
         self._released: list[Claim] = []
         self._held: list[tuple[float, int, Claim]] = []  # a heap by the time the backoff is over
         self._slots = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._interrupted: set[Claim] = set()
+        self._interrupted: set[int] = set()  # slots
         self._mean = 1.0  # seconds an evaluation takes, over the last ones
         self._dry = False  # the last claim brought less than was wanted
         self._is_open = True  # an evaluation of the space is still to end, here or elsewhere
@@ -99,11 +101,14 @@ class Worker:
         Raises:
             SpevalError: the database can't be used, or holds other args; nothing was changed.
         """
-        await self._store.open()
         try:
+            await self._store.open()
+            self._executor.start()  # what it needs some time for goes on while the space is compared
             seeded = await self._store.seed(self._space, self._options.on_changed)
         except BaseException:
-            await self._store.close()
+            with CancelScope(shield=True):
+                await self._executor.close()
+                await self._store.close()
             raise
         counts = (seeded.new, seeded.unchanged, seeded.changed, seeded.gone)
         logger.info("eval space: %d new, %d unchanged, %d changed, %d stored but no longer in it", *counts)
@@ -397,35 +402,59 @@ class Worker:
                     self._waiting.append(waiter)
                     await waiter
                     continue
-                claim = self._ready.popleft()
-                self._running[number] = claim, task
+                claims = [self._ready.popleft() for _ in range(self._batch())]
+                running = list(claims)
+                self._running[number] = running, task
                 try:
-                    outcome = await slot.call(claim.name, claim.args, options.timeout)
+                    await slot.run(
+                        claims, options.timeout, partial(self._take_outcome, running), partial(self._take_unstarted, running)
+                    )
                 except asyncio.CancelledError:
-                    if claim not in self._interrupted or task.uncancel():
+                    if number not in self._interrupted or task.uncancel():
                         raise
-                    self._released.append(claim)
+                    self._released.extend(running)
                 else:
-                    if claim in self._interrupted:
+                    if number in self._interrupted:
                         task.uncancel()  # too late: it had ended
-                    again = outcome.again and claim.charged < options.max_attempts
-                    self._ended.append(Ended(claim, outcome, again))
-                    # Quick to believe that evaluations are long, slow to believe that they are short.
-                    self._mean += (outcome.duration - self._mean) * (0.1 if outcome.duration < self._mean else 0.3)
                 finally:
                     del self._running[number]
-                    self._interrupted.discard(claim)
+                    self._interrupted.discard(number)
                     self._wake.set()
                 if task.cancelling():
                     raise asyncio.CancelledError
         finally:
             await slot.close()
 
+    def _batch(self) -> int:
+        """Return how many evaluations to hand to a slot at once."""
+        if not self._executor.takes_many:
+            return 1
+        share = -(-len(self._ready) // self._options.concurrency)
+        return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
+
+    def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
+        running.remove(claim)
+        again = outcome.again and claim.charged < self._options.max_attempts
+        self._ended.append(Ended(claim, outcome, again))
+        # Quick to believe that evaluations are long, slow to believe that they are short.
+        self._mean += (outcome.duration - self._mean) * (0.1 if outcome.duration < self._mean else 0.3)
+        self._wake.set()
+
+    def _take_unstarted(self, running: list[Claim], claims: Sequence[Claim]) -> None:
+        for claim in reversed(claims):
+            running.remove(claim)
+            if self._stopping or self._in_doubt:
+                self._released.append(claim)
+            else:
+                self._ready.appendleft(claim)
+        self._wake_slots(len(self._ready))
+        self._wake.set()
+
     def _interrupt(self) -> None:
         """End what runs and give it back."""
-        for claim, task in self._running.values():
-            if claim not in self._interrupted:
-                self._interrupted.add(claim)
+        for number, (_, task) in self._running.items():
+            if number not in self._interrupted:
+                self._interrupted.add(number)
                 task.cancel()
 
     # What the lease's thread has found, told in the event loop

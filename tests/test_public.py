@@ -16,6 +16,7 @@ from speval.model import Claim, Summary
 def test_the_public_names_are_these():
     assert sorted(speval.__all__) == [
         "ArgsChangedError",
+        "CalledInWorkerError",
         "DatabaseError",
         "DatabaseLockedError",
         "DatabaseMissingError",
@@ -23,6 +24,7 @@ def test_the_public_names_are_these():
         "Evaluation",
         "EvaluationsFailed",
         "ForeignDatabaseError",
+        "FunctionError",
         "NewerSchemaError",
         "OptionError",
         "SpaceError",
@@ -81,6 +83,8 @@ def test_every_parameter_is_documented(flavour, name):
 SAMPLES = [
     errors.SpevalError("text"),
     errors.OptionError("lease", "-1", "seconds, 1 or more"),
+    errors.FunctionError("work", "its global 'lock' is a lock"),
+    errors.CalledInWorkerError("speval"),
     errors.SpaceError("'x'", "is twice there"),
     errors.UnserializableError("the args of evaluation 'x'", "no"),
     errors.ArgsChangedError("runs.db", 5, [("a", "1", "2"), ("b", "3", "4")]),

@@ -216,6 +216,15 @@ async def test_reading_or_retrying_a_missing_database_names_it_and_makes_none(tm
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_a_file_that_another_copy_is_just_making_reads_as_empty(db):
+    db.touch()
+    assert await aio.load_evals(db) == []
+    assert db.read_bytes() == b""
+    with pytest.raises(ForeignDatabaseError, match="an empty file"):
+        await aio.retry(db)
+    assert (await aio.speval(double, [1], db)).completed == 1
+
+
 async def test_a_folder_is_refused(tmp_path):
     for call in (aio.speval(double, [1], tmp_path), aio.load_evals(tmp_path)):
         with pytest.raises(DatabaseError, match="is a folder"):

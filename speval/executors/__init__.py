@@ -13,7 +13,8 @@ from typing import Any
 from ..clock import Clock
 from ..errors import OptionError
 from ..options import Options
-from .base import Executor, Function
+from .base import Executor
+from .call import Function
 
 __all__ = ["make_executor"]
 
@@ -28,7 +29,9 @@ def make_executor(function: Function, options: Options, clock: Clock) -> Executo
         raise OptionError("func", repr(function)[:60], "a function of one argument, plain or async")
     chosen = options.executor
     if chosen == "auto":
-        chosen = "coroutine" if _is_async(function) else "thread"
+        # A timeout means something only where it can be enforced; and in one process, plain functions wait for each other.
+        is_alone = options.concurrency == 1 and options.timeout is None
+        chosen = "coroutine" if _is_async(function) else "thread" if is_alone else "process"
     if chosen == "coroutine":
         from .coroutine import CoroutineExecutor
 
@@ -37,7 +40,11 @@ def make_executor(function: Function, options: Options, clock: Clock) -> Executo
         from .thread import ThreadExecutor
 
         return ThreadExecutor(_Blocking(function) if _is_async(function) else function, options.retry_on, clock)
-    raise OptionError("executor", repr(chosen)[:60], "this release has 'auto', 'coroutine' and 'thread'")
+    if chosen == "process":
+        from .process import ProcessExecutor
+
+        return ProcessExecutor(_Blocking(function) if _is_async(function) else function, options.retry_on, clock)
+    raise OptionError("executor", repr(chosen)[:60], "this release has 'auto', 'coroutine', 'thread' and 'process'")
 
 
 def _is_async(function: Any) -> bool:

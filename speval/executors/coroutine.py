@@ -15,7 +15,8 @@ import traceback
 from ..clock import Clock
 from ..codec import decode
 from ..model import Outcome
-from .base import Executor, Function, RetryOn, Slot, completed, failed, timed_out
+from .base import Executor, Slot, as_outcome, timed_out
+from .call import Function, RetryOn, completed, failed
 
 __all__ = ["CoroutineExecutor"]
 
@@ -103,8 +104,8 @@ class _Evaluation:
             # A cancellation that we did not ask for is the function's own doing, and its failure.
             if is_interrupt or (self.stopped and isinstance(error, asyncio.CancelledError)):
                 raise
-            return failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started)
-        return completed(result, self.name, self.started_at, clock.monotonic() - self.started)
+            return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
+        return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
 
 
 async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:

@@ -17,7 +17,8 @@ from queue import SimpleQueue
 
 from ..clock import Clock
 from ..model import Outcome
-from .base import Executor, Function, RetryOn, Slot, evaluate, timed_out
+from .base import Executor, Slot, as_outcome, timed_out
+from .call import Function, RetryOn, evaluate
 
 __all__ = ["ThreadExecutor"]
 
@@ -77,7 +78,7 @@ class _Thread:
         while (call := self.calls.get()) is not None:
             # The thread keeps nothing of a call while it waits for the next: a big result would stay in memory.
             run = (executor.function, call.name, call.args, executor.retry_on, executor.clock)
-            call.outcome = executor.context.copy().run(evaluate, *run)
+            call.outcome = as_outcome(executor.context.copy().run(evaluate, *run))
             try:
                 call.loop.call_soon_threadsafe(_wake, call.future)
             except RuntimeError:  # the loop is closed: we were given up

@@ -464,6 +464,8 @@ class SqliteStore(Store):
 
     async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
         _, file = self._opened()
+        if file.is_empty:
+            return after, []
         sql = _LOAD_0_1 if file.is_0_1 else _LOAD
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:

@@ -70,6 +70,7 @@ class SqliteFile:
         self.path = path
         self.patience = _PATIENCE if patience is None else patience
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
+        self.is_empty = False  # nothing in it yet, opened to read
         self.network: str | None = None  # the kind of network filesystem it is on
         self._is_current = False
         self._given_up = threading.Event()
@@ -196,7 +197,9 @@ class SqliteFile:
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
         elif application_id == 0 and version == 0 and not tables:
-            if mode != "create":
+            # A copy that is just starting makes the file before it fills it, so for a reader there is nothing in it yet.
+            self.is_empty = mode == "read"
+            if mode == "write":
                 raise ForeignDatabaseError(str(self.path), "an empty file")
         else:
             shown = ", ".join(sorted(tables)[:5]) or "none"

@@ -1,0 +1,153 @@
+"""What a worker process runs: a loop that gets calls from a socket and sends back how they ended.
+
+Owns the child's half of ``process``. Invariant: it is run as a script and never imports the package or the user's main program;
+each result is sent before the next call begins, so a call that kills the process takes no earlier answer with it; and when the
+parent is gone, the kernel kills the whole process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import marshal
+import mmap
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+_F_SETSIG = 10  # Linux
+
+
+def main() -> None:
+    """Serve calls until the parent closes the socket."""
+    calls_fd, tokens_fd, lifeline_fd, payload_fd = (int(number) for number in sys.argv[1:5])
+    # A grandchild that held them would keep our death from being noticed, and its parent's death from being noticed by it.
+    for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
+        os.set_inheritable(fd, False)
+    _die_with_the_parent(lifeline_fd)
+    # What is printed before a crash is on the terminal.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    evaluate, clock = _borrowed()
+    calls = socket.socket(fileno=calls_fd)
+    try:
+        function, retry_on = _load(payload_fd)
+    except BaseException as error:
+        import traceback
+
+        _send(calls, ("broken", "".join(traceback.format_exception(error))))
+        return
+    _send(calls, ("ready", os.getpid()))
+    while (batch := _receive(calls)) is not None:
+        left = len(batch)
+        for name, args in batch:
+            # Each call has a token in a pipe. Whoever reads it, this process to start the call or the parent to take it back,
+            # has it alone; the kernel sees to that.
+            try:
+                os.read(tokens_fd, 1)
+            except BlockingIOError:
+                break  # the rest has been taken back
+            left -= 1
+            # Its own statement and no name: a big result is not kept while the next one is made.
+            _send(calls, (_evaluate(evaluate, function, name, args, retry_on, clock), left == 0))
+        if left:
+            _send(calls, (None, True))
+
+
+def _evaluate(evaluate: Any, function: Any, name: str, args: str, retry_on: Any, clock: Any) -> Any:
+    result = evaluate(function, name, args, retry_on, clock)
+    error = result[2]
+    if error is not None and error["type"] == "SystemExit" and result[0] == "exception":
+        # To call sys.exit() is to end the process, which others have to live through and we don't.
+        error |= {"cause": "crash", "message": f"sys.exit({error['message']})"}
+        result = ("crash", None, error, *result[3:5], True)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the function may have closed or replaced them
+            stream.flush()
+    return result
+
+
+def _die_with_the_parent(lifeline: int) -> None:
+    """Have the process group killed when the other end of the lifeline is closed, which the parent's death does too."""
+    os.set_blocking(lifeline, True)
+    if sys.platform == "linux":
+        # The kernel sends the signal by itself: also when this process is stopped, or C code never gives the GIL back.
+        fcntl.fcntl(lifeline, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    # Other systems need the thread; and here, the parent may have died before the line above.
+    threading.Thread(target=watch, name="speval lifeline", daemon=True).start()
+
+
+def _borrowed() -> tuple[Any, Any]:
+    """Import the two modules that we share with the package, and leave no trace: the function may import the real one."""
+    folder = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib takes as long to import as all else
+    for name, path in (("speval", os.path.dirname(folder)), ("speval.executors", folder)):  # noqa: PTH120
+        package = ModuleType(name)
+        package.__path__ = [path]
+        sys.modules[name] = package
+    from speval.clock import Clock
+    from speval.executors.call import evaluate
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "speval"]:
+        del sys.modules[name]
+    return evaluate, Clock()
+
+
+def _load(payload_fd: int) -> tuple[Any, Any]:
+    """Load the function from the payload, which all workers map and none copies."""
+    # Private to this process where it is written to, shared with all others where it is only read.
+    whole = memoryview(mmap.mmap(payload_fd, 0, access=mmap.ACCESS_COPY))
+    size = int.from_bytes(whole[:8], "little")
+    path, argv, spans = marshal.loads(whole[8 : 8 + size])
+    os.close(payload_fd)
+    sys.path[:] = path
+    sys.argv[:] = argv
+    # Looked at by speval(): called at the top level of a module that is imported here, it must not start all over again.
+    sys.speval_loading = True  # type: ignore[attr-defined]
+    try:
+        body, *buffers = (whole[start:end] for start, end in spans)
+        loaded: tuple[Any, Any] = pickle.loads(body, buffers=buffers)
+        return loaded
+    finally:
+        del sys.speval_loading  # type: ignore[attr-defined]
+
+
+def _receive(calls: socket.socket) -> Any:
+    head = _exactly(calls, 8)
+    if head is None:
+        return None
+    data = _exactly(calls, int.from_bytes(head, "little"))
+    return None if data is None else marshal.loads(data)
+
+
+def _exactly(calls: socket.socket, size: int) -> bytes | bytearray | None:
+    """Return so many bytes, or None when the parent has closed the socket."""
+    data = calls.recv(size)
+    if len(data) == size:
+        return data
+    whole = bytearray(data)
+    while data and len(whole) < size:
+        data = calls.recv(min(size - len(whole), 1 << 20))
+        whole += data
+    return whole if len(whole) == size else None
+
+
+def _send(calls: socket.socket, message: Any) -> None:
+    data = marshal.dumps(message)
+    calls.sendall(len(data).to_bytes(8, "little") + data)
+
+
+if __name__ == "__main__":
+    main()
