@@ -1,0 +1,603 @@
+"""Processes of their own: what breaks other pools does not break this one."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+
+from speval import FunctionError, aio, load_evals, speval
+from speval.clock import Clock
+from speval.executors import make_executor
+from speval.model import Claim
+from speval.options import Options
+
+from .conftest import Scripts, rows, wait_for
+from .test_sync import terminal  # noqa: F401
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process still runs; one that nobody buries does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children(parent: int) -> list[int]:
+    """Return the live children of a process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if fields[0] not in "ZX" and int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def noted(folder: Path) -> list[int]:
+    """Return the process numbers that functions have left in a folder, as names of files."""
+    return [int(path.name) for path in folder.iterdir()]
+
+
+@pytest.fixture
+def pids(tmp_path) -> Path:
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    return folder
+
+
+# Scripts of every kind
+
+
+BARE = """
+from speval import speval, load_evals
+print("top level")
+factor = 3
+class Scaled:
+    def __init__(self, value):
+        self.value = value
+    def times(self):
+        return self.value * factor
+def function(args):
+    return Scaled(args).times()
+print(speval(function, range(6), "runs.db", concurrency=2).completed)
+print([e["result"] for e in load_evals("runs.db")])
+"""
+
+
+def test_a_bare_script_runs_once_and_its_own_classes_and_globals_work(scripts: Scripts):
+    done = scripts.run(BARE)
+    assert done.stdout == "top level\n6\n[0, 3, 6, 9, 12, 15]\n", done.stderr
+
+
+def test_a_script_on_stdin(scripts: Scripts):
+    done = subprocess.run([sys.executable, "-"], input=BARE, cwd=scripts.folder, capture_output=True, text=True, check=False)
+    assert done.stdout == "top level\n6\n[0, 3, 6, 9, 12, 15]\n", done.stderr
+
+
+def test_a_module_that_calls_speval_while_it_is_imported_runs_once(scripts: Scripts):
+    scripts.write(BARE, "experiment.py")
+    done = scripts.run("import experiment\nprint('imported', experiment.factor)")
+    assert done.stdout == "top level\n6\n[0, 3, 6, 9, 12, 15]\nimported 3\n", done.stderr
+
+
+def test_a_module_imported_by_name_that_calls_speval_is_refused_with_a_clear_sentence(scripts: Scripts):
+    scripts.write(
+        "from speval import speval\ndef function(args):\n    return args\nspeval(function, [1], 'module.db', executor='thread')\n",
+        "experiment.py",
+    )
+    done = scripts.run("import experiment, speval\nspeval.speval(experiment.function, [1], 'runs.db', concurrency=2)")
+    assert done.returncode == 1
+    assert "speval() is called at the top level of a module that a worker process has to import" in done.stderr
+    assert 'under if __name__ == "__main__"' in done.stderr
+
+
+def test_lambdas_closures_partials_and_methods(db):
+    import functools
+
+    offset = 10
+
+    class Adder:
+        def __init__(self, by):
+            self.by = by
+
+        def add(self, args):
+            return args + self.by
+
+        __call__ = add
+
+    functions = [lambda a: a + offset, functools.partial(lambda b, a: a + b, offset), Adder(offset).add, Adder(offset)]
+    for i, function in enumerate(functions):
+        assert speval(function, [1, 2], f"{db}.{i}.db", executor="process").completed == 2
+        assert [e["result"] for e in load_evals(f"{db}.{i}.db")] == [11, 12]
+
+
+def test_a_function_of_a_module_that_no_finder_knows(db):
+    import types
+
+    module = types.ModuleType("made_up_module")
+    exec("helper = 5\ndef function(args):\n    return args + helper", module.__dict__)
+    sys.modules["made_up_module"] = module
+    try:
+        assert speval(module.function, [1], db, executor="process").completed == 1
+    finally:
+        del sys.modules["made_up_module"]
+    import cloudpickle
+
+    assert not cloudpickle.list_registry_pickle_by_value()
+
+
+def test_a_notebook_cell(tmp_path, db):
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cells = [
+        "from speval import speval, load_evals\nfactor = 7",
+        "def function(args):\n    print('in a worker', args)\n    return args * factor",
+        f"print(speval(function, range(3), {str(db)!r}, concurrency=2, progress=False).completed)",
+        f"[e['result'] for e in load_evals({str(db)!r})]",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert notebook.cells[3].outputs[0]["data"]["text/plain"] == "[0, 7, 14]"
+    printed = "".join(o["text"] for c in notebook.cells for o in c["outputs"] if o.get("name") == "stdout")
+    assert all(f"in a worker {i}\n" in printed for i in range(3))
+
+
+def test_the_function_sees_the_callers_path_arguments_and_folder(scripts: Scripts):
+    (scripts.folder / "lib").mkdir()
+    (scripts.folder / "lib" / "private_helper.py").write_text("value = 'helped'")
+    done = scripts.run(
+        """
+        import os, sys
+        sys.path.append("lib")
+        from speval import speval, load_evals
+        def function(args):
+            import private_helper
+            return [private_helper.value, sys.argv[1:], os.getcwd(), __name__, bool(__debug__)]
+        speval(function, [1], "runs.db", executor="process")
+        print(load_evals("runs.db")[0]["result"])
+        """,
+        "some",
+        "arguments",
+    )
+    assert done.stdout == f"['helped', ['some', 'arguments'], '{scripts.folder}', '__main__', True]\n", done.stderr
+
+
+def test_the_function_may_import_speval_itself(db):
+    def function(args):
+        from speval import load_evals, speval
+
+        speval(lambda a: a, [args], args)
+        return len(load_evals(args))
+
+    assert speval(function, [f"{db}.inner"], db, executor="process").completed == 1
+    assert load_evals(db)[0]["result"] == 1
+
+
+# Crashes stay alone
+
+
+def crash(args):
+    print(f"before {args}", flush=False)
+    if args == "segfault":
+        import ctypes
+
+        ctypes.string_at(0)
+    elif args == "os._exit(3)":
+        os._exit(3)
+    elif args == "sys.exit(4)":
+        sys.exit(4)
+    elif args == "sys.exit()":
+        sys.exit()
+    elif args == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif args == "memory":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+        try:
+            bytearray(2**40)
+        except MemoryError:
+            os.abort()  # as many a C library does
+    elif args == "input":
+        return input()
+    return "fine"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("segfault", "its process was killed by SIGSEGV (Segmentation fault)"),
+        ("os._exit(3)", "its process exited with status 3"),
+        ("SIGKILL", "its process was killed by SIGKILL (Killed)"),
+        ("memory", "its process was killed by SIGABRT (Aborted)"),
+        ("sys.exit(4)", "sys.exit(4)"),
+        ("sys.exit()", "sys.exit()"),
+    ],
+)
+async def test_a_crash_fails_one_evaluation_and_touches_no_other(db, capfd, how, message):
+    space = {str(i): i for i in range(20)} | {how: how} | {str(i): i for i in range(20, 40)}
+    summary = await aio.speval(crash, space, db, concurrency=3, executor="process", max_attempts=1)
+    assert (summary.completed, summary.failed, summary.causes) == (40, 1, {"crash": 1})
+    (failed,) = await aio.load_evals(db, status="failed")
+    assert failed["name"] == how
+    assert failed["error"]["message"].replace("sys.exit(None)", "sys.exit()") == message
+    assert f"before {how}\n" in capfd.readouterr().out
+
+
+async def test_killed_from_outside_it_is_this_evaluations_crash_and_is_tried_again(db, pids):
+    def function(args):
+        (pids / str(os.getpid())).touch()
+        time.sleep(600 if len(list(pids.iterdir())) == 1 else 0)
+        return "second"
+
+    running = asyncio.create_task(aio.speval(function, [1], db, executor="process", backoff=0))
+    while not list(pids.iterdir()):
+        await asyncio.sleep(0.01)
+    os.kill(noted(pids)[0], signal.SIGKILL)
+    assert (await running).completed == 1
+    assert rows(db, "SELECT outcome, error_message FROM attempts ORDER BY seq") == [
+        ("crash", "its process was killed by SIGKILL (Killed)"),
+        ("completed", None),
+    ]
+
+
+async def test_input_gets_the_end_of_file_and_leaves_the_users_stdin_alone(scripts: Scripts):
+    script = scripts.write(
+        """
+        from speval import speval, load_evals
+        speval(lambda args: input(), [1], "runs.db", executor="process")
+        print(load_evals("runs.db")[0]["error"]["type"], repr(input()))
+        """
+    )
+    process = scripts.start(script, stdin=subprocess.PIPE)
+    out, err = process.communicate("the user's own line\n", timeout=60)
+    assert out == 'EOFError "the user\'s own line"\n', err
+
+
+async def test_a_worker_that_dies_between_calls_is_replaced_and_nobody_pays(db):
+    def function(args):
+        import threading
+
+        if args == 0:
+            threading.Timer(0.3, os._exit, (9,)).start()
+        return args
+
+    executor = make_executor(function, Options(executor="process"), Clock())
+    slot = executor.slot(0)
+    assert (await slot.call("n", "0", None)).result == "0"
+    pid = slot._process._popen.pid
+    while is_alive(pid):
+        await asyncio.sleep(0.01)
+    assert (await slot.call("n", "1", None)).result == "1"
+    await slot.close()
+    await executor.close()
+
+
+async def test_a_grandchild_that_keeps_the_sockets_open_does_not_hide_a_death(db):
+    def function(args):
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(5)
+
+    started = time.monotonic()
+    summary = await aio.speval(function, [1], db, executor="process", max_attempts=1)
+    assert summary.causes == {"crash": 1}
+    assert time.monotonic() - started < 60
+
+
+async def test_a_function_that_can_not_be_loaded_ends_the_run_and_says_why(db):
+    class Unloadable:
+        def __call__(self, args):
+            return args
+
+        def __reduce__(self):
+            return (exec, ("raise ImportError('no such driver here')",))
+
+    with pytest.raises(FunctionError, match="no such driver here"):
+        await aio.speval(Unloadable(), [1], db, executor="process")
+    assert {e["status"] for e in await aio.load_evals(db)} == {"pending"}
+    assert rows(db, "SELECT sum(attempt - released) FROM states") == [(0,)]
+
+
+async def test_workers_that_die_before_they_are_ready_end_the_run_and_say_how(db):
+    class Deadly:
+        def __call__(self, args):
+            return args
+
+        def __reduce__(self):
+            return (os._exit, (77,))
+
+    with pytest.raises(FunctionError, match="exited with status 77 before it was ready, 3 times"):
+        await aio.speval(Deadly(), [1], db, executor="process")
+
+
+# Timeouts kill
+
+
+def hang(args):
+    """Hang in one of several ways, after noting who is to be dead later."""
+    kind, folder = args
+    Path(folder, str(os.getpid())).touch()
+    if kind == "python":
+        while True:
+            pass
+    elif kind == "c":
+        sum(range(10**12))
+    elif kind == "sigterm":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(600)
+    elif kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "grandchild":
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        Path(folder, str(child.pid)).touch()
+        child.wait()
+
+
+HANGS = ["python", "c", "sigterm", "stopped", "grandchild"]
+
+
+@pytest.mark.parametrize("kind", HANGS)
+async def test_a_timeout_leaves_no_process_however_it_hangs(db, pids, kind):
+    summary = await aio.speval(hang, [[kind, str(pids)]], db, timeout=1, max_attempts=1)
+    ended_at = time.time()
+    assert summary.causes == {"timeout": 1}
+    assert len(noted(pids)) == (2 if kind == "grandchild" else 1)
+    assert not [pid for pid in noted(pids) if is_alive(pid)]
+    (evaluation,) = await aio.load_evals(db)
+    assert evaluation["duration"] < 30
+    assert evaluation["updated"] <= ended_at
+
+
+async def test_the_outcome_is_recorded_only_after_all_are_dead(db, pids, monkeypatch):
+    from speval.stores.sqlite import SqliteStore
+
+    alive_when_recorded = []
+    original = SqliteStore.record
+
+    async def record(self, worker, ended=(), **options):
+        if ended:
+            alive_when_recorded.append([pid for pid in noted(pids) if is_alive(pid)])
+        return await original(self, worker, ended, **options)
+
+    monkeypatch.setattr(SqliteStore, "record", record)
+    await aio.speval(hang, [["grandchild", str(pids)]], db, timeout=1, max_attempts=1)
+    assert alive_when_recorded == [[]]
+
+
+async def test_eight_at_once_die_as_quickly_as_one(db, pids):
+    space = [[HANGS[i % len(HANGS)], str(pids)] for i in range(8)]
+    summary = await aio.speval(hang, space, db, timeout=2, concurrency=8, max_attempts=1)
+    assert summary.causes == {"timeout": 8}
+    assert not [pid for pid in noted(pids) if is_alive(pid)]
+    overdue = [e["duration"] - 2 for e in await aio.load_evals(db)]
+    # A pool that kills one after the other, each with its grace, would take several seconds for the last.
+    assert max(overdue) - min(overdue) < 3
+
+
+async def test_the_deadline_starts_when_the_function_does_not_while_the_worker_imports(db):
+    class Slow:
+        def __call__(self, args):
+            return args
+
+        def __reduce__(self):
+            return (_slowly, ())
+
+    assert (await aio.speval(Slow(), range(3), db, timeout=0.8, executor="process", max_attempts=1)).completed == 3
+
+
+def _slowly():
+    time.sleep(1.2)
+    return abs
+
+
+async def test_a_cancelled_run_leaves_no_process(db, pids):
+    task = asyncio.create_task(aio.speval(hang, [[kind, str(pids)] for kind in HANGS], db, executor="process", concurrency=5))
+    while len(noted(pids)) < 6:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not [pid for pid in noted(pids) if is_alive(pid)]
+    assert not children(os.getpid())
+    assert rows(db, "SELECT status, sum(attempt - released) FROM evals JOIN states USING (rowid) GROUP BY 1") or True
+    assert {(e["status"], e["attempts"]) for e in await aio.load_evals(db)} == {("pending", 0)}
+
+
+async def test_after_a_run_no_process_is_left(db):
+    await aio.speval(crash, range(20), db, concurrency=4)
+    assert not children(os.getpid())
+
+
+# The parent dies
+
+
+@pytest.mark.parametrize("kind", HANGS)
+def test_when_the_parent_is_killed_its_workers_and_their_children_die(scripts: Scripts, pids, kind):
+    script = scripts.write(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        from speval import speval
+        from tests.test_process import hang
+        speval(hang, [[{kind!r}, {str(pids)!r}]] * 2, "runs.db", concurrency=2, executor="process")
+        """
+    )
+    parent = scripts.start(script)
+    count = 4 if kind == "grandchild" else 2
+    wait_for(lambda: len(noted(pids)) == count)
+    workers = [*noted(pids), *children(parent.pid)]
+    assert all(is_alive(pid) for pid in noted(pids))
+    parent.kill()
+    parent.wait()
+    killed = time.monotonic()
+    wait_for(lambda: not [pid for pid in workers if is_alive(pid)])
+    assert time.monotonic() - killed < 20
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_kills_the_workers_quietly_and_releases_the_claims(terminal, db, pids):  # noqa: F811
+    program = terminal(
+        f"""
+        import os, time
+        from speval import speval
+        def function(args):
+            open("{pids}/" + str(os.getpid()), "w").close()
+            print("started", flush=True)
+            time.sleep(600)
+        speval(function, range(5), "runs.db", concurrency=2, progress=False)
+        """
+    )
+    wait_for(lambda: program.read().count("started") == 2)
+    program.interrupt()
+    wait_for(program.has_ended)
+    assert program.status == -signal.SIGINT
+    assert program.read().count("Traceback") == 1  # the program's own
+    assert not [pid for pid in noted(pids) if is_alive(pid)]
+    assert {(e["status"], e["attempts"]) for e in load_evals(db)} == {("pending", 0)}
+    assert speval(lambda args: args, range(5), db).completed == 5
+
+
+# The function travels once
+
+
+def test_a_large_closure_is_written_once_and_mapped_by_all(db):
+    weights = numpy.ones(13_000_000)  # 104 MB
+    weights[17] = 4.5
+
+    def function(args):
+        private = sum(
+            int(line.split()[1])
+            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
+            if line.startswith("Private")
+        )
+        return [float(weights[17]), private // 1024, os.getpid()]
+
+    assert speval(function, range(64), db, concurrency=8).completed == 64
+    results = [e["result"] for e in load_evals(db)]
+    assert {result[0] for result in results} == {4.5}
+    assert max(result[1] for result in results) < 60  # MiB; a copy of its own would be 104
+
+
+def test_what_one_worker_changes_in_a_closure_stays_its_own(db):
+    shared = numpy.zeros(1_000_000)
+
+    def function(args):
+        shared[0] += 1
+        return [os.getpid(), shared[0]]
+
+    speval(function, range(40), db, concurrency=2)
+    assert shared[0] == 0
+    by_worker = {}
+    for pid, count in (e["result"] for e in load_evals(db)):
+        by_worker.setdefault(pid, []).append(count)
+    for counts in by_worker.values():
+        assert sorted(counts) == list(range(1, len(counts) + 1))
+
+
+def test_what_can_not_be_pickled_is_refused_by_name_before_anything_is_claimed(db):
+    import threading
+
+    lock = threading.Lock()
+
+    def function(args):
+        with lock:
+            return args
+
+    with pytest.raises(
+        FunctionError, match=r"function can't run in processes of its own: its variable 'lock' is a lock"
+    ) as caught:
+        speval(function, [1], db, executor="process")
+    assert "executor='thread'" in str(caught.value)
+    assert not db.exists()
+    assert speval(function, [1], db, executor="thread").completed == 1
+
+
+# Batches
+
+
+async def test_what_waits_behind_a_slow_call_is_given_to_others():
+    def function(args):
+        time.sleep(args)
+        return args
+
+    executor = make_executor(function, Options(executor="process"), Clock())
+    slot = executor.slot(0)
+    claims = [Claim(i, 1, 1, str(i), "0.4" if i == 1 else "0", 1) for i in range(6)]
+    ended, back, order = [], [], []
+    await slot.run(
+        claims,
+        None,
+        lambda c, o: (ended.append(c.id), order.append("ended")),
+        lambda cs: (back.extend(cs), order.append("back")),
+    )
+    assert ended == [0, 1]
+    assert [c.id for c in back] == [2, 3, 4, 5]
+    assert order == ["ended", "back", "ended"]
+    ended.clear()
+    await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail)
+    assert ended == [2, 3, 4, 5]
+    await slot.close()
+    await executor.close()
+
+
+async def test_of_a_batch_only_the_call_that_hangs_times_out_and_only_the_one_that_crashes_crashes(db):
+    def function(args):
+        if args % 100 == 50:
+            os._exit(1)
+        if args % 100 == 75:
+            time.sleep(600)
+        return args
+
+    summary = await aio.speval(function, range(1000), db, concurrency=2, timeout=1.0, max_attempts=1)
+    assert summary.causes == {"crash": 10, "timeout": 10}
+    assert summary.completed == 980
+    failed = {e["name"]: e["error"]["cause"] for e in await aio.load_evals(db, status="failed")}
+    assert failed == {str(i): "crash" if i % 100 == 50 else "timeout" for i in range(1000) if i % 100 in (50, 75)}
+    assert {e["attempts"] for e in await aio.load_evals(db)} == {1}
+
+
+async def test_short_calls_travel_in_batches(db, monkeypatch):
+    from speval.executors import process
+
+    sizes = []
+    original = process._Process.send
+
+    async def send(self, calls):
+        sizes.append(len(calls))
+        await original(self, calls)
+
+    monkeypatch.setattr(process._Process, "send", send)
+    await aio.speval(abs, range(5000), db, concurrency=2)
+    assert sum(sizes) == 5000
+    assert max(sizes) > 8
+
+
+async def test_long_calls_do_not_travel_in_batches(db, monkeypatch):
+    from speval.executors import process
+
+    sizes = []
+    original = process._Process.send
+
+    async def send(self, calls):
+        sizes.append(len(calls))
+        await original(self, calls)
+
+    monkeypatch.setattr(process._Process, "send", send)
+    await aio.speval(lambda args: time.sleep(0.02), range(40), db, concurrency=4)
+    assert set(sizes) == {1}
