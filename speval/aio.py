@@ -59,9 +59,9 @@ async def speval(
         db: The database's file name; made if it is missing, with its folders.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
-        executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"`` or ``"process"``. ``"auto"`` takes
-            coroutines for async functions; for plain ones a thread while ``concurrency`` is 1 and no timeout is set, else
-            processes, which alone can be stopped.
+        executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"``, ``"process"``, or an executor of
+            ``concurrent.futures`` that you make and close. ``"auto"`` takes coroutines for async functions; for plain ones a
+            thread while ``concurrency`` is 1 and no timeout is set, else processes, which alone can be stopped.
         max_attempts: Attempts an evaluation gets when they end in a timeout, a crash or with the death of their worker.
         retry_on: Exception types after which an evaluation is tried again, within ``max_attempts``. By default an
             exception is final.
@@ -86,6 +86,7 @@ async def speval(
         UnserializableError: some args can't be written as JSON.
         ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
         FunctionError: the function can't be sent to processes.
+        ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
         DatabaseError: the file can't be used as a database. In all these cases it is as it was.
     """
     options = Options(
@@ -219,6 +220,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
     Raises:
         UnknownNameError: a name is not in the database; nothing was changed.
         FunctionError: the function can't be sent to processes.
+        ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
         DatabaseError: the file can't be used as a database.
     """
     path = checked_path(db)

@@ -16,6 +16,7 @@ __all__ = [
     "DatabaseMissingError",
     "DatabaseUnavailableError",
     "EvaluationsFailed",
+    "ExecutorError",
     "ForeignDatabaseError",
     "FunctionError",
     "NewerSchemaError",
@@ -52,6 +53,17 @@ class FunctionError(SpevalError, TypeError):
 
     def __str__(self) -> str:
         return f"{self.function} can't run in processes of its own: {self.problem}\nexecutor='thread' runs it in this process"
+
+
+class ExecutorError(SpevalError, RuntimeError):
+    """The executor that was handed in takes no more calls."""
+
+    def __init__(self, executor: str, problem: str) -> None:
+        super().__init__(executor, problem)
+        self.executor, self.problem = executor, problem
+
+    def __str__(self) -> str:
+        return f"executor={self.executor} takes no more calls ({self.problem}); what is recorded stays; make a new one"
 
 
 class CalledInWorkerError(SpevalError, RuntimeError):

@@ -36,15 +36,19 @@ def make_executor(function: Function, options: Options, clock: Clock) -> Executo
         from .coroutine import CoroutineExecutor
 
         return CoroutineExecutor(function, options.retry_on, clock)
+    blocking = _Blocking(function) if _is_async(function) else function
     if chosen == "thread":
         from .thread import ThreadExecutor
 
-        return ThreadExecutor(_Blocking(function) if _is_async(function) else function, options.retry_on, clock)
+        return ThreadExecutor(blocking, options.retry_on, clock)
     if chosen == "process":
         from .process import ProcessExecutor
 
-        return ProcessExecutor(_Blocking(function) if _is_async(function) else function, options.retry_on, clock)
-    raise OptionError("executor", repr(chosen)[:60], "this release has 'auto', 'coroutine', 'thread' and 'process'")
+        return ProcessExecutor(blocking, options.retry_on, clock)
+    assert not isinstance(chosen, str)
+    from .foreign import ForeignExecutor
+
+    return ForeignExecutor(blocking, chosen, options.retry_on, clock)
 
 
 def _is_async(function: Any) -> bool:

@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ import cloudpickle
 from ..errors import FunctionError
 from .call import Function, RetryOn
 
-__all__ = ["make_payload"]
+__all__ = ["make_payload", "pickled"]
 
 _ALIGNMENT = 64  # bytes; what NumPy likes for its arrays
 
@@ -41,12 +41,8 @@ def make_payload(function: Function, retry_on: RetryOn) -> int:
         FunctionError: the function can't be pickled.
     """
     buffers: list[pickle.PickleBuffer] = []
-    with _by_value(function):
-        try:
-            body = cloudpickle.dumps((function, retry_on), protocol=5, buffer_callback=buffers.append)
-        except Exception as error:
-            raise FunctionError(_name(function), _culprit(function) or f"{type(error).__name__}: {error}") from error
-    parts = [body, *(buffer.raw() for buffer in buffers)]
+    body = pickled(function, retry_on, buffers.append)
+    parts: list[bytes | memoryview] = [body, *(buffer.raw() for buffer in buffers)]
     spans: list[tuple[int, int]] = []
     # The head tells where the parts are, and how long it is itself depends on that: so it gets room to spare.
     start = _aligned(8 + len(_head([(2**40, 2**40)] * len(parts))))
@@ -65,6 +61,22 @@ def make_payload(function: Function, retry_on: RetryOn) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def pickled(
+    function: Function, retry_on: RetryOn, buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None
+) -> bytes:
+    """Pickle a function with the exception types that go with it.
+
+    Raises:
+        FunctionError: it can't be pickled.
+    """
+    with _by_value(function):
+        try:
+            data: bytes = cloudpickle.dumps((function, retry_on), protocol=5, buffer_callback=buffer_callback)
+        except Exception as error:
+            raise FunctionError(_name(function), _culprit(function) or f"{type(error).__name__}: {error}") from error
+    return data
 
 
 def _head(spans: list[tuple[int, int]]) -> bytes:

@@ -13,6 +13,7 @@ import logging
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -202,8 +203,9 @@ class _Connection(aiosqlite.Connection):
                 with CancelScope(shield=True):
                     await asyncio.shield(stopped)
         except asyncio.CancelledError:
-            if self._connection is not None:
-                self._connection.interrupt()
+            with suppress(sqlite3.ProgrammingError):  # closed by now
+                if self._connection is not None:
+                    self._connection.interrupt()
             raise
         finally:
             self.join()

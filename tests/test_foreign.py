@@ -1,0 +1,168 @@
+"""Executors of others: the standard library's, loky's, Dask's."""
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+
+from speval import ExecutorError, FunctionError, aio, load_evals, speval
+from speval.clock import Clock
+from speval.executors import make_executor
+from speval.options import Options
+
+from .conftest import rows
+
+
+def make_process_pool():
+    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+
+
+def make_loky():
+    from loky import ProcessPoolExecutor as LokyExecutor
+
+    return LokyExecutor(2)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from distributed import Client, LocalCluster
+
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+
+
+@pytest.fixture(params=["process pool", "loky", "dask", "thread pool"])
+def pool(request):
+    if request.param == "dask":
+        yield request.getfixturevalue("cluster").get_executor()
+        return
+    made = {"process pool": make_process_pool, "loky": make_loky, "thread pool": lambda: ThreadPoolExecutor(2)}[request.param]()
+    yield made
+    made.shutdown()
+
+
+async def one(pool, function, args, timeout=None, **options):
+    executor = make_executor(function, Options(executor=pool, **options), Clock())
+    slot = executor.slot(0)
+    try:
+        return await slot.call("17", json.dumps(args), timeout)
+    finally:
+        await slot.close()
+        await executor.close()
+
+
+async def test_results_exceptions_and_what_can_not_be_encoded(pool):
+    offset = 5
+
+    def function(args):
+        if args == "raise":
+            raise ConnectionResetError("gone")
+        return object() if args == "object" else args + offset
+
+    assert (await one(pool, function, 2)).result == "7"
+    outcome = await one(pool, function, "raise", retry_on=OSError)
+    assert (outcome.cause, outcome.again) == ("exception", True)
+    assert "in function" in outcome.error["traceback"]
+    assert (await one(pool, function, "object")).cause == "unserializable"
+    assert (await one(pool, lambda args: "ü" * args, 1_000_000)).result == '"' + "ü" * 1_000_000 + '"'
+
+
+async def test_a_timeout_gives_the_call_up_and_says_so(pool, caplog):
+    def function(args):
+        time.sleep(args)
+        return "late"
+
+    await one(pool, function, 0)  # the pool is up
+    outcome = await one(pool, function, 1.5, timeout=0.2)
+    assert (outcome.cause, outcome.again) == ("timeout", True)
+    assert outcome.duration < 1.4
+    assert (await one(pool, function, 0, timeout=60)).result == '"late"'
+
+
+def test_a_whole_run(pool, db):
+    summary = speval(lambda args: args * 2, range(100), db, executor=pool, concurrency=4)
+    assert summary.completed == 100
+    assert [e["result"] for e in load_evals(db)] == [2 * i for i in range(100)]
+
+
+async def test_a_cancelled_run_releases_what_it_held(pool, db, tmp_path):
+    started = str(tmp_path / "started")
+
+    def function(args):
+        open(started, "w").close()
+        time.sleep(2)
+
+    running = asyncio.create_task(aio.speval(function, range(4), db, executor=pool, concurrency=2))
+    while not os.path.exists(started):
+        await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert {(e["status"], e["attempts"]) for e in await aio.load_evals(db)} == {("pending", 0)}
+
+
+@pytest.mark.parametrize("make", [make_process_pool, make_loky])
+def test_a_pool_that_breaks_ends_the_run_and_the_next_one_goes_on(make, db):
+    def function(args):
+        if args == 5:
+            os._exit(1)
+        return args
+
+    pool = make()
+    with pytest.raises(ExecutorError, match="takes no more calls"):
+        speval(function, range(30), db, executor=pool, backoff=0)
+    pool.shutdown()
+    assert rows(db, "SELECT count(*) FROM attempts WHERE outcome = 'crash'")[0][0] >= 1
+    assert rows(db, "SELECT count(*) FROM states WHERE worker IS NOT NULL") == [(0,)]
+    done = len(load_evals(db, status="completed"))
+    summary = speval(lambda args: args, range(30), db)
+    assert (summary.completed, summary.recorded) == (30, 30 - done)
+
+
+def test_a_dask_worker_that_dies_loses_nothing(cluster, db, tmp_path):
+    first = str(tmp_path / "first")
+
+    def function(args):
+        if args == 3 and not os.path.exists(first):
+            open(first, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return args
+
+    summary = speval(function, range(20), db, executor=cluster.get_executor(), concurrency=2, backoff=0)
+    assert summary.completed == 20
+    assert [e["result"] for e in load_evals(db)] == list(range(20))
+
+
+def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def function(args):
+        number = len(list(marks.iterdir()))
+        (marks / str(number)).touch()
+        if number == 0:
+            raise OSError
+        return number
+
+    assert speval(function, [1], db, executor=cluster.get_executor(), retry_on=OSError, backoff=0).completed == 1
+    assert load_evals(db)[0]["result"] == 1
+
+
+def test_what_can_not_be_pickled_is_refused_before_anything_is_claimed(db):
+    import threading
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(FunctionError, match="'lock'"):
+        speval(lambda args: lock, [1], db, executor=pool)
+    assert not db.exists()
