@@ -24,7 +24,7 @@ _F_SETSIG = 10  # Linux
 
 
 def main() -> None:
-    """Serve calls until the parent closes the socket."""
+    """Load the function, then serve."""
     calls_fd, tokens_fd, lifeline_fd, payload_fd = (int(number) for number in sys.argv[1:5])
     # A grandchild that held them would keep our death from being noticed, and its parent's death from being noticed by it.
     for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
@@ -35,15 +35,20 @@ def main() -> None:
         if stream is not None:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     evaluate, clock = _borrowed()
-    calls = socket.socket(fileno=calls_fd)
-    try:
-        function, retry_on = _load(payload_fd)
-    except BaseException as error:
-        import traceback
+    with socket.socket(fileno=calls_fd) as calls:
+        try:
+            function, retry_on = _load(payload_fd)
+        except BaseException as error:
+            import traceback
 
-        _send(calls, ("broken", "".join(traceback.format_exception(error))))
-        return
-    _send(calls, ("ready", os.getpid()))
+            _send(calls, ("broken", "".join(traceback.format_exception(error))))
+            return
+        _send(calls, ("ready", os.getpid()))
+        _serve(calls, tokens_fd, lambda name, args: _evaluate(evaluate, function, name, args, retry_on, clock))
+
+
+def _serve(calls: socket.socket, tokens_fd: int, call: Any) -> None:
+    """Make the calls that arrive until the parent closes the socket."""
     while (batch := _receive(calls)) is not None:
         left = len(batch)
         for name, args in batch:
@@ -55,7 +60,7 @@ def main() -> None:
                 break  # the rest has been taken back
             left -= 1
             # Its own statement and no name: a big result is not kept while the next one is made.
-            _send(calls, (_evaluate(evaluate, function, name, args, retry_on, clock), left == 0))
+            _send(calls, (call(name, args), left == 0))
         if left:
             _send(calls, (None, True))
 
