@@ -16,11 +16,10 @@ from typing import Any
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
-from .model import Evaluation, Status, Summary
+from .model import Evaluation, OnChanged, Status, Summary
 from .options import Durability, ExecutorOption, Options, checked_path, checked_status
 from .progress import shown
 from .space import Space
-from .stores.base import OnChanged
 from .worker import Worker
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
@@ -219,8 +218,6 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 
     Raises:
         UnknownNameError: a name is not in the database; nothing was changed.
-        FunctionError: the function can't be sent to processes.
-        ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
         DatabaseError: the file can't be used as a database.
     """
     path = checked_path(db)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from .clock import Clock
 from .errors import DatabaseError, SpevalError
+from .model import counted
 from .stores.base import LeaseKeeping
 
 __all__ = ["Lease"]
@@ -145,9 +146,9 @@ class Lease:
         for worker in reclaimed.workers:
             logger.warning("worker %s is dead", worker)
         if reclaimed.pending:
-            logger.warning("%d evaluations of dead workers are pending again", reclaimed.pending)
+            logger.warning("%s of dead workers pending again", counted(reclaimed.pending))
         for name in reclaimed.failed:
-            logger.error("evaluation %r failed: its worker died in the last of its %d attempts", name, self._max_attempts)
+            logger.error("evaluation %r failed: its worker died in its last attempt, number %d", name, self._max_attempts)
 
     def _note(self, error: SpevalError) -> None:
         """Log the same trouble once; the engine's own writes say more about it."""

@@ -13,10 +13,16 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from .errors import EvaluationsFailed
 
-__all__ = ["Cause", "Claim", "Error", "Evaluation", "Outcome", "Status", "Summary"]
+__all__ = ["Cause", "Claim", "Error", "Evaluation", "OnChanged", "Outcome", "Status", "Summary", "counted"]
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
+OnChanged = Literal["error", "keep", "rerun"]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
+
+
+def counted(count: int, noun: str = "evaluation") -> str:
+    """Return a count as people say it: 1 evaluation, 2 evaluations."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class Error(TypedDict):
@@ -109,9 +115,8 @@ class Summary:
             parts.append(f"{self.in_progress} in progress")
         if self.pending:
             parts.append(f"{self.pending} pending")
-        noun = "evaluation" if self.total == 1 else "evaluations"
         stopped = f"; stopped: {self.stopped}" if self.stopped else ""
-        return f"{self.total} {noun}: {', '.join(parts)} in {self.seconds:.1f} s ({self.recorded} by this call){stopped}"
+        return f"{counted(self.total)}: {', '.join(parts)} in {self.seconds:.1f} s ({self.recorded} by this call){stopped}"
 
 
 class Claim(NamedTuple):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
-from .model import Status
-from .stores.base import OnChanged
+from .model import OnChanged, Status
 
 __all__ = ["Durability", "ExecutorOption", "Options", "checked_path", "checked_status"]
 
@@ -82,7 +81,7 @@ def checked_path(db: Any) -> Path:
         raise OptionError(
             "db", repr(text.partition("://")[0] + "://..."), "this release keeps evaluations in SQLite files only"
         )
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def checked_status(status: Any, allowed: tuple[Status | None, ...]) -> None:

@@ -18,10 +18,10 @@ import anyio
 from anyio.from_thread import BlockingPortal
 
 from . import aio
-from .model import Evaluation, Status, Summary
+from .errors import SpevalError
+from .model import Evaluation, OnChanged, Status, Summary
 from .options import Durability, ExecutorOption, Options, checked_path
 from .space import Space
-from .stores.base import OnChanged
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
 
@@ -241,6 +241,9 @@ class _Loop:
         try:
             future = self._portal.start_task_soon(run)
             return future.result()
+        except SpevalError as error:
+            # The way through two threads is of no use to whoever reads the traceback, and the message says it all.
+            raise error.with_traceback(None) from None
         except KeyboardInterrupt:
             # The first one ends the call in good order. Another one meanwhile comes out of this wait and is the last word.
             self.is_abandoned = True

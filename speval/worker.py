@@ -23,7 +23,7 @@ from .clock import Clock
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
-from .model import Claim, Outcome, Summary
+from .model import Claim, Outcome, Summary, counted
 from .options import Options
 from .space import Space
 from .stores.base import Ended, Recorded, Store
@@ -113,7 +113,7 @@ class Worker:
         counts = (seeded.new, seeded.unchanged, seeded.changed, seeded.gone)
         logger.info("eval space: %d new, %d unchanged, %d changed, %d stored but no longer in it", *counts)
         if seeded.changed and self._options.on_changed == "keep":
-            logger.warning("%d evaluations are stored with other args than given now, and go on with those", seeded.changed)
+            logger.warning("stored with other args than given now, and kept: %s", counted(seeded.changed))
         self._task = asyncio.create_task(self._run(), name="speval worker")
 
     @property
@@ -295,7 +295,7 @@ class Worker:
                 )
             except (DatabaseLockedError, DatabaseUnavailableError) as error:
                 if not has_warned:
-                    logger.warning("%d results are kept and written as soon as possible: %s", len(ended), error)
+                    logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
                     has_warned = True
                 if self._stopping:
                     wanted = {"idle": 0, "ahead": 0}
@@ -326,7 +326,7 @@ class Worker:
             self._dry = len(recorded.claims) < idle and not recorded.lost
         if self._failure_limit is not None and recorded.failures is not None and recorded.failures >= self._failure_limit:
             if not self._stopping:
-                logger.error("%d evaluations have failed, which is max_failures: no more are started", recorded.failures)
+                logger.error("max_failures is reached, no more are started: %s failed", counted(recorded.failures))
             self._stopping = f"{recorded.failures} failed, max_failures={self._options.max_failures}"
             self._released.extend(self._ready)
             self._ready.clear()

@@ -1,7 +1,6 @@
 """Many copies of one script, as real processes: started together, killed, stopped, continued."""
 
 import json
-import os
 import signal
 import time
 from collections import Counter
@@ -196,4 +195,24 @@ def test_a_worker_alone_finishes_what_a_killed_one_could_not_even_when_it_dies_w
     assert by_name.pop("3")["error"]["cause"] == "lost"
     # Its neighbours, claimed with it but not the cause, were not made to pay.
     assert {e["status"] for e in by_name.values()} == {"completed"}
-    assert os.getpid() not in codes
+
+
+def test_one_that_kills_its_worker_takes_none_with_it_that_had_not_begun_even_with_a_single_attempt(scripts, db):
+    script = scripts.write(
+        """
+        import os
+        from speval import speval
+        async def poison(args):
+            if args == 300:
+                os._exit(9)
+        print(speval(poison, range(3000), "runs.db", max_attempts=1))
+        """
+    )
+    codes = []
+    while 0 not in codes and len(codes) < 6:
+        copy = scripts.start(script)
+        _, err = copy.communicate(timeout=60)
+        codes.append(copy.returncode)
+    assert codes[-1] == 0, err
+    assert [e["name"] for e in load_evals(db, status="failed")] == ["300"]
+    assert len(load_evals(db, status="completed")) == 2999

@@ -496,6 +496,14 @@ def test_a_large_closure_is_written_once_and_mapped_by_all(db):
     assert max(result[1] for result in results) < 60  # MiB; a copy of its own would be 104
 
 
+@pytest.mark.parametrize("count", [1, 2, 10, 20, 50, 200])
+def test_a_function_with_many_arrays_travels_whole(db, count):
+    arrays = [numpy.arange(1000.0) + i for i in range(count)]
+    assert speval(lambda args: float(sum(a[args] for a in arrays)), [0, 999], db, executor="process").completed == 2
+    offsets = count * (count - 1) / 2
+    assert [e["result"] for e in load_evals(db)] == [offsets, 999 * count + offsets]
+
+
 def test_what_one_worker_changes_in_a_closure_stays_its_own(db):
     shared = numpy.zeros(1_000_000)
 

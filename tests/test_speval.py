@@ -314,7 +314,7 @@ async def test_on_changed_keep_warns_and_rerun_evaluates_again(db, caplog):
     await aio.speval(double, [1, 2], db)
     await aio.speval(double, [1, 7], db, on_changed="keep")
     assert [e["result"] for e in await aio.load_evals(db)] == [2, 4]
-    assert "1 evaluations are stored with other args" in caplog.text
+    assert "stored with other args than given now, and kept: 1 evaluation" in caplog.text
     summary = await aio.speval(double, [1, 7], db, on_changed="rerun")
     assert summary.recorded == 1
     assert [e["result"] for e in await aio.load_evals(db)] == [2, 14]
@@ -536,6 +536,42 @@ def _has_workers(db):
         return False
 
 
+@pytest.mark.parametrize("kind", ["coroutine", "process"])
+async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_once_it_can(db, caplog, tmp_path, kind):
+    starts = tmp_path / "starts"
+    starts.mkdir()
+
+    def pause():
+        (starts / f"{time.monotonic_ns()}").touch()
+        return 600 if len(list(starts.iterdir())) == 1 else 0
+
+    async def coroutine(args):
+        await asyncio.sleep(pause())
+
+    def plain(args):
+        time.sleep(pause())
+
+    function = coroutine if kind == "coroutine" else plain
+    running = asyncio.create_task(aio.speval(function, [1], db, lease=1.0, executor=kind, max_attempts=1))
+    while not list(starts.iterdir()):
+        await asyncio.sleep(0.01)
+    blocker = sqlite3.connect(db, isolation_level=None)
+    while True:  # the lease thread writes too
+        try:
+            blocker.execute("BEGIN IMMEDIATE")
+            break
+        except sqlite3.OperationalError:
+            await asyncio.sleep(0.001)
+    while "what can be stopped is stopped" not in caplog.text:
+        await asyncio.sleep(0.01)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    summary = await running
+    assert (summary.completed, summary.recorded) == (1, 1)
+    assert len(list(starts.iterdir())) == 2
+    assert [e["attempts"] for e in await aio.load_evals(db)] == [1]  # nobody was charged
+
+
 async def test_results_wait_for_a_locked_database_and_are_recorded_later(db, caplog, monkeypatch):
     monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.2)
     blocker = sqlite3.connect(db, isolation_level=None)
@@ -550,7 +586,7 @@ async def test_results_wait_for_a_locked_database_and_are_recorded_later(db, cap
 
     running = asyncio.create_task(aio.speval(function, range(5), db))
     await locked.wait()
-    while "are kept and written as soon as possible" not in caplog.text:
+    while "kept, to be written as soon as possible" not in caplog.text:
         await asyncio.sleep(0.01)
     blocker.execute("ROLLBACK")
     summary = await running

@@ -208,6 +208,26 @@ async def test_claimed_ahead_is_only_what_was_never_tried(database):
     assert [(c.name, c.charged) for c in recorded.claims] == [("0", 2), ("2", 1), ("3", 1)]
 
 
+async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody_the_first_time(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    other, its = await database.worker(range(6))
+    keeping = keeping_of(other)
+    try:
+        store, worker = await database.worker(range(6))
+        assert len((await store.record(worker, idle=1, ahead=3)).claims) == 4
+        assert keeping.reclaim(its, 1).failed == ["0"]
+        assert await database.statuses() == ["failed"] + ["pending"] * 5
+        assert [e["attempts"] for e in (await database.all()).values()] == [1, 0, 0, 0, 0, 0]
+        # One of them may have been the culprit: from now on each is claimed alone, and charged.
+        store, worker = await database.worker(range(6))
+        recorded = await store.record(worker, idle=1, ahead=10)
+        assert [c.name for c in recorded.claims] == ["1", "4", "5"]
+        assert keeping.reclaim(its, 1).failed == ["1"]
+        assert await database.statuses() == ["failed"] * 2 + ["pending"] * 4
+    finally:
+        keeping.close()
+
+
 async def test_open_tells_whether_something_is_left_to_end(database):
     store, worker = await database.worker([1, 2])
     recorded = await store.record(worker, idle=3)

@@ -45,11 +45,12 @@ def make_payload(function: Function, retry_on: RetryOn) -> int:
     parts: list[bytes | memoryview] = [body, *(buffer.raw() for buffer in buffers)]
     spans: list[tuple[int, int]] = []
     # The head tells where the parts are, and how long it is itself depends on that: so it gets room to spare.
-    start = _aligned(8 + len(_head([(2**40, 2**40)] * len(parts))))
+    start = _aligned(8 + len(_head([(2**60, 2**60)] * len(parts))))
     for part in parts:
         spans.append((start, start + len(part)))
         start = _aligned(start + len(part))
     head = _head(spans)
+    assert 8 + len(head) <= spans[0][0]
     fd = _nameless_file()
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -82,7 +83,8 @@ def pickled(
 def _head(spans: list[tuple[int, int]]) -> bytes:
     path = [entry for entry in sys.path if isinstance(entry, str)]
     # A relative path would be another one after the function has changed the folder.
-    return marshal.dumps(([os.path.abspath(entry) for entry in path], list(sys.argv), spans))  # noqa: PTH100
+    # Version 2 writes everything out; later ones refer to what they have written already, and the length would be no bound.
+    return marshal.dumps(([os.path.abspath(entry) for entry in path], list(sys.argv), spans), 2)  # noqa: PTH100
 
 
 def _aligned(position: int) -> int:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from ..model import Claim, Evaluation, Outcome, Status, Summary
+from ..model import Claim, Evaluation, OnChanged, Outcome, Status, Summary
 from ..space import Space
 
-__all__ = ["Ended", "LeaseKeeping", "OnChanged", "Reclaimed", "Recorded", "Seeded", "Store"]
-
-OnChanged = Literal["error", "keep", "rerun"]
+__all__ = ["Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store"]
 
 
 class Ended(NamedTuple):
@@ -160,8 +158,9 @@ class Store(ABC):
             released: Claims to give back unused; no attempt is charged.
             due: Claims held for their backoff that everybody may claim now.
             idle: Claims wanted at once.
-            ahead: Claims wanted besides, to be started soon; only evaluations without an earlier attempt are given for it,
-                so that a worker killed by one evaluation can't use up the attempts of others that never started.
+            ahead: Claims wanted besides, to be started soon. Only evaluations without an earlier attempt are given for it, and
+                those that a worker dies with are not charged the first time and not given for it again: one that kills its
+                worker can't use up the attempts of others that never started.
             count_failures: Whether to count the failures so far.
         """
 

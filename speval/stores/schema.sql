@@ -18,6 +18,8 @@ CREATE TABLE states (
     attempt INTEGER NOT NULL DEFAULT 0,   -- the latest attempt's number, half of the fencing token: it only ever grows
     released INTEGER NOT NULL DEFAULT 0,  -- attempts given back unused
     forgiven INTEGER NOT NULL DEFAULT 0,  -- attempts before the last retry(): the budget used is the rest
+    -- 1: claimed ahead, so it may not have begun; 2: a worker died with it so claimed, and it is never claimed ahead again.
+    ahead INTEGER NOT NULL DEFAULT 0,
     worker INTEGER REFERENCES workers,    -- who holds it, with status 1 and 4
     last INTEGER REFERENCES attempts,     -- the last attempt that ended
     updated_at REAL NOT NULL

@@ -22,11 +22,11 @@ from anyio import CancelScope
 
 from ..clock import Clock
 from ..codec import decode, same
-from ..errors import ArgsChangedError, StoreClosedError, UnknownNameError
+from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
 from ..host import this_process
-from ..model import Cause, Claim, Error, Evaluation, Status, Summary
+from ..model import Cause, Claim, Error, Evaluation, OnChanged, Status, Summary
 from ..space import Space, name_to_key
-from .base import Ended, LeaseKeeping, OnChanged, Recorded, Seeded, Store
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store
 from .sqlite_file import SqliteFile
 from .sqlite_lease import SqliteLeaseKeeping, worker_label
 
@@ -82,14 +82,14 @@ _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
 _CLAIM = """
-UPDATE states SET status = 1, attempt = attempt + 1, worker = :worker, updated_at = :now
+UPDATE states SET status = 1, attempt = attempt + 1, ahead = ahead & 2, worker = :worker, updated_at = :now
 WHERE id IN (
     SELECT id FROM states INDEXED BY states_pending
     WHERE status = 0 AND id <= :last AND id NOT IN strangers ORDER BY id LIMIT :limit
 )
 RETURNING id, attempt, attempt - released - forgiven
 """
-_CLAIM_UNTRIED = _CLAIM.replace("ORDER BY", "AND attempt = released + forgiven ORDER BY")
+_CLAIM_AHEAD = _CLAIM.replace("ahead & 2", "1").replace("ORDER BY", "AND attempt = released + forgiven AND ahead = 0 ORDER BY")
 _ARGS = "SELECT name, args FROM evaluations WHERE id = ?"
 
 # Guarded by the whole token: a stale attempt changes no row, and the count of changed rows tells.
@@ -104,11 +104,12 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 _RELEASE = """
-UPDATE states SET status = 0, worker = NULL, released = released + 1, updated_at = ?
+UPDATE states SET status = 0, worker = NULL, released = released + 1, ahead = ahead & 2, updated_at = ?
 WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
 """
 _RELEASE_ALL = """
-UPDATE states SET released = released + (status = 1), status = 0, worker = NULL, updated_at = ? WHERE worker = ?
+UPDATE states SET released = released + (status = 1), status = 0, worker = NULL, ahead = ahead & 2, updated_at = ?
+WHERE worker = ?
 """
 _DUE = "UPDATE states SET status = 0, worker = NULL WHERE id = ? AND attempt = ? AND worker = ? AND status = 4"
 _LEAVE = "UPDATE workers SET ended_at = ?, last_seen = ? WHERE id = ? AND ended_at IS NULL"
@@ -418,7 +419,7 @@ class SqliteStore(Store):
             values = {"worker": worker, "now": now, "last": self._last}
             rows = c.execute(_CLAIM, values | {"limit": idle}).fetchall() if idle else []
             if ahead and len(rows) == idle:
-                rows += c.execute(_CLAIM_UNTRIED, values | {"limit": ahead}).fetchall()
+                rows += c.execute(_CLAIM_AHEAD, values | {"limit": ahead}).fetchall()
             rows.sort()  # RETURNING promises no order
             for id, attempt, charged in rows:
                 name, args = c.execute(_ARGS, (id,)).fetchone()
@@ -450,7 +451,7 @@ class SqliteStore(Store):
             rows = c.execute(_ENDED_SINCE, {"cursor": cursor, "last": self._last, "limit": limit}).fetchall()
             # Rows that were passed over need not be looked at again.
             (newest,) = (rows[-1][0],) if len(rows) == limit else c.execute(_MAX_SEQ).fetchone()
-            return newest, [(row[1], _evaluation(row[2:])) for row in rows]
+            return newest, [(row[1], _evaluation(self.path, row[2:])) for row in rows]
 
         return await self._read(fetch)
 
@@ -472,7 +473,7 @@ class SqliteStore(Store):
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
             rows = c.execute(sql, (after, _CODES[status], limit)).fetchall()
-            return (rows[-1][0] if rows else after), [_evaluation(row[1:]) for row in rows]
+            return (rows[-1][0] if rows else after), [_evaluation(self.path, row[1:]) for row in rows]
 
         return await self._read(fetch)
 
@@ -562,7 +563,14 @@ def _attempt(seq: int, ended: Ended, now: float) -> tuple[Any, ...]:
     return (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
 
 
-def _evaluation(row: Sequence[Any]) -> Evaluation:
+def _evaluation(db: Path, row: Sequence[Any]) -> Evaluation:
+    try:
+        return _decoded(row)
+    except (ValueError, RecursionError) as error:
+        raise DatabaseError(str(db), f"what is stored of evaluation {str(row[0])!r} is no JSON ({error})") from error
+
+
+def _decoded(row: Sequence[Any]) -> Evaluation:
     name, code, updated, args, attempts, result, outcome, type_, message, traceback, started, duration, *worker = row
     status = _STATUS[code]
     error: Error | None = None

@@ -208,7 +208,9 @@ class SqliteFile:
     def _prepare(self, durability: str) -> None:
         connection = self.connection
         self.network = _network_filesystem(self.path)
-        mode = self._journal_mode("delete" if self.network else "wal")
+        # All have to agree, also those for whom the disk is a local one: the file server's own programs.
+        stored = self.read(_stored_journal_mode) if self._is_current else None
+        mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"
         connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
@@ -216,6 +218,8 @@ class SqliteFile:
         if not self._is_current:
             self.write(_migrate)
             self.is_0_1 = False
+        if mode != stored:
+            self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""
@@ -285,6 +289,11 @@ def _describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     columns = [row[1] for row in connection.execute("PRAGMA table_info(evals)")]
     return application_id, version, tables, columns
+
+
+def _stored_journal_mode(connection: sqlite3.Connection) -> str | None:
+    row = connection.execute("SELECT value FROM meta WHERE key = 'journal_mode'").fetchone()
+    return None if row is None else str(row[0])
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

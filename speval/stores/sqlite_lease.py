@@ -28,10 +28,14 @@ WHERE ended_at IS NULL AND id <> ? ORDER BY id
 """
 _DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
 _HELD = """
-SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.updated_at, e.name
+SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.ahead, s.updated_at, e.name
 FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id WHERE s.worker = ? LIMIT ?
 """
 _TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, last), updated_at = ? WHERE id = ?"
+# Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
+_TAKE_BACK_AHEAD = """
+UPDATE states SET status = 0, worker = NULL, released = released + 1, ahead = 2, updated_at = ? WHERE id = ?
+"""
 _ADD_LOST = """
 INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, ended_at, outcome, error_type, error_message,
     error_traceback)
@@ -159,7 +163,11 @@ class SqliteLeaseKeeping(LeaseKeeping):
         message = f"worker {worker_label(row.id, row.process.host, row.process.pid)} died or was out of reach"
         pending, failed = 0, []
         held = c.execute(_HELD, (row.id, _BOUND)).fetchall()
-        for id, attempt, charged, status, claimed_at, name in held:
+        for id, attempt, charged, status, ahead, claimed_at, name in held:
+            if status == 1 and ahead == 1:
+                c.execute(_TAKE_BACK_AHEAD, (now, id))
+                pending += 1
+                continue
             seq, final = None, False
             if status == 1:
                 (seq,) = c.execute(_ADD_LOST, (id, attempt, row.id, claimed_at, now, message)).fetchone()
