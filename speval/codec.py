@@ -7,9 +7,12 @@ a function never sees anything but what JSON gives back; NaN and infinities surv
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from .errors import UnserializableError
+
+TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["decode", "encode", "same"]
 

@@ -6,7 +6,9 @@ the values it hands to ``super().__init__`` and the text is built from them in `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "ArgsChangedError",

@@ -34,7 +34,12 @@ class Examples:
 
     def start(self, name: str, *arguments: Any) -> subprocess.Popen[str]:
         env = os.environ | {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
-        return self.scripts.start(EXAMPLES / f"{name}.py", *map(str, arguments), env=env)
+        # Of what a shell has put into the background, Ctrl-C is ignored, and that would be inherited.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return self.scripts.start(EXAMPLES / f"{name}.py", *map(str, arguments), env=env)
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def run(self, name: str, *arguments: Any) -> list[str]:
         return lines_of(self.start(name, *arguments))

@@ -13,8 +13,7 @@ from typing import Any
 from ..clock import Clock
 from ..errors import OptionError
 from ..options import Options
-from .base import Executor
-from .call import Function
+from .base import Executor, Function
 
 __all__ = ["make_executor"]
 

@@ -7,19 +7,17 @@ the package, so it imports next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from ..clock import Clock
 from ..codec import decode, encode
 from ..errors import UnserializableError
 
-__all__ = ["Function", "Result", "RetryOn", "completed", "evaluate", "failed", "outcome"]
+TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
+if TYPE_CHECKING:
+    from typing import Any
 
-Function = Callable[[Any], Any]
-RetryOn = tuple[type[BaseException], ...]
-# cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, which is made where it is needed.
-Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
+    from ..clock import Clock
+    from .base import Function, Result, RetryOn
+
+__all__ = ["completed", "evaluate", "failed", "outcome"]
 
 _LONGEST_MESSAGE = 10_000  # characters; an exception that carries a whole document is cut
 _LONGEST_TRACEBACK = 100_000

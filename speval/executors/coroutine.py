@@ -15,8 +15,8 @@ import traceback
 from ..clock import Clock
 from ..codec import decode
 from ..model import Outcome
-from .base import Executor, Slot, as_outcome, timed_out
-from .call import Function, RetryOn, completed, failed
+from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from .call import completed, failed
 
 __all__ = ["CoroutineExecutor"]
 

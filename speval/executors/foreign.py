@@ -18,8 +18,8 @@ from typing import Any
 from ..clock import Clock
 from ..errors import ExecutorError
 from ..model import Outcome
-from .base import Executor, Slot, as_outcome, timed_out
-from .call import Function, Result, RetryOn, evaluate, outcome
+from .base import Executor, Function, Result, RetryOn, Slot, as_outcome, timed_out
+from .call import evaluate, outcome
 from .payload import pickled
 
 __all__ = ["ForeignExecutor"]

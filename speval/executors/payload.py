@@ -20,7 +20,7 @@ from typing import Any
 import cloudpickle
 
 from ..errors import FunctionError
-from .call import Function, RetryOn
+from .base import Function, RetryOn
 
 __all__ = ["make_payload", "pickled"]
 

@@ -25,8 +25,8 @@ from typing import Any
 from ..clock import Clock
 from ..errors import FunctionError
 from ..model import Claim, Outcome
-from .base import Executor, Slot, as_outcome, timed_out
-from .call import Function, RetryOn, outcome
+from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from .call import outcome
 from .payload import make_payload
 
 __all__ = ["ProcessExecutor"]

@@ -7,20 +7,27 @@ parent is gone, the kernel kills the whole process group.
 
 from __future__ import annotations
 
-import contextlib
+# Each of these is compiled in, or loaded already when an interpreter starts: importing socket, signal, threading, typing and
+# pickle instead would double the time a worker takes to start.
+import _thread
 import fcntl
 import marshal
 import mmap
 import os
-import pickle
-import signal
-import socket
 import sys
-import threading
-from types import ModuleType
-from typing import Any
+
+try:
+    from _pickle import loads
+except ImportError:  # not CPython
+    from pickle import loads
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 _F_SETSIG = 10  # Linux
+_SIGKILL = 9
 
 
 def main() -> None:
@@ -35,19 +42,18 @@ def main() -> None:
         if stream is not None:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     evaluate, clock = _borrowed()
-    with socket.socket(fileno=calls_fd) as calls:
-        try:
-            function, retry_on = _load(payload_fd)
-        except BaseException as error:
-            import traceback
+    try:
+        function, retry_on = _load(payload_fd)
+    except BaseException as error:
+        import traceback
 
-            _send(calls, ("broken", "".join(traceback.format_exception(error))))
-            return
-        _send(calls, ("ready", os.getpid()))
-        _serve(calls, tokens_fd, lambda name, args: _evaluate(evaluate, function, name, args, retry_on, clock))
+        _send(calls_fd, ("broken", "".join(traceback.format_exception(error))))
+        return
+    _send(calls_fd, ("ready", os.getpid()))
+    _serve(calls_fd, tokens_fd, lambda name, args: _evaluate(evaluate, function, name, args, retry_on, clock))
 
 
-def _serve(calls: socket.socket, tokens_fd: int, call: Any) -> None:
+def _serve(calls: int, tokens_fd: int, call: Callable[[str, str], Any]) -> None:
     """Make the calls that arrive until the parent closes the socket."""
     while (batch := _receive(calls)) is not None:
         left = len(batch)
@@ -73,8 +79,10 @@ def _evaluate(evaluate: Any, function: Any, name: str, args: str, retry_on: Any,
         error |= {"cause": "crash", "message": f"sys.exit({error['message']})"}
         result = ("crash", None, error, *result[3:5], True)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # the function may have closed or replaced them
+        try:
             stream.flush()
+        except Exception:  # noqa: S110 - the function may have closed or replaced them
+            pass
     return result
 
 
@@ -83,23 +91,23 @@ def _die_with_the_parent(lifeline: int) -> None:
     os.set_blocking(lifeline, True)
     if sys.platform == "linux":
         # The kernel sends the signal by itself: also when this process is stopped, or C code never gives the GIL back.
-        fcntl.fcntl(lifeline, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, _F_SETSIG, _SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
     def watch() -> None:
         os.read(lifeline, 1)
-        os.killpg(0, signal.SIGKILL)
+        os.killpg(0, _SIGKILL)
 
     # Other systems need the thread; and here, the parent may have died before the line above.
-    threading.Thread(target=watch, name="speval lifeline", daemon=True).start()
+    _thread.start_new_thread(watch, ())
 
 
 def _borrowed() -> tuple[Any, Any]:
     """Import the two modules that we share with the package, and leave no trace: the function may import the real one."""
     folder = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib takes as long to import as all else
     for name, path in (("speval", os.path.dirname(folder)), ("speval.executors", folder)):  # noqa: PTH120
-        package = ModuleType(name)
+        package = type(sys)(name)
         package.__path__ = [path]
         sys.modules[name] = package
     from speval.clock import Clock
@@ -123,13 +131,13 @@ def _load(payload_fd: int) -> tuple[Any, Any]:
     sys.speval_loading = True  # type: ignore[attr-defined]
     try:
         body, *buffers = (whole[start:end] for start, end in spans)
-        loaded: tuple[Any, Any] = pickle.loads(body, buffers=buffers)
+        loaded: tuple[Any, Any] = loads(body, buffers=buffers)
         return loaded
     finally:
         del sys.speval_loading  # type: ignore[attr-defined]
 
 
-def _receive(calls: socket.socket) -> Any:
+def _receive(calls: int) -> Any:
     head = _exactly(calls, 8)
     if head is None:
         return None
@@ -137,21 +145,30 @@ def _receive(calls: socket.socket) -> Any:
     return None if data is None else marshal.loads(data)
 
 
-def _exactly(calls: socket.socket, size: int) -> bytes | bytearray | None:
+def _exactly(calls: int, size: int) -> bytes | bytearray | None:
     """Return so many bytes, or None when the parent has closed the socket."""
-    data = calls.recv(size)
+    data = _read(calls, size)
     if len(data) == size:
         return data
     whole = bytearray(data)
     while data and len(whole) < size:
-        data = calls.recv(min(size - len(whole), 1 << 20))
+        data = _read(calls, size - len(whole))
         whole += data
     return whole if len(whole) == size else None
 
 
-def _send(calls: socket.socket, message: Any) -> None:
+def _read(calls: int, size: int) -> bytes:
+    try:
+        return os.read(calls, min(size, 1 << 20))
+    except ConnectionResetError:  # closed with something of ours unread
+        return b""
+
+
+def _send(calls: int, message: Any) -> None:
     data = marshal.dumps(message)
-    calls.sendall(len(data).to_bytes(8, "little") + data)
+    view = memoryview(len(data).to_bytes(8, "little") + data)
+    while view:
+        view = view[os.write(calls, view) :]
 
 
 if __name__ == "__main__":

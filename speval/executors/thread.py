@@ -17,8 +17,8 @@ from queue import SimpleQueue
 
 from ..clock import Clock
 from ..model import Outcome
-from .base import Executor, Slot, as_outcome, timed_out
-from .call import Function, RetryOn, evaluate
+from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from .call import evaluate
 
 __all__ = ["ThreadExecutor"]
 
