@@ -1,7 +1,7 @@
 """How long the promises with a second in them take: taking over from a killed copy, killing what hangs, Ctrl-C.
 
-Run: ``python -m benchmarks.promises``. It prints the median and the longest of several rounds, in seconds. These are times and not
-ratios, because the promises are; on a machine with other work to do they are longer.
+Run: ``python -m benchmarks.promises``. It prints the median and the longest of several rounds, in seconds. These are times and
+not ratios, because the promises are; on a machine with other work to do they are longer.
 """
 
 import signal

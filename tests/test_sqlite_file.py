@@ -425,3 +425,94 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
         summary = await aio.speval(double, {"victim": 1}, path, on_changed="keep")
         assert summary.failed == 1
     assert not tripped.exists()
+
+
+# The file under us
+
+
+async def test_a_symbolic_link_is_followed_to_a_database_and_to_nothing_else(tmp_path):
+    target, link = tmp_path / "real.db", tmp_path / "link.db"
+    link.symlink_to(target)
+    with pytest.raises(DatabaseError, match="symbolic link to"):
+        await aio.speval(double, [1], link)
+    assert not target.exists()
+    await aio.speval(double, [1], target)
+    assert (await aio.speval(double, [1, 2], link)).recorded == 1
+    garbage(target)
+    before = target.read_bytes()
+    with pytest.raises(ForeignDatabaseError):
+        await aio.speval(double, [1], link)
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced by another file"])
+async def test_a_file_deleted_or_replaced_under_a_run_ends_it_and_keeps_what_was_recorded(db, how):
+    async def function(args):
+        if args == 60:
+            other = db.with_name("other")
+            other.write_text("something else")
+            other.replace(db)
+            for name in ("-wal", "-shm"):
+                Path(f"{db}{name}").unlink()
+            if how == "deleted":
+                db.unlink()
+        return args
+
+    with pytest.raises(DatabaseError, match=f"was {how} while in use; all that was recorded is in .*rescued: rename it"):
+        await aio.speval(function, range(5000), db, lease=1.0)  # this process lives on, so its claims wait for the lease
+    rescued = Path(f"{db}.rescued")
+    assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
+    assert db.exists() is (how != "deleted")
+    completed = await aio.load_evals(rescued, status="completed")
+    assert len(completed) >= 50
+    rescued.rename(tmp := db.with_name("again.db"))
+    summary = await aio.speval(double, range(5000), tmp)
+    assert (summary.completed, summary.recorded) == (5000, 5000 - len(completed))
+
+
+async def test_a_full_disk_keeps_results_until_there_is_room(db, monkeypatch, caplog):
+    import asyncio
+
+    from speval.stores.sqlite import SqliteStore
+
+    # As small as the file is now, for the worker's connection; its pragma holds for one connection only.
+    calls, stores = [], []
+    original = SqliteStore.register
+
+    async def register(self, lease):
+        stores.append(self)
+        worker = await original(self, lease)
+        self._file.connection.execute("PRAGMA max_page_count = 1")
+        return worker
+
+    monkeypatch.setattr(SqliteStore, "register", register)
+
+    async def function(args):
+        calls.append(args)
+        return "x" * 2000
+
+    running = asyncio.create_task(aio.speval(function, range(300), db))
+    while "the disk is full" not in caplog.text:
+        await asyncio.sleep(0.01)
+    connection, file = stores[0]._opened()
+    await connection.run(lambda: file.connection.execute("PRAGMA max_page_count = 100000").fetchone())
+    assert (await running).completed == 300
+    assert sorted(calls) == list(range(300))
+
+
+async def test_a_disk_full_while_seeding_is_an_error_and_what_was_there_stays(db, monkeypatch):
+    from speval.errors import DatabaseUnavailableError
+
+    await aio.speval(double, range(10), db)
+    original = SqliteFile._prepare
+
+    def prepare(self, durability):
+        original(self, durability)
+        self.connection.execute("PRAGMA max_page_count = 1")
+
+    monkeypatch.setattr(SqliteFile, "_prepare", prepare)
+    with pytest.raises(DatabaseUnavailableError, match="the disk is full; nothing is lost, make room"):
+        await aio.speval(double, range(100_000), db)
+    monkeypatch.undo()
+    assert [e["result"] for e in (await aio.load_evals(db))[:10]] == [2 * i for i in range(10)]
+    assert (await aio.speval(double, range(20), db)).recorded == 10

@@ -73,6 +73,7 @@ class SqliteFile:
         self.is_empty = False  # nothing in it yet, opened to read
         self.network: str | None = None  # the kind of network filesystem it is on
         self._is_current = False
+        self._identity: tuple[int, int] | None = None
         self._given_up = threading.Event()
         self._closed = False
         _check_path(path, mode)
@@ -129,6 +130,8 @@ class SqliteFile:
         if self._closed:
             raise StoreClosedError(str(self.path))
         connection = self.connection
+        if begin != "BEGIN":
+            self._look_after_the_file()
         with self._errors():
             self._patiently(patience, begin)
             try:
@@ -140,6 +143,34 @@ class SqliteFile:
             finally:
                 if connection.in_transaction:
                     connection.rollback()
+
+    def _look_after_the_file(self) -> None:
+        """See that the name still leads to the file that is open, since what is written to a deleted one is gone with us."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            found = None
+        except OSError:
+            return  # a folder or a server out of reach: SQLite will say
+        else:
+            found = status.st_dev, status.st_ino
+        if self._identity is None:
+            self._identity = found
+        if found is None or found != self._identity:
+            how = "deleted" if found is None else "replaced by another file"
+            raise DatabaseError(str(self.path), f"was {how} while in use; {self._rescue()}")
+
+    def _rescue(self) -> str:
+        """Copy what the open file still holds beside the name it had, and say where to."""
+        rescued = Path(f"{self.path}.rescued")
+        try:
+            os.close(os.open(rescued, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            self.connection.execute("VACUUM INTO ?", (str(rescued),))
+        except FileExistsError:
+            return f"all that was recorded is in {rescued}, unless that is an older one"
+        except (OSError, sqlite3.Error) as error:
+            return f"what was recorded could not be saved: {error}"
+        return f"all that was recorded is in {rescued}: rename it and start again"
 
     def _patiently(self, patience: float, statement: str) -> None:
         """Execute a statement that may find the database locked."""
@@ -278,6 +309,10 @@ def _is_unreadable(connection: sqlite3.Connection) -> bool:
 def _check_path(path: Path, mode: str) -> None:
     if path.is_dir():
         raise DatabaseError(str(path), "is a folder; name a file in it")
+    if path.is_symlink() and not path.exists():
+        raise DatabaseError(
+            str(path), f"is a symbolic link to {path.readlink()}, which is not there; make that or remove the link"
+        )
     if mode != "create" and not path.exists():
         raise DatabaseMissingError(str(path))
 
