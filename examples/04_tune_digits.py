@@ -16,7 +16,7 @@ Prints:
     0.9251 {'C': 0.1, 'gamma': 0.0003}
     0.9466 {'C': 0.1, 'gamma': 0.001}
     ...
-    36 evaluations: 36 completed in 16.5 s (36 by this call)
+    36 evaluations: 36 completed in 11.1 s (36 by this call)
     best: {'C': 10, 'gamma': 0.0003}, accuracy 0.9859, and 0.9622 on images kept aside
 
     After a restart only what was missing, and the last two lines.

@@ -242,3 +242,15 @@ def test_http_calls_killed_midway_resume_and_send_nothing_again_that_was_answere
     assert again[0] == "1000 answers are here already"
     assert again[1].endswith("(0 by this call)")
     assert requests(server) == counts
+
+
+@pytest.mark.parametrize("name", ["06_process_pool", "07_loky", "08_dask"])
+def test_executors_of_others_evaluate_all_and_a_second_run_evaluates_nothing(scripts: Scripts, name: str):
+    # Without warnings as errors: those of the other libraries are not ours to mend.
+    for recorded in (None, 0):
+        out, err = scripts.start(EXAMPLES / f"{name}.py").communicate(timeout=WITHIN)
+        lines = plain(out.splitlines())
+        expected = plain(shown(name))
+        if recorded == 0:
+            expected[0] = re.sub(r"\(\d+ by", "(0 by", expected[0])
+        assert lines == expected, err

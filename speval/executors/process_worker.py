@@ -37,10 +37,10 @@ def main() -> None:
     for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
         os.set_inheritable(fd, False)
     _die_with_the_parent(lifeline_fd)
-    # What is printed before a crash is on the terminal.
+    # What is printed before a crash is on the terminal; and a line is one write, or those of several workers would mix.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     evaluate, clock = _borrowed()
     try:
         function, retry_on = _load(payload_fd)
