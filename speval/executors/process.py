@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..clock import Clock
 from ..errors import FunctionError
 from ..model import Claim, Outcome
 from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from .batch import Batch, BatchSlot
 from .call import outcome
 from .payload import make_payload
 
@@ -36,7 +36,6 @@ logger = logging.getLogger("speval.executor")
 _SCRIPT = Path(__file__).with_name("process_worker.py")
 _START_WITHIN = 300.0  # seconds a worker may take to import what the function needs
 _STARTS = 3  # workers that may die one after the other before they are ready
-_STALE = 0.01  # seconds after which calls behind a slow one are taken back from its worker
 _DIE_WITHIN = 5.0  # seconds to wait for a killed process; one in the middle of a disk's or a driver's call takes its time
 _GROUP_WITHIN = 0.3  # seconds to wait for the rest of its group, whom init may be slow to bury
 _MOST_TOKENS = 4096
@@ -290,19 +289,12 @@ class _Process:
                 os.close(fd)
 
 
-class _ProcessSlot(Slot):
+class _ProcessSlot(BatchSlot):
     """Has one worker process at a time."""
 
     def __init__(self, executor: ProcessExecutor) -> None:
         self._executor = executor
         self._process: _Process | None = None
-
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        outcomes: list[Outcome] = []
-        claim = Claim(0, 1, 1, name, args, 0)
-        while not outcomes:
-            await self.run([claim], timeout, lambda _, outcome: outcomes.append(outcome), lambda _: None)
-        return outcomes[0]
 
     async def run(
         self,
@@ -312,19 +304,48 @@ class _ProcessSlot(Slot):
         back: Callable[[Sequence[Claim]], None],
     ) -> None:
         process = await self._started()
-        batch = _Batch(process, claims, timeout, ended, back, self._executor.clock)
+        batch = Batch(process, claims, timeout, ended, back, self._executor.clock)
+        is_over = False
+
+        def take(message: Any) -> None:
+            nonlocal is_over
+            result, is_over = message
+            if result is not None:
+                batch.end(as_outcome(result))
+            if is_over:
+                batch.wake()
+
+        process.on_message = take
+        process.exited.add_done_callback(batch.wake)
         try:
-            await batch.run()
+            with suppress(OSError):  # it is dead then, which is noticed anyway
+                await process.send([(claim.name, claim.args) for claim in claims])
+            batch.begin()
+            await batch.wait()
         finally:
-            if batch.is_over:
-                process.on_message = _unexpected
-            else:
+            process.exited.remove_done_callback(batch.wake)
+            if not is_over:
                 # Cancelled, run into its timeout, or dead already: this worker is not used again.
                 self._process = None
                 await process.kill()
-        if not batch.is_over:
-            batch.settle()
+            process.on_message = _unexpected
+        if not is_over:
+            self._settle(batch, process, timeout, back)
             self._executor.spare()
+
+    def _settle(self, batch: Batch, process: _Process, timeout: float | None, back: Callable[[Sequence[Claim]], None]) -> None:
+        """Tell what became of the calls of a worker that is dead."""
+        batch.give_back(min(process.unstarted, len(batch.pending)))
+        while batch.pending:
+            duration, started_at = batch.running(), batch.since_wall
+            if batch.overdue is None:
+                message = f"its process {process.how()}"
+                batch.end(as_outcome(outcome("crash", "ProcessDied", message, "", started_at, duration, again=True)))
+            elif batch.pending[0] is batch.overdue:
+                assert timeout is not None
+                batch.end(timed_out(timeout, "", started_at, duration))
+            else:  # it had just begun when the one before it was found to have taken too long
+                back([batch.pending.popleft()])
 
     async def _started(self) -> _Process:
         """Return the slot's worker, ready for a call."""
@@ -354,114 +375,6 @@ class _ProcessSlot(Slot):
         process, self._process = self._process, None
         if process is not None:
             await process.end()
-
-
-class _Batch:
-    """The calls a worker has been handed, and what has become of them."""
-
-    def __init__(
-        self,
-        process: _Process,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        clock: Clock,
-    ) -> None:
-        self._process = process
-        self._pending = deque(claims)
-        self._timeout = timeout
-        self._ended = ended
-        self._back = back
-        self._clock = clock
-        self._loop = asyncio.get_running_loop()
-        self._done: asyncio.Future[None] = self._loop.create_future()
-        self._alarm: asyncio.TimerHandle | None = None
-        self._since = 0.0  # when the first of the pending ones began, monotonic
-        self._since_wall = 0.0
-        self._overdue: Claim | None = None
-        self.is_over = False  # the worker has said that it is done with the batch
-
-    async def run(self) -> None:
-        """Return when the batch is over, its first call has run too long, or the worker is dead."""
-        process = self._process
-        process.on_message = self._on_message
-        process.exited.add_done_callback(self._wake)
-        try:
-            self._begin()
-            with suppress(OSError):  # it is dead then, which is noticed anyway
-                await process.send([(claim.name, claim.args) for claim in self._pending])
-            self._begin()
-            self._set_alarm()
-            await self._done
-        finally:
-            process.exited.remove_done_callback(self._wake)
-            if self._alarm is not None:
-                self._alarm.cancel()
-
-    def settle(self) -> None:
-        """Tell what became of the pending ones of a worker that is dead."""
-        self._give_back(self._process.unstarted)
-        while self._pending:
-            claim = self._pending.popleft()
-            duration = self._clock.monotonic() - self._since
-            if self._overdue is None:
-                message = f"its process {self._process.how()}"
-                self._ended(
-                    claim, as_outcome(outcome("crash", "ProcessDied", message, "", self._since_wall, duration, again=True))
-                )
-            elif claim is self._overdue:
-                assert self._timeout is not None
-                self._ended(claim, timed_out(self._timeout, "", self._since_wall, duration))
-            else:  # it had just begun when the one before it was found to have taken too long
-                self._back([claim])
-
-    def _begin(self) -> None:
-        self._since, self._since_wall = self._clock.monotonic(), self._clock.wall()
-
-    def _wake(self, _: object = None) -> None:
-        if not self._done.done():
-            self._done.set_result(None)
-
-    def _on_message(self, message: Any) -> None:
-        result, self.is_over = message
-        if result is not None:
-            claim = self._pending.popleft()
-            self._begin()
-            self._ended(claim, as_outcome(result))
-        if self.is_over:
-            self._wake()
-
-    def _set_alarm(self) -> None:
-        pauses = []
-        if self._timeout is not None:
-            pauses.append(self._timeout)
-        if len(self._pending) > 1:
-            pauses.append(_STALE)
-        if pauses and not self._done.done():
-            left = self._since + min(pauses) - self._clock.monotonic()
-            self._alarm = self._loop.call_later(max(left, 0.0005), self._look)
-
-    def _look(self) -> None:
-        """Take back what waits behind a slow call, and end the one that has run too long."""
-        self._process.receive()  # it may have ended in time, and this loop be late
-        if self._done.done() or not self._pending:
-            return
-        running = self._clock.monotonic() - self._since
-        is_overdue = self._timeout is not None and running >= self._timeout
-        if is_overdue:
-            self._overdue = self._pending[0]
-        if is_overdue or running >= _STALE:
-            self._give_back(self._process.take_back(len(self._pending) - 1))
-        if is_overdue:
-            self._wake()
-        else:
-            self._set_alarm()
-
-    def _give_back(self, unstarted: int) -> None:
-        """Give back the last so many, which have not begun."""
-        if unstarted:
-            self._back([self._pending.pop() for _ in range(unstarted)][::-1])
 
 
 def _unexpected(message: Any) -> None:

@@ -12,12 +12,15 @@ import logging
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 
 from ..clock import Clock
-from ..model import Outcome
+from ..model import Claim, Outcome
 from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from .batch import Batch, BatchSlot
 from .call import evaluate
 
 __all__ = ["ThreadExecutor"]
@@ -29,6 +32,7 @@ class ThreadExecutor(Executor):
     """Calls a plain function in a daemon thread per slot, each call in a copy of the caller's context."""
 
     can_stop = False  # a thread can't be killed
+    takes_many = True
 
     def __init__(self, function: Function, retry_on: RetryOn, clock: Clock) -> None:
         self.function = function
@@ -55,39 +59,75 @@ class ThreadExecutor(Executor):
             )
 
 
-@dataclass(slots=True)
-class _Call:
-    name: str
-    args: str
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[None]
-    outcome: Outcome | None = None  # set by the thread before it says so to the loop
+class _Work:
+    """The calls of one batch, shared by a thread that makes them and the loop that waits for them."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        self._calls = deque((claim.name, claim.args) for claim in claims)
+        self._done: deque[Outcome] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._is_told = False  # the loop will look
+        self.batch: Batch | None = None
+
+    # In the thread; every operation on a deque is atomic.
+
+    def next(self) -> tuple[str, str] | None:
+        """Return the next call, or None."""
+        try:
+            return self._calls.popleft()
+        except IndexError:
+            return None
+
+    def done(self, outcome: Outcome) -> None:
+        """Hand over an outcome."""
+        self._done.append(outcome)
+        if not self._is_told:
+            self._is_told = True
+            with suppress(RuntimeError):  # the loop is over: we were given up
+                self._loop.call_soon_threadsafe(self._tell)
+
+    # In the loop
+
+    def _tell(self) -> None:
+        self._is_told = False  # first, so that what ends from here on is told again
+        self.receive()
+        if self.batch is not None and not self.batch.pending:
+            self.batch.wake()
+
+    def receive(self) -> None:
+        batch = self.batch
+        while batch is not None and self._done:
+            batch.end(self._done.popleft())
+
+    def take_back(self, most: int) -> int:
+        taken = 0
+        with suppress(IndexError):
+            while taken < most:
+                self._calls.pop()
+                taken += 1
+        return taken
 
 
 class _Thread:
-    """A daemon thread that takes calls from a queue until it gets None or is abandoned."""
+    """A daemon thread that takes work from a queue until it gets None."""
 
     def __init__(self, executor: ThreadExecutor, number: int) -> None:
         self._executor = executor
-        self.calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name=f"speval slot {number}", daemon=True)
-        self.thread.start()
+        self.work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"speval slot {number}", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         executor = self._executor
-        while (call := self.calls.get()) is not None:
-            # The thread keeps nothing of a call while it waits for the next: a big result would stay in memory.
-            run = (executor.function, call.name, call.args, executor.retry_on, executor.clock)
-            call.outcome = as_outcome(executor.context.copy().run(evaluate, *run))
-            try:
-                call.loop.call_soon_threadsafe(_wake, call.future)
-            except RuntimeError:  # the loop is closed: we were given up
-                return
-            del call, run
+        while (work := self.work.get()) is not None:
+            while (call := work.next()) is not None:
+                run = (executor.function, *call, executor.retry_on, executor.clock)
+                # Its own statement and no name: a big result is not kept while the next one is made.
+                work.done(as_outcome(executor.context.copy().run(evaluate, *run)))
 
     def where(self) -> str:
         """Return the thread's stack, without our own frames."""
-        frame = sys._current_frames().get(self.thread.ident or 0)
+        frame = sys._current_frames().get(self._thread.ident or 0)
         stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
         mine = [entry for entry in stack if entry.filename not in _OURS]
         return "Still at (most recent call last):\n" + "".join(traceback.format_list(mine))
@@ -96,46 +136,48 @@ class _Thread:
 _OURS = {__file__, evaluate.__code__.co_filename, threading.__file__}
 
 
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class _ThreadSlot(Slot):
+class _ThreadSlot(BatchSlot):
     def __init__(self, executor: ThreadExecutor, number: int) -> None:
         self._executor = executor
         self._number = number
         self._thread: _Thread | None = None
 
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        clock = self._executor.clock
+    async def run(
+        self,
+        claims: Sequence[Claim],
+        timeout: float | None,
+        ended: Callable[[Claim, Outcome], None],
+        back: Callable[[Sequence[Claim]], None],
+    ) -> None:
         if self._thread is None:
             self._thread = _Thread(self._executor, self._number)
-        loop = asyncio.get_running_loop()
-        call = _Call(name, args, loop, loop.create_future())
-        started_at, started = clock.wall(), clock.monotonic()
-        alarm = None if timeout is None else loop.call_later(timeout, _wake, call.future)
-        self._thread.calls.put(call)
+        work = _Work(claims)
+        work.batch = batch = Batch(work, claims, timeout, ended, back, self._executor.clock)
+        self._thread.work.put(work)
         try:
-            await call.future
+            while batch.pending:
+                await batch.wait()
+                work.receive()  # what is overdue may have ended this moment
+                if batch.pending and batch.pending[0] is batch.overdue:
+                    assert timeout is not None
+                    self._executor.warn_of_abandoned(batch.overdue.name, timeout)
+                    duration, started_at = batch.running(), batch.since_wall
+                    batch.end(timed_out(timeout, self._abandon().where(), started_at, duration))
+                    batch.give_back(work.take_back(len(batch.pending)))
         except asyncio.CancelledError:
-            if call.outcome is None:
+            work.take_back(len(batch.pending))
+            work.receive()
+            if batch.pending:
                 self._abandon()
                 raise
         finally:
-            if alarm is not None:
-                alarm.cancel()
-        if call.outcome is not None:
-            return call.outcome
-        assert timeout is not None
-        self._executor.warn_of_abandoned(name, timeout)
-        return timed_out(timeout, self._abandon().where(), started_at, clock.monotonic() - started)
+            work.batch = None
 
     def _abandon(self) -> _Thread:
         """Let go of a thread that is still at work; the next call gets a new one."""
         thread, self._thread = self._thread, None
         assert thread is not None
-        thread.calls.put(None)
+        thread.work.put(None)
         return thread
 
     async def close(self) -> None:

@@ -1,0 +1,160 @@
+"""Several calls handed to one worker at once.
+
+Owns what is known of such calls from outside: which have ended, which runs, since when, and which can still be had back.
+Invariant: one that runs long keeps nothing waiting behind it, and its timeout is counted from its own beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..clock import Clock
+from ..model import Claim, Outcome
+from .base import Slot
+
+__all__ = ["Batch", "BatchSlot", "BatchWorker"]
+
+_STALE = 0.01  # seconds after which what waits behind a call is taken back
+
+
+class BatchWorker(Protocol):
+    """What makes the calls, one after the other."""
+
+    def receive(self) -> None:
+        """Tell the batch of the calls that have ended, if it has not been told."""
+
+    def take_back(self, most: int) -> int:
+        """Take back up to so many calls that have not begun, the last ones first, and return how many."""
+
+
+class BatchSlot(Slot):
+    """A slot that can be handed several evaluations at once."""
+
+    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
+        outcomes: list[Outcome] = []
+        claim = Claim(0, 1, 1, name, args, 0)
+        while not outcomes:
+            await self.run([claim], timeout, lambda _, outcome: outcomes.append(outcome), lambda _: None)
+        return outcomes[0]
+
+    @abstractmethod
+    async def run(
+        self,
+        claims: Sequence[Claim],
+        timeout: float | None,
+        ended: Callable[[Claim, Outcome], None],
+        back: Callable[[Sequence[Claim]], None],
+    ) -> None: ...
+
+
+class Batch:
+    """Calls handed to a worker, and what has become of them.
+
+    Args:
+        worker: Who makes them.
+        claims: The calls, in their order.
+        timeout: Seconds each may run.
+        ended: Told of each outcome.
+        back: Given those that have not begun and shall run elsewhere.
+        clock: Where the time comes from.
+
+    Attributes:
+        pending: Those that have not ended; the first of them runs, or is about to.
+        overdue: The one that has run too long, if one has.
+        since: When the first of the pending ones began, monotonic seconds.
+        since_wall: The same as unix seconds.
+    """
+
+    def __init__(
+        self,
+        worker: BatchWorker,
+        claims: Sequence[Claim],
+        timeout: float | None,
+        ended: Callable[[Claim, Outcome], None],
+        back: Callable[[Sequence[Claim]], None],
+        clock: Clock,
+    ) -> None:
+        self.pending = deque(claims)
+        self.overdue: Claim | None = None
+        self._worker = worker
+        self._timeout = timeout
+        self._ended = ended
+        self._back = back
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._woken: asyncio.Future[None] = self._loop.create_future()
+        self.begin()
+
+    def begin(self) -> None:
+        """Note that the first of the pending ones begins now."""
+        self.since, self.since_wall = self._clock.monotonic(), self._clock.wall()
+
+    def running(self) -> float:
+        """Return how long the first of the pending ones has run, in seconds."""
+        return self._clock.monotonic() - self.since
+
+    async def wait(self) -> None:
+        """Return when woken, or when a call is overdue."""
+        alarm = self._set_alarm()
+        try:
+            await self._woken
+        finally:
+            self._woken = self._loop.create_future()
+            alarm.cancel()
+
+    def wake(self, _: object = None) -> None:
+        """Make ``wait`` return."""
+        if not self._woken.done():
+            self._woken.set_result(None)
+
+    def end(self, outcome: Outcome) -> Claim:
+        """Tell how the first of the pending ones ended; the next begins."""
+        claim = self.pending.popleft()
+        self.begin()
+        self._ended(claim, outcome)
+        return claim
+
+    def give_back(self, unstarted: int) -> None:
+        """Give back the last so many, which have not begun."""
+        if unstarted:
+            self._back([self.pending.pop() for _ in range(unstarted)][::-1])
+
+    def _set_alarm(self) -> _Alarm:
+        alarm = _Alarm()
+        pauses = [] if self._timeout is None else [self._timeout]
+        if len(self.pending) > 1:
+            pauses.append(_STALE)
+        if pauses:
+            left = self.since + min(pauses) - self._clock.monotonic()
+            alarm.handle = self._loop.call_later(max(left, 0.0005), self._look, alarm)
+        return alarm
+
+    def _look(self, alarm: _Alarm) -> None:
+        """Take back what waits behind a slow call, and notice one that has run too long."""
+        self._worker.receive()  # it may have ended in time, and this loop be late
+        if not self.pending or self._woken.done():
+            return
+        running = self.running()
+        is_overdue = self._timeout is not None and running >= self._timeout
+        if is_overdue:
+            self.overdue = self.pending[0]
+        if is_overdue or running >= _STALE:
+            self.give_back(self._worker.take_back(len(self.pending) - 1))
+        if is_overdue:
+            self.wake()
+        else:
+            alarm.handle = self._set_alarm().handle
+
+
+class _Alarm:
+    """A timer that sets itself anew."""
+
+    handle: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        if self.handle is not None:
+            self.handle.cancel()
