@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from speval.errors import ArgsChangedError, StoreClosedError, UnknownNameError
+from speval.lease import Lease
 from speval.model import Claim, Outcome
 from speval.space import Space
 from speval.stores.base import Ended, Store
@@ -510,6 +511,60 @@ async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
         assert await store.changed() is not None
     finally:
         keeping.close()
+
+
+@pytest.mark.parametrize("apart", [3600, -3600])
+async def test_two_hosts_whose_clocks_are_an_hour_apart_take_nothing_from_each_other(database, monkeypatch, apart):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    store, worker = await database.worker([1, 2], lease=10)
+    (claim,) = (await store.record(worker, idle=1)).claims
+    there = MovableClock()
+    there.wall_now += apart
+    there.now = 5_000_000.0
+    other = SqliteStore(database.path, "create", clock=there)
+    await other.open()
+    database.stores.append(other)
+    await database.seed(other, [1, 2])
+    its = await other.register(10)
+    keeping, its_keeping = keeping_of(store), keeping_of(other)
+    try:
+        for _ in range(20):  # a hundred seconds, both renewing
+            for clock in (database.clock, there):
+                clock.now += 5
+                clock.wall_now += 5
+            assert keeping.renew(worker, 1)
+            assert its_keeping.renew(its, 1)
+            assert keeping.reclaim(worker, 3).workers == its_keeping.reclaim(its, 3).workers == []
+        assert [c.name for c in (await other.record(its, idle=2)).claims] == ["1"]
+        assert (await store.record(worker, [done(claim)])).refused == []
+    finally:
+        keeping.close()
+        its_keeping.close()
+
+
+async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    store, worker = await database.worker([1], lease=10)
+    other, its = await database.worker([1], lease=10)
+    (claim,) = (await store.record(worker, idle=1)).claims
+    keeping, its_keeping = keeping_of(store), keeping_of(other)
+    told = []
+    lease = Lease(keeping, worker, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append)
+    its_lease = Lease(its_keeping, its, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append)
+    try:
+        for one in (lease, its_lease):
+            one._beat()
+        database.clock.slept += 100  # both were suspended together; the monotonic clock stood still
+        database.clock.wall_now += 100
+        for _ in range(5):
+            for one in (its_lease, lease):  # whichever wakes first
+                one._beat()
+            database.clock.now += 2.5
+        assert told == []
+        assert (await store.record(worker, [done(claim)])).refused == []
+    finally:
+        keeping.close()
+        its_keeping.close()
 
 
 async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
