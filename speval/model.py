@@ -6,17 +6,34 @@ Invariant: plain data without behaviour that could fail; the pair (evaluation, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from .errors import EvaluationsFailed
 
-__all__ = ["Cause", "Claim", "Error", "Evaluation", "OnChanged", "Outcome", "Status", "Summary", "counted"]
+__all__ = [
+    "Cause",
+    "Claim",
+    "Error",
+    "Evaluation",
+    "Function",
+    "OnChanged",
+    "Outcome",
+    "Result",
+    "RetryOn",
+    "Status",
+    "Summary",
+    "counted",
+]
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
 OnChanged = Literal["error", "keep", "rerun"]
+Function = Callable[[Any], Any]
+RetryOn = tuple[type[BaseException], ...]
+# cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
+Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import OptionError
+from ..model import Function
 from ..options import Options
-from .base import Executor, Function
+from .base import Executor
 
 __all__ = ["make_executor"]
 

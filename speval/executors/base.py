@@ -8,17 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from ..model import Claim, Outcome
+from ..model import Claim, Outcome, Result
 from .call import outcome
 
-__all__ = ["Executor", "Function", "Result", "RetryOn", "Slot", "as_outcome", "timed_out"]
-
-Function = Callable[[Any], Any]
-RetryOn = tuple[type[BaseException], ...]
-# cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, which is made where it is needed.
-Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
+__all__ = ["Executor", "Slot", "as_outcome", "timed_out"]
 
 
 class Slot(ABC):

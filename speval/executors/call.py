@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..clock import Clock
-    from .base import Function, Result, RetryOn
+    from ..model import Function, Result, RetryOn
 
 __all__ = ["completed", "evaluate", "failed", "outcome"]
 

@@ -14,8 +14,8 @@ import traceback
 
 from ..clock import Clock
 from ..codec import decode
-from ..model import Outcome
-from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from ..model import Function, Outcome, RetryOn
+from .base import Executor, Slot, as_outcome, timed_out
 from .call import completed, failed
 
 __all__ = ["CoroutineExecutor"]

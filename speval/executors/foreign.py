@@ -17,8 +17,8 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import ExecutorError
-from ..model import Outcome
-from .base import Executor, Function, Result, RetryOn, Slot, as_outcome, timed_out
+from ..model import Function, Outcome, Result, RetryOn
+from .base import Executor, Slot, as_outcome, timed_out
 from .call import evaluate, outcome
 from .payload import pickled
 

@@ -20,7 +20,7 @@ from typing import Any
 import cloudpickle
 
 from ..errors import FunctionError
-from .base import Function, RetryOn
+from ..model import Function, RetryOn
 
 __all__ = ["make_payload", "pickled"]
 

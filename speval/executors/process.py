@@ -23,8 +23,8 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import FunctionError
-from ..model import Claim, Outcome
-from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from ..model import Claim, Function, Outcome, RetryOn
+from .base import Executor, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
 from .call import outcome
 from .payload import make_payload

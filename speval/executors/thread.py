@@ -18,8 +18,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from ..clock import Clock
-from ..model import Claim, Outcome
-from .base import Executor, Function, RetryOn, Slot, as_outcome, timed_out
+from ..model import Claim, Function, Outcome, RetryOn
+from .base import Executor, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
 from .call import evaluate
 
