@@ -1,8 +1,8 @@
 """speval beside what one would write without it: evaluations per second of a function that does nothing.
 
-Run: ``python -m benchmarks.compare [EVALUATIONS]``. All candidates take turns for several rounds in one run; the table shows the
-median of each and its ratio to a bare loop over sqlite3 that commits each claim together with the last result, as durable as
-speval. Those marked with a star keep nothing: after a crash they start from nothing.
+Run: ``python -m benchmarks.compare [EVALUATIONS]``. All candidates take turns for several rounds in one run; the table shows
+the median of each and its ratio to a bare loop over sqlite3 that commits each claim together with the last result, as durable
+as speval. Those marked with a star keep nothing: after a crash they start from nothing.
 """
 
 import asyncio

@@ -46,7 +46,11 @@ def is_gone(process: Process, machine: str) -> bool:
     if sys.platform == "linux":
         state, start = _stat(process.pid)
         # A dead process whose parent does not reap it still has a number and passes kill(pid, 0).
-        return state in ("", "Z", "X") or (bool(process.start) and start != process.start)
+        if state in ("Z", "X") or (start and process.start and start != process.start):
+            return True
+        if state:
+            return False
+        # Not in /proc, which may also show nobody the processes of others.
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:

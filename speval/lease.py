@@ -90,7 +90,11 @@ class Lease:
     def _run(self) -> None:
         try:
             while not self._stopping.wait(self._tick * random.uniform(0.7, 1.0)):
-                self._beat()
+                try:
+                    self._beat()
+                except Exception:
+                    # Without this thread the worker would be lost without a word; the next beat may well succeed.
+                    logger.exception("the lease thread met something unforeseen and goes on")
         finally:
             self._keeping.close()
 

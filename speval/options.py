@@ -81,7 +81,8 @@ def checked_path(db: Any) -> Path:
         raise OptionError(
             "db", repr(text.partition("://")[0] + "://..."), "this release keeps evaluations in SQLite files only"
         )
-    return Path(text).expanduser()
+    # Absolute, because the function may go to another folder while others still have to find the file.
+    return Path(text).expanduser().absolute()
 
 
 def checked_status(status: Any, allowed: tuple[Status | None, ...]) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from .errors import SpevalError
 from .worker import Worker
 
 __all__ = ["shown"]
+
+logger = logging.getLogger("speval.progress")
 
 _EVERY = 0.3  # seconds between two looks
 _SHARE = 0.02  # of the time may go into looking; counting a million evaluations takes a while
@@ -39,8 +42,9 @@ async def shown(worker: Worker, progress: bool | None) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError, SpevalError):
-            await task
+        await asyncio.wait({task})  # which does not take a cancellation of the caller for the task's
+        if not task.cancelled() and not isinstance(task.exception(), SpevalError | None):
+            logger.warning("the progress bar ended early: %r", task.exception())
 
 
 async def _show(worker: Worker) -> None:

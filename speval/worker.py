@@ -76,6 +76,7 @@ class Worker:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._interrupted: set[int] = set()  # slots
         self._mean = 1.0  # seconds an evaluation takes, over the last ones
+        self._is_slow = False  # nothing has ended for a while: nothing is claimed ahead until something does
         self._dry = False  # the last claim brought less than was wanted
         self._is_open = True  # an evaluation of the space is still to end, here or elsewhere
         self._stopping: str | None = None
@@ -187,24 +188,23 @@ class Worker:
                 on_lost=partial(_tell, loop, self._on_lost),
             )
             self._lease.start()
-            try:
-                async with asyncio.TaskGroup() as slots:
-                    await self._drive(slots)
-                    self._closing = True
-                    self._wake_slots(len(self._waiting))
-            finally:
-                try:
-                    await self._executor.close()
-                finally:
-                    await self._leave()
+            async with asyncio.TaskGroup() as slots:
+                await self._drive(slots)
+                self._closing = True
+                self._wake_slots(len(self._waiting))
         except BaseExceptionGroup as group:
             # One thing went wrong; that it did so beside slots is nobody's business.
             raise group.exceptions[0] from group.exceptions[0].__cause__
         finally:
-            self.commits.set()
+            try:
+                await self._executor.close()
+            finally:
+                await self._leave()
+                self.commits.set()
 
     async def _leave(self) -> None:
-        assert self._lease is not None
+        if self._lease is None:
+            return
         try:
             await self._store.leave(self._id)
         except SpevalError as error:
@@ -238,7 +238,7 @@ class Worker:
         free = self._options.concurrency - len(self._running)
         idle = max(0, free - len(self._ready))
         # Evaluations much shorter than a commit are claimed many at a time; long ones never before a slot is free for them.
-        target = min(_MOST_AHEAD, int(_AHEAD * self._options.concurrency / max(self._mean, 1e-6)))
+        target = 0 if self._is_slow else min(_MOST_AHEAD, int(_AHEAD * self._options.concurrency / max(self._mean, 1e-6)))
         return idle, max(0, target - max(0, len(self._ready) - free))
 
     def _is_finished(self) -> bool:
@@ -257,7 +257,7 @@ class Worker:
         pauses = [self._held[0][0] - self._clock.monotonic()] if self._held else []
         if polling:
             short, long = _POLL
-            pauses.append(min(long, short * 1.3**self._polls) * random.uniform(0.7, 1.0))
+            pauses.append(min(long, short * 1.3 ** min(self._polls, 30)) * random.uniform(0.7, 1.0))
         if self._ready:
             pauses.append(_STALE)
         try:
@@ -268,6 +268,7 @@ class Worker:
         except TimeoutError:
             if self._ready:
                 # A slow one among quick ones: what stands behind it, others can start now.
+                self._is_slow = True
                 self._released.extend(self._ready)
                 self._ready.clear()
                 self._dry = False
@@ -436,6 +437,7 @@ class Worker:
         running.remove(claim)
         again = outcome.again and claim.charged < self._options.max_attempts
         self._ended.append(Ended(claim, outcome, again))
+        self._is_slow = False
         # Quick to believe that evaluations are long, slow to believe that they are short.
         self._mean += (outcome.duration - self._mean) * (0.1 if outcome.duration < self._mean else 0.3)
         self._wake.set()

@@ -1,6 +1,7 @@
 """Cancelling at any moment: no lock left, no claim kept, no thread alive, nothing charged."""
 
 import asyncio
+import os
 import sqlite3
 import sys
 from contextlib import suppress
@@ -210,6 +211,47 @@ async def test_cancelled_while_the_database_is_locked_it_ends_and_the_lease_does
     blocker.execute("ROLLBACK")
     blocker.close()
     assert rows(db, "SELECT status FROM evals") == [("in_progress",)]
+
+
+@pytest.mark.parametrize("when", ["opening", "seeding"])
+async def test_cancelled_while_waiting_for_a_lock_it_ends_at_once_and_stops_nobody(db, when):
+    await aio.speval(quick, range(10), db)
+    blocker = sqlite3.connect(db, isolation_level=None)
+    if when == "opening":  # another journal mode needs the file for itself
+        blocker.execute("PRAGMA journal_mode = delete")
+        blocker.execute("BEGIN EXCLUSIVE")
+    else:
+        blocker.execute("BEGIN IMMEDIATE")
+    task = asyncio.create_task(aio.speval(quick, range(20), db))
+    for _ in range(30):
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert loop.time() - started < 20  # the lock would be waited for for a minute
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert (await aio.speval(quick, range(20), db)).completed == 20
+
+
+async def test_a_worker_that_can_not_register_leaves_no_process(db, monkeypatch):
+    from speval import DatabaseLockedError
+    from speval.stores.sqlite import SqliteStore
+
+    from .test_process import children
+
+    before = children(os.getpid())
+
+    async def register(self, lease):
+        raise DatabaseLockedError("runs.db", 60)
+
+    monkeypatch.setattr(SqliteStore, "register", register)
+    with pytest.raises(DatabaseLockedError):
+        await aio.speval(abs, [1], db, executor="process")
+    assert children(os.getpid()) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")

@@ -182,6 +182,50 @@ async def test_odd_exceptions_are_recorded_all_the_same(rig):
         json.dumps(outcome.error).encode()
 
 
+class Liar(Exception):
+    @property
+    def __class__(self):
+        raise RuntimeError("no class for you")
+
+
+async def test_an_exception_that_misbehaves_when_it_is_looked_at_is_a_failure_like_others(rig):
+    def function(args):
+        raise Liar
+
+    slot = rig.slot(function, retry_on=OSError)
+    outcome = await asyncio.wait_for(slot.call("n", "1", None), 60)
+    assert (outcome.cause, outcome.error["type"], outcome.again) == ("exception", "Liar", False)
+
+
+async def test_a_child_that_the_function_forks_has_no_part_in_the_run(rig):
+    def function(args):
+        import os
+        import sys
+        import warnings
+
+        warnings.simplefilter("ignore")  # later Pythons warn of forks beside threads
+        pid = os.fork()
+        if pid == 0:
+            if args % 2:
+                sys.exit(7)
+            return "the child's"
+        return [args, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+
+    slot = rig.slot(function)
+    for i in range(6):
+        outcome = await asyncio.wait_for(slot.call("n", str(i), None), 60)
+        assert outcome.result == f"[{i},{7 if i % 2 else 0}]"
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "thread"])
+async def test_a_result_too_big_for_any_database_is_this_evaluations_failure(make_rig, monkeypatch, kind):
+    monkeypatch.setattr("speval.executors.call._LONGEST_JSON", 1000)
+    outcome = await make_rig(kind).slot(lambda args: "x" * 2000).call("17", "1", None)
+    assert outcome.cause == "unserializable"
+    assert "the result of evaluation '17'" in outcome.error["message"]
+    assert "write it to a file" in outcome.error["message"]
+
+
 async def test_a_result_without_a_json_form_is_this_evaluations_failure(rig):
     slot = rig.slot(lambda args: object() if args else "fine")
     outcome = await slot.call("17", "1", None)

@@ -107,6 +107,15 @@ def test_a_process_number_used_again_is_another_process():
     assert is_gone(Process(mine.host, mine.pid, mine.machine, "1"), mine.machine)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("seen", [("?", ""), ("", "")])
+def test_a_process_that_can_not_be_looked_at_counts_as_alive(monkeypatch, seen):
+    # No descriptor left to look with, or a /proc that shows nobody the processes of others.
+    mine = this_process()
+    monkeypatch.setattr("speval.host._stat", lambda pid: seen)
+    assert not is_gone(mine, mine.machine)
+
+
 def test_of_a_process_elsewhere_nothing_is_known():
     mine = this_process()
     assert not is_gone(Process("other", 2**22 + 1, "another boot", "1"), mine.machine)
@@ -220,6 +229,18 @@ def test_after_a_suspend_it_renews_first_and_watches_anew(lease, keeping, clock)
     assert keeping.renewed == [1]
     lease._beat()
     assert keeping.calls == ["forget", "reclaim", "reclaim"]
+
+
+def test_something_unforeseen_does_not_end_its_thread(keeping, clock, caplog):
+    keeping.answer = OSError("unforeseen")
+    clock.slept = 0
+    lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print)
+    clock.now += 11
+    lease.start()
+    wait_for(lambda: "something unforeseen" in caplog.text)
+    keeping.answer = True
+    wait_for(lambda: keeping.renewed)
+    lease.stop()
 
 
 def test_its_thread_ends_with_it_and_closes_the_connection(keeping, clock):

@@ -588,9 +588,9 @@ async def test_short_calls_travel_in_batches(db, monkeypatch):
     sizes = []
     original = process._Process.send
 
-    async def send(self, calls):
+    def send(self, calls):
         sizes.append(len(calls))
-        await original(self, calls)
+        original(self, calls)
 
     monkeypatch.setattr(process._Process, "send", send)
     await aio.speval(abs, range(5000), db, concurrency=2)
@@ -604,9 +604,9 @@ async def test_long_calls_do_not_travel_in_batches(db, monkeypatch):
     sizes = []
     original = process._Process.send
 
-    async def send(self, calls):
+    def send(self, calls):
         sizes.append(len(calls))
-        await original(self, calls)
+        original(self, calls)
 
     monkeypatch.setattr(process._Process, "send", send)
     await aio.speval(lambda args: time.sleep(0.02), range(40), db, concurrency=4)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -19,6 +20,7 @@ from speval import (
     UnserializableError,
     aio,
 )
+from speval.options import Options
 
 from .conftest import rows
 
@@ -350,6 +352,66 @@ async def test_wait_false_returns_when_nothing_is_left_to_claim(db):
     assert (await waiting).completed == 1
     assert (await waiting).recorded == 0
     await first
+
+
+async def test_a_copy_can_wait_for_others_for_any_time(db):
+    release = asyncio.Event()
+
+    async def slow(args):
+        await release.wait()
+
+    first = asyncio.create_task(aio.speval(slow, [1], db))
+    while not (db.exists() and any(e["status"] == "in_progress" for e in await aio.load_evals(db))):
+        await asyncio.sleep(0.01)
+    space = await aio._encoded([1])
+    worker = aio.make_worker(slow, space, db, Options())
+    await worker.start()
+    worker._polls = 100_000  # some hours later
+    await asyncio.sleep(0.5)
+    release.set()
+    await worker.wait()
+    await worker.close()
+    space.close()
+    assert (await first).completed == 1
+
+
+async def test_behind_a_slow_one_among_quick_ones_nothing_is_hoarded(db):
+    release = asyncio.Event()
+
+    async def uneven(args):
+        if args == 300:
+            await release.wait()
+
+    first = asyncio.create_task(aio.speval(uneven, range(1000), db))
+    while not (db.exists() and len(await aio.load_evals(db, status="completed")) >= 300):
+        await asyncio.sleep(0.01)
+    # Another copy does all the rest while the first is at its slow one.
+    second = asyncio.create_task(aio.speval(double, range(1000), db))
+    while len(await aio.load_evals(db, status="completed")) < 999:
+        await asyncio.sleep(0.01)
+    release.set()
+    assert (await second).recorded >= 500
+    assert (await first).completed == 1000
+
+
+@pytest.mark.parametrize("executor", ["coroutine", "thread"])
+async def test_a_function_may_go_to_another_folder(tmp_path, monkeypatch, executor):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    async def coroutine(args):
+        os.chdir(tmp_path / "elsewhere")
+        await asyncio.sleep(0.7)  # long enough for a renewal
+
+    def plain(args):
+        os.chdir(tmp_path / "elsewhere")
+        time.sleep(0.7)
+
+    function = coroutine if executor == "coroutine" else plain
+    summary = await aio.speval(function, range(3), "runs.db", lease=1.0, executor=executor)
+    assert summary.completed == 3
+    assert (tmp_path / "runs.db").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # as_completed

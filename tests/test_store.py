@@ -150,6 +150,51 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
 
 
+async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
+    await database.open([1, 2, 3])
+    first, second = await database.open(), await database.open()
+
+    async def the_other_copy():
+        await database.seed(first, [11, 12, 13], on_changed="rerun")
+        worker = await first.register(10)
+        claims = (await first.record(worker, idle=3)).claims
+        await first.record(worker, [done(c, c.args) for c in claims])
+
+    read, interrupted = second._read, []
+
+    async def read_and_be_overtaken(work, *args):
+        result = await read(work, *args)
+        if work.__name__ == "_compare" and not interrupted:
+            interrupted.append(True)
+            await the_other_copy()
+        return result
+
+    monkeypatch.setattr(second, "_read", read_and_be_overtaken)
+    seeded = await database.seed(second, [11, 12, 13], on_changed="rerun")
+    assert (interrupted, seeded.changed) == ([True], 0)
+    assert await database.statuses() == ["completed"] * 3
+    assert [e["result"] for e in (await database.all()).values()] == [11, 12, 13]
+
+
+async def test_a_space_overtaken_by_a_rerun_is_compared_again_and_not_taken_for_known(database, monkeypatch):
+    await database.open([1, 2, 0])
+    first, second = await database.open(), await database.open()
+    read, interrupted = second._read, []
+
+    async def read_and_be_overtaken(work, *args):
+        result = await read(work, *args)
+        if work.__name__ == "_compare" and not interrupted:
+            interrupted.append(True)
+            await database.seed(first, [7, 8, 9], on_changed="rerun")
+        return result
+
+    monkeypatch.setattr(second, "_read", read_and_be_overtaken)
+    with pytest.raises(ArgsChangedError):
+        await database.seed(second, [1, 2, 0, 4])
+    with pytest.raises(ArgsChangedError):
+        await database.seed(await database.open(), [1, 2, 0, 4])
+
+
 async def test_what_is_no_longer_in_the_space_is_counted_and_left_alone(database):
     await database.open({"a": 1, "b": 2, "c": 3})
     store = await database.open()

@@ -186,6 +186,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(script.parent)
+            os.environ["PYTHON_COLORS"] = "0"  # later Pythons colour what the tests read
             os.execv(sys.executable, [sys.executable, str(script), *arguments])
         ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
         self.status = None

@@ -7,6 +7,9 @@ the package, so it imports next to nothing.
 
 from __future__ import annotations
 
+import os
+import sys
+
 from ..codec import decode, encode
 from ..errors import UnserializableError
 
@@ -19,25 +22,51 @@ if TYPE_CHECKING:
 
 __all__ = ["completed", "evaluate", "failed", "outcome"]
 
+_LONGEST_JSON = 250_000_000  # characters of four bytes at most; a database takes a billion bytes
 _LONGEST_MESSAGE = 10_000  # characters; an exception that carries a whole document is cut
 _LONGEST_TRACEBACK = 100_000
 
 
 def evaluate(function: Function, name: str, args: str, retry_on: RetryOn, clock: Clock) -> Result:
     """Call the function and encode how it ended."""
-    started_at, started = clock.wall(), clock.monotonic()
+    started_at, started, pid = clock.wall(), clock.monotonic(), os.getpid()
     try:
         result = function(decode(args))
     # SystemExit and KeyboardInterrupt too: raised by the function they are its failure and must not end the program.
     except BaseException as error:
+        leave_if_forked(pid, error)
         return failed(error, retry_on, started_at, clock.monotonic() - started)
+    leave_if_forked(pid, None)
     return completed(result, name, started_at, clock.monotonic() - started)
+
+
+def leave_if_forked(pid: int, error: BaseException | None) -> None:
+    """End this process if it is a child that the function has forked and that came back from it: it has no part in the run."""
+    if os.getpid() == pid:
+        return
+    code = 0 if error is None else 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    elif error is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: S110
+            pass
+    os._exit(code & 0xFF)
 
 
 def completed(result: Any, name: str, started_at: float, duration: float) -> Result:
     """Return the outcome of a function that returned."""
+    what = f"the result of evaluation {name!r}"
     try:
-        return None, encode(result, f"the result of evaluation {name!r}"), None, started_at, duration, False
+        text = encode(result, what)
+        if len(text) > _LONGEST_JSON:
+            raise UnserializableError(what, f"{len(text) / 1e6:.0f} MB are too many; write it to a file and return its name")
+        return None, text, None, started_at, duration, False
     except UnserializableError as error:
         return outcome("unserializable", _name(error.__cause__ or error), str(error), "", started_at, duration)
     except BaseException as error:  # a hostile object's own code runs while it is encoded
@@ -46,7 +75,7 @@ def completed(result: Any, name: str, started_at: float, duration: float) -> Res
 
 def failed(error: BaseException, retry_on: RetryOn, started_at: float, duration: float) -> Result:
     """Return the outcome of a function that raised."""
-    again = isinstance(error, retry_on)
+    again = issubclass(type(error), retry_on)  # not isinstance(), which asks the exception itself
     return outcome("exception", _name(error), _text(error), _trace(error), started_at, duration, again)
 
 
@@ -67,7 +96,7 @@ def _storable(text: str, longest: int) -> str:
 
 
 def _name(error: BaseException) -> str:
-    return type(error).__qualname__
+    return str(type.__dict__["__qualname__"].__get__(type(error)))  # past a metaclass with ideas of its own
 
 
 def _text(error: BaseException) -> str:
@@ -85,4 +114,7 @@ def _trace(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, trace.tb_next if trace else None))
     except BaseException:
-        return "".join(traceback.format_tb(trace.tb_next if trace else None))
+        try:
+            return "".join(traceback.format_tb(trace.tb_next if trace else None))
+        except BaseException:  # no memory left, say
+            return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import threading
 import traceback
 
@@ -16,7 +17,7 @@ from ..clock import Clock
 from ..codec import decode
 from ..model import Function, Outcome, RetryOn
 from .base import Executor, Slot, as_outcome, timed_out
-from .call import completed, failed
+from .call import completed, failed, leave_if_forked
 
 __all__ = ["CoroutineExecutor"]
 
@@ -93,18 +94,21 @@ class _Evaluation:
         self.stopped = False
 
     async def run(self) -> Outcome:
-        clock = self._executor.clock
+        clock, pid = self._executor.clock, os.getpid()
         try:
             result = self._executor.function(decode(self._args))
             if inspect.isawaitable(result):
                 result = await result
         except BaseException as error:
+            leave_if_forked(pid, error)
             # The user's own second Ctrl-C arrives here only where the loop runs in the main thread.
-            is_interrupt = isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+            kind = type(error)  # not isinstance(), which asks the exception itself
+            is_interrupt = issubclass(kind, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
             # A cancellation that we did not ask for is the function's own doing, and its failure.
-            if is_interrupt or (self.stopped and isinstance(error, asyncio.CancelledError)):
+            if is_interrupt or (self.stopped and issubclass(kind, asyncio.CancelledError)):
                 raise
             return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
+        leave_if_forked(pid, None)
         return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
 
 

@@ -78,7 +78,8 @@ class ProcessExecutor(Executor):
     def spare(self) -> None:
         """Have a worker ready for the next one that is killed: where one was, another will be."""
         if self._spare is None and self.payload >= 0:
-            self._spare = _Process(self.payload)
+            with suppress(OSError):  # no room for one just now; it is only for speed
+                self._spare = _Process(self.payload)
 
     async def close(self) -> None:
         payload, self.payload = self.payload, -1
@@ -121,6 +122,7 @@ class _Process:
         self.exited: asyncio.Future[None] = self._loop.create_future()
         self._pidfd = -1
         self._poll: asyncio.TimerHandle | None = None
+        self._sending: asyncio.Task[None] | None = None
         self._is_closed = False
         self.unstarted = 0  # calls of the last batch that it never began, known when it is dead
         self._loop.add_reader(ours, self.receive)
@@ -153,11 +155,23 @@ class _Process:
 
     # Calls
 
-    async def send(self, calls: list[tuple[str, str]]) -> None:
-        """Hand over calls, to be made one after the other."""
+    def send(self, calls: list[tuple[str, str]]) -> None:
+        """Hand over calls, to be made one after the other; what the socket has no room for now follows by itself."""
         os.write(self._tokens_in, bytes(len(calls)))
         data = marshal.dumps(calls)
-        await self._loop.sock_sendall(self._socket, len(data).to_bytes(8, "little") + data)
+        frame = memoryview(len(data).to_bytes(8, "little") + data)
+        try:
+            frame = frame[self._socket.send(frame) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # it is dead, which is noticed anyway
+            return
+        if frame:
+            self._sending = self._loop.create_task(self._send(frame), name="speval args")
+
+    async def _send(self, frame: memoryview) -> None:
+        with suppress(OSError):
+            await self._loop.sock_sendall(self._socket, frame)
 
     def take_back(self, most: int) -> int:
         """Take back up to so many calls that have not begun, the last ones first, and return how many."""
@@ -237,6 +251,11 @@ class _Process:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
 
+    def distrust(self, message: object) -> None:
+        """Kill a worker that says something when it has nothing to say."""
+        logger.error("%r says what nobody has asked for (%.100r) and is killed", self, message)
+        self._killpg()
+
     def how(self) -> str:
         """Return how it ended, in words."""
         code = self._popen.returncode
@@ -274,15 +293,18 @@ class _Process:
         """Let an idle worker end by itself; what does not is killed."""
         self._loop.remove_reader(self._socket)
         self._socket.shutdown(socket.SHUT_WR)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_END_WITHIN):
-                await asyncio.shield(self.exited)
-        await self.kill()
+        try:
+            await asyncio.wait({self.exited}, timeout=_END_WITHIN)
+        finally:
+            await self.kill()
 
     def _close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
             self._stop_watching()
+            if self._sending is not None:
+                self._sending.cancel()
+                self._loop.remove_writer(self._socket)
             self._loop.remove_reader(self._socket)
             self._socket.close()
             for fd in (self._tokens, self._tokens_in, self._lifeline):
@@ -318,9 +340,7 @@ class _ProcessSlot(BatchSlot):
         process.on_message = take
         process.exited.add_done_callback(batch.wake)
         try:
-            with suppress(OSError):  # it is dead then, which is noticed anyway
-                await process.send([(claim.name, claim.args) for claim in claims])
-            batch.begin()
+            process.send([(claim.name, claim.args) for claim in claims])
             await batch.wait()
         finally:
             process.exited.remove_done_callback(batch.wake)
@@ -328,7 +348,7 @@ class _ProcessSlot(BatchSlot):
                 # Cancelled, run into its timeout, or dead already: this worker is not used again.
                 self._process = None
                 await process.kill()
-            process.on_message = _unexpected
+            process.on_message = process.distrust
         if not is_over:
             self._settle(batch, process, timeout, back)
             self._executor.spare()
@@ -375,10 +395,6 @@ class _ProcessSlot(BatchSlot):
         process, self._process = self._process, None
         if process is not None:
             await process.end()
-
-
-def _unexpected(message: Any) -> None:
-    raise AssertionError(f"a worker without a call says {message!r}")
 
 
 def _interpreter_flags() -> list[str]:

@@ -12,6 +12,7 @@ import json
 import logging
 import secrets
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..host import this_process
 from ..model import Cause, Claim, Error, Evaluation, OnChanged, Status, Summary
 from ..space import Space, name_to_key
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store
-from .sqlite_file import SqliteFile
+from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping, worker_label
 
 __all__ = ["SqliteStore"]
@@ -239,9 +240,11 @@ class SqliteStore(Store):
         clock: Clock | None = None,
     ) -> None:
         self.path = path
+        self._shown = shown_path(path)
         self._mode: Literal["create", "write", "read"] = mode
         self._durability: Literal["process", "power"] = durability
         self._clock = clock or Clock()
+        self._given_up = threading.Event()
         self._file: SqliteFile | None = None
         self._connection: _Connection | None = None
         self._last = 0  # the highest id of the space
@@ -249,41 +252,41 @@ class SqliteStore(Store):
         self._version = -1
 
     def __repr__(self) -> str:
-        return f"<SqliteStore {str(self.path)!r}{'' if self._connection else ' closed'}>"
+        return f"<SqliteStore {self._shown!r}{'' if self._connection else ' closed'}>"
 
     async def open(self) -> None:
         def connect() -> sqlite3.Connection:
-            self._file = SqliteFile(self.path, self._mode, self._durability)
+            self._file = SqliteFile(self.path, self._mode, self._durability, given_up=self._given_up)
             self._file.connection.execute(_OPENED)
             return self._file.connection
 
         connection = _Connection(connect)
-        with CancelScope(shield=True):  # a cancelled connect would leave its thread and its file behind
-            try:
-                await connection
-            except BaseException:
-                connection.join()
-                if self._file is not None:  # cancelled when it was open already
-                    self._file.close()
-                raise
+        try:
+            await connection
+        except BaseException:
+            # A cancelled connect would leave its thread and its file behind, and the thread may be waiting for a lock.
+            self._given_up.set()
+            connection.join()
+            if self._file is not None:  # cancelled when it was open already
+                self._file.close()
+            raise
         self._connection = connection
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
                 "%s is on a network filesystem (%s): commits are slow there, and safe only where its locks work; "
                 "for many machines a PostgreSQL database is the way",
-                self.path,
+                self._shown,
                 self._file.network,
             )
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None and self._file is not None:
-            self._file.give_up()
+        if connection is not None:
+            self._given_up.set()
             await connection.finish()
 
     def abandon(self) -> None:
-        if self._file is not None:
-            self._file.give_up()
+        self._given_up.set()
 
     def lease_keeping(self) -> LeaseKeeping:
         return SqliteLeaseKeeping(self.path, self._clock)
@@ -298,7 +301,7 @@ class SqliteStore(Store):
 
     def _opened(self) -> tuple[_Connection, SqliteFile]:
         if self._connection is None or self._file is None:
-            raise StoreClosedError(str(self.path))
+            raise StoreClosedError(self._shown)
         return self._connection, self._file
 
     # Seeding: the space goes into a TEMP table, SQL compares it with what is stored, and only then is anything written.
@@ -306,26 +309,27 @@ class SqliteStore(Store):
     async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
         if await self._read(self._is_known, space):
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
+        # Left behind when cancelled or broken off: the connection is closed then, and its TEMP tables go with it.
         await self._read(_load_incoming, space)
         try:
             while True:
-                missing, differing, examples = await self._read(_compare)
+                missing, differing, examples, version = await self._read(_compare)
                 if differing and on_changed == "error":
-                    raise ArgsChangedError(str(self.path), differing, examples)
+                    raise ArgsChangedError(self._shown, differing, examples)
                 added = 0
                 for low in range(0, space.count, _CHUNK) if missing else ():
                     # Looked up without the lock: most of a space that is only extended needs no writing.
                     if await self._read(_count_missing, low, low + _CHUNK):
                         added += await self._write(self._add, low, low + _CHUNK)
-                if added == missing:
-                    break  # else others are seeding as well, and what they have stored must be compared
-            if differing and on_changed == "rerun":
-                await self._write(self._rerun)
-            is_stored = not differing or on_changed == "rerun"
-            gone = await self._write(self._settle, space, is_stored)
-        finally:
-            with CancelScope(shield=True):
-                await self._read(_drop_incoming)
+                if added != missing:
+                    continue  # others are seeding as well, and what they have stored must be compared
+                gone = await self._write(self._settle, space, version, differing, on_changed)
+                if gone is not None:
+                    break  # else others have given evaluations new args since we compared
+        except ArgsChangedError:
+            await self._read(_drop_incoming)
+            raise
+        await self._read(_drop_incoming)
         return Seeded(new=missing, unchanged=space.count - missing - differing, changed=differing, gone=gone)
 
     def _is_known(self, c: sqlite3.Connection, space: Space) -> bool:
@@ -341,12 +345,16 @@ class SqliteStore(Store):
         c.execute("DELETE FROM meta WHERE key = 'space'")
         return c.execute(_ADD_STATES, (self._clock.wall(), last)).rowcount
 
-    def _rerun(self, c: sqlite3.Connection) -> None:
-        c.execute(_NEW_ARGS)
-        c.execute(_RERUN, (self._clock.wall(),))
-        c.execute("DELETE FROM meta WHERE key = 'space'")
-
-    def _settle(self, c: sqlite3.Connection, space: Space, is_stored: bool) -> int:
+    def _settle(self, c: sqlite3.Connection, space: Space, version: int, differing: int, on_changed: OnChanged) -> int | None:
+        """Do what is left to do under the lock, unless the comparison is stale; return how many are gone."""
+        if _args_version(c) != version:
+            return None
+        if differing and on_changed == "rerun":
+            c.execute(_NEW_ARGS)
+            c.execute(_RERUN, (self._clock.wall(),))
+            c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
+            c.execute("DELETE FROM meta WHERE key = 'space'")
+        is_stored = not differing or on_changed == "rerun"
         gone: int = c.execute(_STRANGERS).rowcount
         (self._last,) = c.execute(_LAST).fetchone()
         if is_stored and not gone:
@@ -451,7 +459,7 @@ class SqliteStore(Store):
             rows = c.execute(_ENDED_SINCE, {"cursor": cursor, "last": self._last, "limit": limit}).fetchall()
             # Rows that were passed over need not be looked at again.
             (newest,) = (rows[-1][0],) if len(rows) == limit else c.execute(_MAX_SEQ).fetchone()
-            return newest, [(row[1], _evaluation(self.path, row[2:])) for row in rows]
+            return newest, [(row[1], _evaluation(self._shown, row[2:])) for row in rows]
 
         return await self._read(fetch)
 
@@ -473,7 +481,7 @@ class SqliteStore(Store):
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
             rows = c.execute(sql, (after, _CODES[status], limit)).fetchall()
-            return (rows[-1][0] if rows else after), [_evaluation(self.path, row[1:]) for row in rows]
+            return (rows[-1][0] if rows else after), [_evaluation(self._shown, row[1:]) for row in rows]
 
         return await self._read(fetch)
 
@@ -485,7 +493,7 @@ class SqliteStore(Store):
             keys = json.dumps([name_to_key(name) for name in names])
             unknown = [str(name) for (name,) in c.execute(_UNKNOWN_NAMES, (keys,))]
             if unknown:
-                raise UnknownNameError(str(self.path), unknown)
+                raise UnknownNameError(self._shown, unknown)
             return c.execute(_RETRY_NAMED, (now, _CODES[status], keys)).rowcount
 
         return await self._write(put_back)
@@ -511,8 +519,14 @@ def _count_missing(c: sqlite3.Connection, low: int, high: int) -> int:
     return int(count)
 
 
-def _compare(c: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str, str]]]:
-    """Return how many are missing, how many have other args (noted in ``differing``), and the first few of those."""
+def _args_version(c: sqlite3.Connection) -> int:
+    """Return a number that grows whenever stored args are replaced."""
+    row = c.execute("SELECT value FROM meta WHERE key = 'args_version'").fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def _compare(c: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str, str]], int]:
+    """Return how many are missing, how many have other args (noted in ``differing``), the first few of them, the version."""
     (total,) = c.execute("SELECT coalesce(max(position), 0) FROM incoming").fetchone()
     missing = _count_missing(c, 0, total)
     c.execute("DELETE FROM differing")
@@ -526,7 +540,7 @@ def _compare(c: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str, str]
             if len(examples) < _EXAMPLES:
                 (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
                 examples.append((str(name), _shorten(stored), _shorten(given)))
-    return missing, differing, examples
+    return missing, differing, examples, _args_version(c)
 
 
 def _shorten(text: str) -> str:
@@ -563,11 +577,11 @@ def _attempt(seq: int, ended: Ended, now: float) -> tuple[Any, ...]:
     return (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
 
 
-def _evaluation(db: Path, row: Sequence[Any]) -> Evaluation:
+def _evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     try:
         return _decoded(row)
     except (ValueError, RecursionError) as error:
-        raise DatabaseError(str(db), f"what is stored of evaluation {str(row[0])!r} is no JSON ({error})") from error
+        raise DatabaseError(db, f"what is stored of evaluation {str(row[0])!r} is no JSON ({error})") from error
 
 
 def _decoded(row: Sequence[Any]) -> Evaluation:

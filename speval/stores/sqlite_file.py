@@ -31,7 +31,7 @@ from ..errors import (
     StoreClosedError,
 )
 
-__all__ = ["SqliteFile"]
+__all__ = ["SqliteFile", "shown_path"]
 
 logger = logging.getLogger("speval.store")
 
@@ -58,6 +58,7 @@ class SqliteFile:
         mode: ``create`` makes it if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
         durability: ``process`` survives the death of any process, ``power`` a power cut too.
         patience: Seconds to wait for others' locks. None: a minute.
+        given_up: Set by others to make all waiting end.
     """
 
     def __init__(
@@ -66,17 +67,19 @@ class SqliteFile:
         mode: Literal["create", "write", "read"],
         durability: Literal["process", "power"] = "process",
         patience: float | None = None,
+        given_up: threading.Event | None = None,
     ) -> None:
         self.path = path
+        self.shown = shown_path(path)
         self.patience = _PATIENCE if patience is None else patience
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
         self.is_empty = False  # nothing in it yet, opened to read
         self.network: str | None = None  # the kind of network filesystem it is on
         self._is_current = False
         self._identity: tuple[int, int] | None = None
-        self._given_up = threading.Event()
+        self._given_up = given_up or threading.Event()
         self._closed = False
-        _check_path(path, mode)
+        _check_path(path, self.shown, mode)
         with self._errors():
             self.connection = self._connect(mode)
             try:
@@ -88,7 +91,7 @@ class SqliteFile:
                 raise
 
     def __repr__(self) -> str:
-        return f"<SqliteFile {str(self.path)!r}{' closed' if self._closed else ''}>"
+        return f"<SqliteFile {self.shown!r}{' closed' if self._closed else ''}>"
 
     def write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work(connection, ...)`` in one transaction that holds the write lock from its start."""
@@ -128,7 +131,7 @@ class SqliteFile:
         **kwargs: P.kwargs,
     ) -> T:
         if self._closed:
-            raise StoreClosedError(str(self.path))
+            raise StoreClosedError(self.shown)
         connection = self.connection
         if begin != "BEGIN":
             self._look_after_the_file()
@@ -158,7 +161,7 @@ class SqliteFile:
             self._identity = found
         if found is None or found != self._identity:
             how = "deleted" if found is None else "replaced by another file"
-            raise DatabaseError(str(self.path), f"was {how} while in use; {self._rescue()}")
+            raise DatabaseError(self.shown, f"was {how} while in use; {self._rescue()}")
 
     def _rescue(self) -> str:
         """Copy what the open file still holds beside the name it had, and say where to."""
@@ -186,23 +189,23 @@ class SqliteFile:
                     raise
                 waited = time.monotonic() - started
                 if waited >= patience:
-                    raise DatabaseLockedError(str(self.path), waited) from error
+                    raise DatabaseLockedError(self.shown, waited) from error
                 if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
-                    raise DatabaseLockedError(str(self.path), waited) from error
+                    raise DatabaseLockedError(self.shown, waited) from error
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         if mode == "create" and not self.path.exists():
             self._create()
         # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
         # mode=ro for reading: a reader that may write cleans up behind itself.
-        uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"
+        uri = f"file:{quote(str(self.path))}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
         if mode != "read" or not _is_unreadable(connection):
             return connection
         connection.close()
         # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
         if Path(f"{self.path}-wal").exists():
-            raise DatabaseError(str(self.path), "its folder can't be written to and its -wal file has to be merged; copy both")
+            raise DatabaseError(self.shown, "its folder can't be written to and its -wal file has to be merged; copy both")
         return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
 
     def _create(self) -> None:
@@ -212,10 +215,10 @@ class SqliteFile:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
             if not self.path.parent.is_dir():
-                raise DatabaseError(str(self.path), f"can't be created in {self.path.parent}: it is a file") from None
+                raise DatabaseError(self.shown, f"can't be created in {self.path.parent}: it is a file") from None
         except OSError as error:
             folder = next(f for f in self.path.absolute().parents if f.exists())
-            raise DatabaseError(str(self.path), f"can't be created in {folder}: {error.strerror}") from error
+            raise DatabaseError(self.shown, f"can't be created in {folder}: {error.strerror}") from error
 
     def _recognise(self, mode: str) -> None:
         """Tell what the file is, writing nothing."""
@@ -223,7 +226,7 @@ class SqliteFile:
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
                 release = self.read(lambda c: c.execute("SELECT value FROM meta WHERE key = 'release'").fetchone())
-                raise NewerSchemaError(str(self.path), version, SCHEMA, release[0] if release else f"{version}.0")
+                raise NewerSchemaError(self.shown, version, SCHEMA, release[0] if release else f"{version}.0")
             self._is_current = version == SCHEMA
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
@@ -231,10 +234,10 @@ class SqliteFile:
             # A copy that is just starting makes the file before it fills it, so for a reader there is nothing in it yet.
             self.is_empty = mode == "read"
             if mode == "write":
-                raise ForeignDatabaseError(str(self.path), "an empty file")
+                raise ForeignDatabaseError(self.shown, "an empty file")
         else:
             shown = ", ".join(sorted(tables)[:5]) or "none"
-            raise ForeignDatabaseError(str(self.path), f"an SQLite database of something else (its tables: {shown})")
+            raise ForeignDatabaseError(self.shown, f"an SQLite database of something else (its tables: {shown})")
 
     def _prepare(self, durability: str) -> None:
         connection = self.connection
@@ -265,8 +268,9 @@ class SqliteFile:
                 if _code(error) not in _BUSY:
                     raise
                 if waited > self.patience:
-                    raise DatabaseLockedError(str(self.path), waited) from error
-                time.sleep(random.random() * 0.02)
+                    raise DatabaseLockedError(self.shown, waited) from error
+                if self._given_up.wait(random.random() * 0.02):
+                    raise DatabaseLockedError(self.shown, waited) from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -274,7 +278,7 @@ class SqliteFile:
         try:
             yield
         except sqlite3.Error as error:
-            db, code = str(self.path), _code(error)
+            db, code = self.shown, _code(error)
             if self._closed:
                 raise StoreClosedError(db) from error
             if code == sqlite3.SQLITE_NOTADB:
@@ -292,6 +296,14 @@ class SqliteFile:
             raise DatabaseError(db, str(error)) from error
 
 
+def shown_path(path: Path) -> str:
+    """Return a path as messages show it: from the folder we are in, if it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
 def _code(error: sqlite3.Error) -> int:
     """Return SQLite's primary result code, 0 if it has none."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -306,15 +318,15 @@ def _is_unreadable(connection: sqlite3.Connection) -> bool:
     return False
 
 
-def _check_path(path: Path, mode: str) -> None:
+def _check_path(path: Path, shown: str, mode: str) -> None:
     if path.is_dir():
-        raise DatabaseError(str(path), "is a folder; name a file in it")
+        raise DatabaseError(shown, "is a folder; name a file in it")
     if path.is_symlink() and not path.exists():
         raise DatabaseError(
             str(path), f"is a symbolic link to {path.readlink()}, which is not there; make that or remove the link"
         )
     if mode != "create" and not path.exists():
-        raise DatabaseMissingError(str(path))
+        raise DatabaseMissingError(shown)
 
 
 def _describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[str]]:
