@@ -542,6 +542,30 @@ async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, 
         its_keeping.close()
 
 
+async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    store, worker = await database.worker([1], lease=10)
+    other, its = await database.worker([1], lease=10)
+    (claim,) = (await store.record(worker, idle=1)).claims
+    keeping, its_keeping = keeping_of(store), keeping_of(other)
+    try:
+        its_keeping.reclaim(its, 3)
+        database.clock.now += 11
+        file = its_keeping._opened()
+        original = file.write
+
+        def renew_first(*args):
+            assert keeping.renew(worker, 1.0)
+            return original(*args)
+
+        monkeypatch.setattr(file, "write", renew_first)
+        assert its_keeping.reclaim(its, 3).workers == []
+        assert (await store.record(worker, [done(claim)], idle=1)).refused == []
+    finally:
+        keeping.close()
+        its_keeping.close()
+
+
 async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
     monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
     store, _ = await database.worker([1], lease=10)

@@ -70,13 +70,21 @@ def completed(result: Any, name: str, started_at: float, duration: float) -> Res
     except UnserializableError as error:
         return outcome("unserializable", _name(error.__cause__ or error), str(error), "", started_at, duration)
     except BaseException as error:  # a hostile object's own code runs while it is encoded
-        return outcome("unserializable", _name(error), _text(error), _trace(error), started_at, duration)
+        return _shown("unserializable", error, started_at, duration, again=False)
 
 
 def failed(error: BaseException, retry_on: RetryOn, started_at: float, duration: float) -> Result:
     """Return the outcome of a function that raised."""
-    again = issubclass(type(error), retry_on)  # not isinstance(), which asks the exception itself
-    return outcome("exception", _name(error), _text(error), _trace(error), started_at, duration, again)
+    # Not isinstance(), which asks the exception itself.
+    return _shown("exception", error, started_at, duration, again=issubclass(type(error), retry_on))
+
+
+def _shown(cause: str, error: BaseException, started_at: float, duration: float, again: bool) -> Result:
+    """Return an outcome with what can be shown of an exception, whose own code may fail or lie whenever it is looked at."""
+    try:
+        return outcome(cause, _name(error), _text(error), _trace(error), started_at, duration, again)
+    except BaseException:
+        return outcome(cause, _name(error), "an exception that can't be shown", "", started_at, duration, again)
 
 
 def outcome(
@@ -101,7 +109,7 @@ def _name(error: BaseException) -> str:
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
+        return "".join((str(error), ""))  # a plain string, whatever kind of one it was
     except BaseException:
         return f"<{_name(error)} whose text can't be made>"
 

@@ -167,8 +167,11 @@ def _read(calls: int, size: int) -> bytes:
 def _send(calls: int, message: Any) -> None:
     data = marshal.dumps(message)
     view = memoryview(len(data).to_bytes(8, "little") + data)
-    while view:
-        view = view[os.write(calls, view) :]
+    try:
+        while view:
+            view = view[os.write(calls, view) :]
+    except (BrokenPipeError, ConnectionResetError):  # the parent is gone, and nobody wants a traceback of that
+        os.killpg(0, _SIGKILL)
 
 
 if __name__ == "__main__":

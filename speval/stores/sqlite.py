@@ -95,7 +95,7 @@ _ARGS = "SELECT name, args FROM evaluations WHERE id = ?"
 
 # Guarded by the whole token: a stale attempt changes no row, and the count of changed rows tells.
 _END = """
-UPDATE states SET status = ?, worker = ?, last = ?, updated_at = ?
+UPDATE states SET status = ?, worker = ?, ahead = ahead & 2, last = ?, updated_at = ?
 WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
 """
 _ADD_ATTEMPT = """
@@ -336,6 +336,7 @@ class SqliteStore(Store):
         """Compare with the digest of what is stored, which spares comparing row by row."""
         (self._since,) = c.execute(_MAX_SEQ).fetchone()
         stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
+        c.execute("DELETE FROM strangers")
         (self._last,) = c.execute(_LAST).fetchone()
         return bool(stored == (_digest(space),))
 
@@ -355,6 +356,7 @@ class SqliteStore(Store):
             c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
             c.execute("DELETE FROM meta WHERE key = 'space'")
         is_stored = not differing or on_changed == "rerun"
+        c.execute("DELETE FROM strangers")
         gone: int = c.execute(_STRANGERS).rowcount
         (self._last,) = c.execute(_LAST).fetchone()
         if is_stored and not gone:

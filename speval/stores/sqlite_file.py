@@ -28,6 +28,7 @@ from ..errors import (
     DatabaseUnavailableError,
     ForeignDatabaseError,
     NewerSchemaError,
+    SpevalError,
     StoreClosedError,
 )
 
@@ -140,12 +141,28 @@ class SqliteFile:
             try:
                 if begin == "BEGIN":  # takes its lock only with the first look at the file, which may be refused as well
                     self._patiently(patience, "SELECT 1 FROM sqlite_master LIMIT 1")
-                result = work(connection, *args, **kwargs)
+                result = self._understanding(work, connection, *args, **kwargs)
                 self._patiently(patience, "COMMIT")
                 return result
             finally:
                 if connection.in_transaction:
                     connection.rollback()
+
+    def _understanding(
+        self,
+        work: Callable[Concatenate[sqlite3.Connection, P], T],
+        connection: sqlite3.Connection,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run ``work``; where what it reads makes no sense, the file is damaged in a way that SQLite does not notice."""
+        try:
+            return work(connection, *args, **kwargs)
+        except SpevalError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
+            raise DatabaseError(self.shown, problem) from error
 
     def _look_after_the_file(self) -> None:
         """See that the name still leads to the file that is open, since what is written to a deleted one is gone with us."""
@@ -277,6 +294,8 @@ class SqliteFile:
         """Turn SQLite's errors into ours."""
         try:
             yield
+        except UnicodeDecodeError as error:
+            raise DatabaseError(self.shown, f"damaged: what should be text in it is none ({error})") from error
         except sqlite3.Error as error:
             db, code = self.shown, _code(error)
             if self._closed:
@@ -315,6 +334,8 @@ def _is_unreadable(connection: sqlite3.Connection) -> bool:
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
     except sqlite3.Error as error:
         return _code(error) in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+    except UnicodeDecodeError:  # damaged, which those who read more will say
+        return False
     return False
 
 

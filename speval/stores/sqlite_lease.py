@@ -147,18 +147,21 @@ class SqliteLeaseKeeping(LeaseKeeping):
         pending = 0
         for row in self._watch.dead(rows, worker, self._clock.monotonic()):
             # A worker of many claims is taken back in several transactions, so that none of them stops the others for long.
-            more = True
-            while more:
-                more, back, failed = self._opened().write(self._take_back, row, max_attempts)
+            taken = self._opened().write(self._take_back, row, max_attempts)
+            if taken is None:
+                continue  # it has renewed, or left, since we looked
+            reclaimed.workers.append(worker_label(row.id, row.process.host, row.process.pid))
+            while taken is not None:
+                more, back, failed = taken
                 pending += back
                 reclaimed.failed.extend(failed)
-            reclaimed.workers.append(worker_label(row.id, row.process.host, row.process.pid))
+                taken = self._opened().write(self._take_back, row, max_attempts) if more else None
         return Reclaimed(reclaimed.workers, pending, reclaimed.failed)
 
-    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> tuple[bool, int, list[str]]:
-        """Return (is there more, how many are pending again, names of those that failed)."""
+    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> tuple[bool, int, list[str]] | None:
+        """Return (is there more, how many are pending again, names of those that failed), or None if it is not dead."""
         if c.execute(_DECLARE_DEAD, (row.id, row.beat)).rowcount == 0:
-            return False, 0, []  # it has renewed, or left, since we looked
+            return None
         now = self._clock.wall()
         message = f"worker {worker_label(row.id, row.process.host, row.process.pid)} died or was out of reach"
         pending, failed = 0, []
