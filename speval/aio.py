@@ -16,8 +16,8 @@ from typing import Any
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
-from .model import Evaluation, OnChanged, Status, Summary
-from .options import Durability, ExecutorOption, Options, checked_path, checked_status
+from .model import Durability, Evaluation, OnChanged, Status, Summary
+from .options import ExecutorOption, Options, checked_path, checked_status
 from .progress import shown
 from .space import Space
 from .worker import Worker
@@ -166,8 +166,7 @@ def as_completed(
         durability=durability,
         progress=progress,
     )
-    worker_needs = (func, checked_path(db), options)
-    return _flattened(eval_space, *worker_needs)
+    return _flattened(eval_space, func, checked_path(db), options)
 
 
 async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:

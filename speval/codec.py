@@ -34,6 +34,7 @@ _encode_sorted = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 decode = json.loads
 
 _CONTAINERS = (dict, list, tuple)
+_LONGEST = 250_000_000  # characters of four bytes at most; a database takes a billion bytes
 
 
 def encode(value: Any, what: str) -> str:
@@ -60,6 +61,8 @@ def encode(value: Any, what: str) -> str:
                 text.encode()
             except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
                 text = _encode_ascii(value)
+        if len(text) > _LONGEST:
+            raise ValueError(f"{len(text) / 1e6:.0f} MB are too many; write it to a file and give the file's name instead")
         return text
     except RecursionError:
         raise UnserializableError(what, "it is nested too deeply, or contains itself") from None

@@ -16,6 +16,7 @@ from .errors import EvaluationsFailed
 __all__ = [
     "Cause",
     "Claim",
+    "Durability",
     "Error",
     "Evaluation",
     "Function",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
+Durability = Literal["process", "power"]
 OnChanged = Literal["error", "keep", "rerun"]
 Function = Callable[[Any], Any]
 RetryOn = tuple[type[BaseException], ...]

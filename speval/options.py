@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
-from .model import OnChanged, Status
+from .model import Durability, OnChanged, Status
 
-__all__ = ["Durability", "ExecutorOption", "Options", "checked_path", "checked_status"]
+__all__ = ["ExecutorOption", "Options", "checked_path", "checked_status"]
 
 ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
-Durability = Literal["process", "power"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 from typing import Any
 
 from .codec import encode
-from .errors import OptionError, SpaceError, UnserializableError
+from .errors import OptionError, SpaceError
 
 __all__ = ["Key", "Space", "name_to_key"]
 
@@ -22,7 +22,6 @@ __all__ = ["Key", "Space", "name_to_key"]
 Key = int | str
 
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes; a larger space goes to a temporary file
-_LONGEST_ARGS = 250_000_000  # characters of four bytes at most; a database takes a billion bytes
 _STEP = 1000  # evaluations encoded between two chances for others to run
 
 
@@ -64,12 +63,7 @@ class Space:
             # A name stands in front of its args, so numbers need no quotes and text ends where JSON says.
             shown = key if type(key) is int else json.dumps(key)
             what = f"the args of evaluation {str(key)!r}"
-            text = encode(args, what)
-            if len(text) > _LONGEST_ARGS:
-                raise UnserializableError(
-                    what, f"{len(text) / 1e6:.0f} MB are too many; write them to a file and pass its name"
-                )
-            lines.append(f"{shown}\t{text}\n")
+            lines.append(f"{shown}\t{encode(args, what)}\n")
             if len(lines) == _STEP:
                 self._write(hashed, lines)
                 yield

@@ -19,8 +19,8 @@ from anyio.from_thread import BlockingPortal
 
 from . import aio
 from .errors import SpevalError
-from .model import Evaluation, OnChanged, Status, Summary
-from .options import Durability, ExecutorOption, Options, checked_path
+from .model import Durability, Evaluation, OnChanged, Status, Summary
+from .options import ExecutorOption, Options, checked_path
 from .space import Space
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]

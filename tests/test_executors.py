@@ -219,7 +219,7 @@ async def test_a_child_that_the_function_forks_has_no_part_in_the_run(rig):
 
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
 async def test_a_result_too_big_for_any_database_is_this_evaluations_failure(make_rig, monkeypatch, kind):
-    monkeypatch.setattr("speval.executors.call._LONGEST_JSON", 1000)
+    monkeypatch.setattr("speval.codec._LONGEST", 1000)
     outcome = await make_rig(kind).slot(lambda args: "x" * 2000).call("17", "1", None)
     assert outcome.cause == "unserializable"
     assert "the result of evaluation '17'" in outcome.error["message"]

@@ -582,7 +582,9 @@ async def test_of_a_batch_only_the_call_that_hangs_times_out_and_only_the_one_th
     assert {e["attempts"] for e in await aio.load_evals(db)} == {1}
 
 
-async def test_short_calls_travel_in_batches(db, monkeypatch):
+@pytest.fixture
+def batch_sizes(monkeypatch) -> list[int]:
+    """How many calls each message to a worker process had."""
     from speval.executors import process
 
     sizes = []
@@ -593,21 +595,15 @@ async def test_short_calls_travel_in_batches(db, monkeypatch):
         original(self, calls)
 
     monkeypatch.setattr(process._Process, "send", send)
+    return sizes
+
+
+async def test_short_calls_travel_in_batches(db, batch_sizes):
     await aio.speval(abs, range(5000), db, concurrency=2)
-    assert sum(sizes) >= 5000  # some wait behind one that a busy machine slows down, and travel again
-    assert max(sizes) > 8
+    assert sum(batch_sizes) >= 5000  # some wait behind one that a busy machine slows down, and travel again
+    assert max(batch_sizes) > 8
 
 
-async def test_long_calls_do_not_travel_in_batches(db, monkeypatch):
-    from speval.executors import process
-
-    sizes = []
-    original = process._Process.send
-
-    def send(self, calls):
-        sizes.append(len(calls))
-        original(self, calls)
-
-    monkeypatch.setattr(process._Process, "send", send)
+async def test_long_calls_do_not_travel_in_batches(db, batch_sizes):
     await aio.speval(lambda args: time.sleep(0.02), range(40), db, concurrency=4)
-    assert set(sizes) == {1}
+    assert set(batch_sizes) == {1}

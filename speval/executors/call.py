@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["completed", "evaluate", "failed", "outcome"]
 
-_LONGEST_JSON = 250_000_000  # characters of four bytes at most; a database takes a billion bytes
 _LONGEST_MESSAGE = 10_000  # characters; an exception that carries a whole document is cut
 _LONGEST_TRACEBACK = 100_000
 
@@ -63,10 +62,7 @@ def completed(result: Any, name: str, started_at: float, duration: float) -> Res
     """Return the outcome of a function that returned."""
     what = f"the result of evaluation {name!r}"
     try:
-        text = encode(result, what)
-        if len(text) > _LONGEST_JSON:
-            raise UnserializableError(what, f"{len(text) / 1e6:.0f} MB are too many; write it to a file and return its name")
-        return None, text, None, started_at, duration, False
+        return None, encode(result, what), None, started_at, duration, False
     except UnserializableError as error:
         return outcome("unserializable", _name(error.__cause__ or error), str(error), "", started_at, duration)
     except BaseException as error:  # a hostile object's own code runs while it is encoded

@@ -25,7 +25,7 @@ from ..clock import Clock
 from ..codec import decode, same
 from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
 from ..host import this_process
-from ..model import Cause, Claim, Error, Evaluation, OnChanged, Status, Summary
+from ..model import Cause, Claim, Durability, Error, Evaluation, OnChanged, Status, Summary
 from ..space import Space, name_to_key
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store
 from .sqlite_file import SqliteFile, shown_path
@@ -236,13 +236,13 @@ class SqliteStore(Store):
         self,
         path: Path,
         mode: Literal["create", "write", "read"] = "create",
-        durability: Literal["process", "power"] = "process",
+        durability: Durability = "process",
         clock: Clock | None = None,
     ) -> None:
         self.path = path
         self._shown = shown_path(path)
         self._mode: Literal["create", "write", "read"] = mode
-        self._durability: Literal["process", "power"] = durability
+        self._durability: Durability = durability
         self._clock = clock or Clock()
         self._given_up = threading.Event()
         self._file: SqliteFile | None = None

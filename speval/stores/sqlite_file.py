@@ -31,6 +31,7 @@ from ..errors import (
     SpevalError,
     StoreClosedError,
 )
+from ..model import Durability
 
 __all__ = ["SqliteFile", "shown_path"]
 
@@ -66,7 +67,7 @@ class SqliteFile:
         self,
         path: Path,
         mode: Literal["create", "write", "read"],
-        durability: Literal["process", "power"] = "process",
+        durability: Durability = "process",
         patience: float | None = None,
         given_up: threading.Event | None = None,
     ) -> None:
