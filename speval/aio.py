@@ -17,9 +17,10 @@ from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
 from .model import Durability, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_path, checked_status
+from .options import ExecutorOption, Options, checked_database, checked_status
 from .progress import shown
 from .space import Space
+from .stores import make_store
 from .worker import Worker
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
@@ -166,7 +167,7 @@ def as_completed(
         durability=durability,
         progress=progress,
     )
-    return _flattened(eval_space, func, checked_path(db), options)
+    return _flattened(eval_space, func, checked_database(db), options)
 
 
 async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:
@@ -183,11 +184,9 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
         DatabaseMissingError: there is no such file.
         DatabaseError: it is no database of speval, or can't be read.
     """
-    path = checked_path(db)
+    path = checked_database(db)
     checked_status(status, (None, "pending", "in_progress", "completed", "failed"))
-    from .stores.sqlite import SqliteStore
-
-    store = SqliteStore(path, mode="read")
+    store = make_store(path, "read")
     await store.open()
     try:
         evaluations: list[Evaluation] = []
@@ -219,13 +218,11 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
         UnknownNameError: a name is not in the database; nothing was changed.
         DatabaseError: the file can't be used as a database.
     """
-    path = checked_path(db)
+    path = checked_database(db)
     checked_status(status, ("failed", "completed"))
     if isinstance(names, str):
         raise OptionError("names", repr(names), "a list of names, not a single one")
-    from .stores.sqlite import SqliteStore
-
-    store = SqliteStore(path, mode="write")
+    store = make_store(path, "write")
     await store.open()
     try:
         return await store.retry(None if names is None else [str(name) for name in names], status)
@@ -253,14 +250,11 @@ async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike
 
 def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str], options: Options) -> Worker:
     """Return a worker that has not begun."""
-    from .stores.sqlite import SqliteStore
-
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
     clock = Clock()
-    path = checked_path(db)
-    executor = make_executor(func, options, clock)
-    return Worker(space, SqliteStore(path, "create", options.durability, clock), executor, options, clock)
+    store = make_store(checked_database(db), "create", options.durability, clock)
+    return Worker(space, store, make_executor(func, options, clock), options, clock)
 
 
 async def batches(

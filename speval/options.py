@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 from .errors import OptionError
 from .model import Durability, OnChanged, Status
 
-__all__ = ["ExecutorOption", "Options", "checked_path", "checked_status"]
+__all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]
 
+Database = Path  # what a database argument means, checked
 ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
 
 
@@ -65,8 +66,8 @@ class Options:
         return self.max_failures
 
 
-def checked_path(db: Any) -> Path:
-    """Return the path a database argument means."""
+def checked_database(db: Any) -> Database:
+    """Return what a database argument means, without looking whether it is there."""
     if not isinstance(db, str | os.PathLike):
         raise OptionError("db", repr(db)[:60], "the path of a SQLite file")
     text = os.fspath(db)

@@ -20,7 +20,7 @@ from anyio.from_thread import BlockingPortal
 from . import aio
 from .errors import SpevalError
 from .model import Durability, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_path
+from .options import ExecutorOption, Options, checked_database
 from .space import Space
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
@@ -154,7 +154,7 @@ def as_completed(
         durability=durability,
         progress=progress,
     )
-    return _as_completed(func, eval_space, checked_path(db), options)
+    return _as_completed(func, eval_space, checked_database(db), options)
 
 
 def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:

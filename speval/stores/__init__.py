@@ -1,4 +1,23 @@
 """Stores: where evaluations live.
 
-Owns the contract (``base``) and its implementations. Invariant: nothing above this package knows any SQL.
+Owns the contract (``base``) and its implementations, and the choice between them. Invariant: nothing above this package
+knows any SQL, and a store's module is imported only when a database of its kind is used.
 """
+
+from __future__ import annotations
+
+from ..clock import Clock
+from ..model import Durability
+from ..options import Database
+from .base import Store, StoreMode
+
+__all__ = ["make_store"]
+
+
+def make_store(
+    db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
+) -> Store:
+    """Return a store for a checked database, not opened yet."""
+    from .sqlite import SqliteStore
+
+    return SqliteStore(db, mode, durability, clock)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..model import Claim, Evaluation, OnChanged, Outcome, Status, Summary
 from ..space import Space
 
-__all__ = ["Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store"]
+__all__ = ["Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
+
+StoreMode = Literal["create", "write", "read"]  # make it if it is missing; it must be there; change nothing
 
 
 class Ended(NamedTuple):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 from anyio import CancelScope
@@ -27,7 +27,7 @@ from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownN
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Error, Evaluation, OnChanged, Status, Summary
 from ..space import Space, name_to_key
-from .base import Ended, LeaseKeeping, Recorded, Seeded, Store
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping, worker_label
 
@@ -235,13 +235,13 @@ class SqliteStore(Store):
     def __init__(
         self,
         path: Path,
-        mode: Literal["create", "write", "read"] = "create",
+        mode: StoreMode = "create",
         durability: Durability = "process",
         clock: Clock | None = None,
     ) -> None:
         self.path = path
         self._shown = shown_path(path)
-        self._mode: Literal["create", "write", "read"] = mode
+        self._mode: StoreMode = mode
         self._durability: Durability = durability
         self._clock = clock or Clock()
         self._given_up = threading.Event()
