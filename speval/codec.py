@@ -6,12 +6,17 @@ a function never sees anything but what JSON gives back; NaN and infinities surv
 
 from __future__ import annotations
 
-import json
-
 from .errors import UnserializableError
+
+# json imports re, which takes a worker process nearly as long as its interpreter's start. What is quick in json is this module.
+try:
+    from _json import encode_basestring, encode_basestring_ascii, make_encoder, make_scanner
+except ImportError:  # not CPython
+    make_encoder = None  # type: ignore[assignment, misc]
 
 TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 __all__ = ["decode", "encode", "same"]
@@ -27,11 +32,55 @@ def _from_numpy(value: Any) -> Any:
     raise TypeError(f"{type(value).__qualname__} is none of dict, list, tuple, str, int, float, bool, None or NumPy data")
 
 
-# One encoder for all calls: json.dumps() with options builds a new one each time, which doubles the cost.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_from_numpy).encode
-_encode_ascii = json.JSONEncoder(separators=(",", ":"), default=_from_numpy).encode
-_encode_sorted = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
-decode = json.loads
+class _Plain:
+    """What the scanner asks a decoder for: nothing but what JSON gives back by itself."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float, parse_int = float, int
+    parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
+
+
+def _encoder(*, ascii: bool = False, sort_keys: bool = False) -> Callable[[Any], str]:
+    """Return what encodes; made once, because json.dumps() makes a new one for each call, which doubles the cost."""
+    if make_encoder is None:
+        import json
+
+        return json.JSONEncoder(
+            ensure_ascii=ascii, check_circular=False, sort_keys=sort_keys, separators=(",", ":"), default=_from_numpy
+        ).encode
+    strings = encode_basestring_ascii if ascii else encode_basestring
+    # None: what contains itself is found by the depth of the recursion, without a note of every container.
+    parts = make_encoder(None, _from_numpy, strings, None, ":", ",", sort_keys, False, True)
+    return lambda value: "".join(parts(value, 0))
+
+
+def _decoder() -> Callable[[str], Any]:
+    """Return what decodes: json.loads(), done by its own scanner wherever that is enough."""
+
+    def loads(text: str) -> Any:
+        import json
+
+        return json.loads(text)
+
+    if make_encoder is None:
+        return loads
+    scan = make_scanner(_Plain)  # type: ignore[arg-type]
+
+    def decode(text: str) -> Any:
+        try:
+            value, end = scan(text, 0)
+        except StopIteration:
+            return loads(text)  # for its error
+        return value if end == len(text) else loads(text)  # white space, or an error
+
+    return decode
+
+
+_encode = _encoder()
+_encode_ascii = _encoder(ascii=True)
+_encode_sorted = _encoder(sort_keys=True)
+decode = _decoder()
 
 _CONTAINERS = (dict, list, tuple)
 _LONGEST = 250_000_000  # characters of four bytes at most; a database takes a billion bytes

@@ -1,5 +1,6 @@
 """What becomes of values on their way through JSON."""
 
+import json
 import math
 from collections import OrderedDict, namedtuple
 from enum import IntEnum
@@ -7,6 +8,7 @@ from enum import IntEnum
 import numpy
 import pytest
 
+from speval import codec
 from speval.codec import decode, encode, same
 from speval.errors import UnserializableError
 
@@ -116,3 +118,28 @@ def test_what_has_no_json_form_is_refused_by_name(value, problem):
 )
 def test_args_are_compared_by_value_and_type(one, other, is_same):
     assert same(one, other) is is_same
+
+
+@pytest.mark.parametrize(
+    "text", [" 1", "1 ", '\n{"a": [1]}\n', "", "nul", "[1,]", "1 2", '{"a":1', '"\x01"', "NaN", "-Infinity", "1e999"]
+)
+def test_decoding_is_that_of_json_white_space_and_errors_included(text):
+    try:
+        expected = json.loads(text)
+    except ValueError as error:
+        with pytest.raises(json.JSONDecodeError) as raised:
+            decode(text)
+        assert str(raised.value) == str(error)
+    else:
+        assert repr(decode(text)) == repr(expected)
+
+
+def test_another_python_than_cpython_writes_and_reads_the_same(monkeypatch):
+    monkeypatch.setattr("speval.codec.make_encoder", None)
+    value = {"a": [1, 2.5, None, True, "é\ud800", float("inf")], "b": {"c": "\x00"}}
+    for options in ({}, {"ascii": True}, {"ascii": True, "sort_keys": True}):
+        other = codec._encoder(**options)
+        monkeypatch.undo()
+        assert other(value) == codec._encoder(**options)(value)
+        monkeypatch.setattr("speval.codec.make_encoder", None)
+    assert codec._decoder()('{"a":[1,2.5]}') == {"a": [1, 2.5]}

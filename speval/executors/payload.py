@@ -11,7 +11,6 @@ import marshal
 import os
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,20 +21,18 @@ import cloudpickle
 from ..errors import FunctionError
 from ..model import Function, RetryOn
 
-__all__ = ["make_payload", "pickled"]
+__all__ = ["pickled", "write_payload"]
 
 _ALIGNMENT = 64  # bytes; what NumPy likes for its arrays
 
 
-def make_payload(function: Function, retry_on: RetryOn) -> int:
+def write_payload(fd: int, function: Function, retry_on: RetryOn) -> None:
     """Write a function where worker processes can map it.
 
     Args:
+        fd: An empty file's descriptor; it stays open.
         function: The function, with all it refers to.
         retry_on: Exception types the worker has to know.
-
-    Returns:
-        A file descriptor, to be closed by the caller; the file has no name and goes with it.
 
     Raises:
         FunctionError: the function can't be pickled.
@@ -51,17 +48,11 @@ def make_payload(function: Function, retry_on: RetryOn) -> int:
         start = _aligned(start + len(part))
     head = _head(spans)
     assert 8 + len(head) <= spans[0][0]
-    fd = _nameless_file()
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for part, (begin, _) in zip(parts, spans, strict=True):
-                file.seek(begin)
-                file.write(part)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    with open(fd, "wb", closefd=False) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for part, (begin, _) in zip(parts, spans, strict=True):
+            file.seek(begin)
+            file.write(part)
 
 
 def pickled(
@@ -89,13 +80,6 @@ def _head(spans: list[tuple[int, int]]) -> bytes:
 
 def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
-
-
-def _nameless_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("speval function", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,7 +28,6 @@ from ..model import Claim, Function, Outcome, RetryOn
 from .base import Executor, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
 from .call import outcome
-from .payload import make_payload
 
 __all__ = ["ProcessExecutor"]
 
@@ -61,11 +61,21 @@ class ProcessExecutor(Executor):
         if not sys.executable or getattr(sys, "frozen", False):
             raise FunctionError(repr(function), "there is no Python interpreter to start processes with")
         self.clock = clock
-        self.payload = make_payload(function, retry_on)
+        self.payload = _nameless_file()
+        # The first worker starts beside all that is still to be done here: pickling the function, opening the database,
+        # comparing the space. The import alone takes nearly as long as a bare interpreter's start.
         self._spare: _Process | None = None
+        try:
+            self._spare = _Process(self.payload)
+            from .payload import write_payload
 
-    def start(self) -> None:
-        self._spare = _Process(self.payload)
+            write_payload(self.payload, function, retry_on)
+            self._spare.load()
+        except BaseException:
+            if self._spare is not None:
+                self._spare.discard()
+            os.close(self.payload)
+            raise
 
     def slot(self, number: int) -> Slot:
         return _ProcessSlot(self)
@@ -73,13 +83,18 @@ class ProcessExecutor(Executor):
     def take(self) -> _Process:
         """Return a worker that has been started, perhaps long ago."""
         process, self._spare = self._spare, None
-        return process or _Process(self.payload)
+        return process or self._another()
 
     def spare(self) -> None:
         """Have a worker ready for the next one that is killed: where one was, another will be."""
         if self._spare is None and self.payload >= 0:
             with suppress(OSError):  # no room for one just now; it is only for speed
-                self._spare = _Process(self.payload)
+                self._spare = self._another()
+
+    def _another(self) -> _Process:
+        process = _Process(self.payload)
+        process.load()
+        return process
 
     async def close(self) -> None:
         payload, self.payload = self.payload, -1
@@ -133,6 +148,17 @@ class _Process:
 
     # Starting
 
+    def load(self) -> None:
+        """Let it load the function, which is in the payload now."""
+        with suppress(OSError):  # it is dead, which is noticed anyway
+            self._socket.send(_frame("load"))
+
+    def discard(self) -> None:
+        """End one that has not been told to load the function: it runs nobody's code, so this takes no time."""
+        self._killpg()
+        self._popen.wait()
+        self._close()
+
     async def ready(self) -> None:
         """Wait until the function is loaded."""
         first = asyncio.FIRST_COMPLETED
@@ -158,8 +184,7 @@ class _Process:
     def send(self, calls: list[tuple[str, str]]) -> None:
         """Hand over calls, to be made one after the other; what the socket has no room for now follows by itself."""
         os.write(self._tokens_in, bytes(len(calls)))
-        data = marshal.dumps(calls)
-        frame = memoryview(len(data).to_bytes(8, "little") + data)
+        frame = memoryview(_frame(calls))
         try:
             frame = frame[self._socket.send(frame) :]
         except BlockingIOError:
@@ -395,6 +420,18 @@ class _ProcessSlot(BatchSlot):
         process, self._process = self._process, None
         if process is not None:
             await process.end()
+
+
+def _frame(message: Any) -> bytes:
+    data = marshal.dumps(message)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("speval function", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _interpreter_flags() -> list[str]:

@@ -1,177 +1,25 @@
-"""What a worker process runs: a loop that gets calls from a socket and sends back how they ended.
+"""What a worker process is started with: the script that imports the rest.
 
-Owns the child's half of ``process``. Invariant: it is run as a script and never imports the package or the user's main program;
-each result is sent before the next call begins, so a call that kills the process takes no earlier answer with it; and when the
-parent is gone, the kernel kills the whole process group.
+Owns how the rest is imported. Invariant: neither the package nor the user's main program is, and no trace is left of what is
+imported here: the function may import the real package. A script is compiled at each start, so this one is short.
 """
 
-from __future__ import annotations
-
-# Each of these is compiled in, or loaded already when an interpreter starts: importing socket, signal, threading, typing and
-# pickle instead would double the time a worker takes to start.
-import _thread
-import fcntl
-import marshal
-import mmap
 import os
 import sys
 
-try:
-    from _pickle import loads
-except ImportError:  # not CPython
-    from pickle import loads
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
-_F_SETSIG = 10  # Linux
-_SIGKILL = 9
-
 
 def main() -> None:
-    """Load the function, then serve."""
-    calls_fd, tokens_fd, lifeline_fd, payload_fd = (int(number) for number in sys.argv[1:5])
-    # A grandchild that held them would keep our death from being noticed, and its parent's death from being noticed by it.
-    for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
-        os.set_inheritable(fd, False)
-    _die_with_the_parent(lifeline_fd)
-    # What is printed before a crash is on the terminal; and a line is one write, or those of several workers would mix.
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
-    evaluate, clock = _borrowed()
-    try:
-        function, retry_on = _load(payload_fd)
-    except BaseException as error:
-        import traceback
-
-        _send(calls_fd, ("broken", "".join(traceback.format_exception(error))))
-        return
-    _send(calls_fd, ("ready", os.getpid()))
-    _serve(calls_fd, tokens_fd, lambda name, args: _evaluate(evaluate, function, name, args, retry_on, clock))
-
-
-def _serve(calls: int, tokens_fd: int, call: Callable[[str, str], Any]) -> None:
-    """Make the calls that arrive until the parent closes the socket."""
-    while (batch := _receive(calls)) is not None:
-        left = len(batch)
-        for name, args in batch:
-            # Each call has a token in a pipe. Whoever reads it, this process to start the call or the parent to take it back,
-            # has it alone; the kernel sees to that.
-            try:
-                os.read(tokens_fd, 1)
-            except BlockingIOError:
-                break  # the rest has been taken back
-            left -= 1
-            # Its own statement and no name: a big result is not kept while the next one is made.
-            _send(calls, (call(name, args), left == 0))
-        if left:
-            _send(calls, (None, True))
-
-
-def _evaluate(evaluate: Any, function: Any, name: str, args: str, retry_on: Any, clock: Any) -> Any:
-    result = evaluate(function, name, args, retry_on, clock)
-    error = result[2]
-    if error is not None and error["type"] == "SystemExit" and result[0] == "exception":
-        # To call sys.exit() is to end the process, which others have to live through and we don't.
-        error |= {"cause": "crash", "message": f"sys.exit({error['message']})"}
-        result = ("crash", None, error, *result[3:5], True)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # noqa: S110 - the function may have closed or replaced them
-            pass
-    return result
-
-
-def _die_with_the_parent(lifeline: int) -> None:
-    """Have the process group killed when the other end of the lifeline is closed, which the parent's death does too."""
-    os.set_blocking(lifeline, True)
-    if sys.platform == "linux":
-        # The kernel sends the signal by itself: also when this process is stopped, or C code never gives the GIL back.
-        fcntl.fcntl(lifeline, _F_SETSIG, _SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-
-    def watch() -> None:
-        os.read(lifeline, 1)
-        os.killpg(0, _SIGKILL)
-
-    # Other systems need the thread; and here, the parent may have died before the line above.
-    _thread.start_new_thread(watch, ())
-
-
-def _borrowed() -> tuple[Any, Any]:
-    """Import the two modules that we share with the package, and leave no trace: the function may import the real one."""
+    """Import what serves, and let it serve."""
     folder = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib takes as long to import as all else
     for name, path in (("speval", os.path.dirname(folder)), ("speval.executors", folder)):  # noqa: PTH120
         package = type(sys)(name)
         package.__path__ = [path]
         sys.modules[name] = package
-    from speval.clock import Clock
-    from speval.executors.call import evaluate
+    from speval.executors.process_serve import serve
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "speval"]:
         del sys.modules[name]
-    return evaluate, Clock()
-
-
-def _load(payload_fd: int) -> tuple[Any, Any]:
-    """Load the function from the payload, which all workers map and none copies."""
-    # Private to this process where it is written to, shared with all others where it is only read.
-    whole = memoryview(mmap.mmap(payload_fd, 0, access=mmap.ACCESS_COPY))
-    size = int.from_bytes(whole[:8], "little")
-    path, argv, spans = marshal.loads(whole[8 : 8 + size])
-    os.close(payload_fd)
-    sys.path[:] = path
-    sys.argv[:] = argv
-    # Looked at by speval(): called at the top level of a module that is imported here, it must not start all over again.
-    sys.speval_loading = True  # type: ignore[attr-defined]
-    try:
-        body, *buffers = (whole[start:end] for start, end in spans)
-        loaded: tuple[Any, Any] = loads(body, buffers=buffers)
-        return loaded
-    finally:
-        del sys.speval_loading  # type: ignore[attr-defined]
-
-
-def _receive(calls: int) -> Any:
-    head = _exactly(calls, 8)
-    if head is None:
-        return None
-    data = _exactly(calls, int.from_bytes(head, "little"))
-    return None if data is None else marshal.loads(data)
-
-
-def _exactly(calls: int, size: int) -> bytes | bytearray | None:
-    """Return so many bytes, or None when the parent has closed the socket."""
-    data = _read(calls, size)
-    if len(data) == size:
-        return data
-    whole = bytearray(data)
-    while data and len(whole) < size:
-        data = _read(calls, size - len(whole))
-        whole += data
-    return whole if len(whole) == size else None
-
-
-def _read(calls: int, size: int) -> bytes:
-    try:
-        return os.read(calls, min(size, 1 << 20))
-    except ConnectionResetError:  # closed with something of ours unread
-        return b""
-
-
-def _send(calls: int, message: Any) -> None:
-    data = marshal.dumps(message)
-    view = memoryview(len(data).to_bytes(8, "little") + data)
-    try:
-        while view:
-            view = view[os.write(calls, view) :]
-    except (BrokenPipeError, ConnectionResetError):  # the parent is gone, and nobody wants a traceback of that
-        os.killpg(0, _SIGKILL)
+    serve(*(int(number) for number in sys.argv[1:5]))
 
 
 if __name__ == "__main__":
