@@ -1,4 +1,4 @@
-"""Let the workers of ``tests/test_model.py`` loose on a store, as long as one wants, with other random numbers each time.
+"""Let the workers of ``tests/model`` loose on a store, as long as one wants, with other random numbers each time.
 
 Run: ``python -m benchmarks.soak --minutes 10``. It needs pytest and hypothesis. It prints how many steps were done and how
 often what happened, and ends with the shortest way to the first step that brought anything else than the model says.
@@ -8,7 +8,7 @@ import argparse
 import time
 import warnings
 
-from tests.test_model import Workers, run_workers
+from tests.model import Workers, run_workers
 
 EXAMPLES = 100  # between two looks at the clock
 

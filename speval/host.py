@@ -53,7 +53,7 @@ def is_gone(process: Process, machine: str) -> bool:
         # Not in /proc, which may also show nobody the processes of others.
     try:
         os.kill(process.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number that the system can't even ask for
         return True
     except OSError:
         pass

@@ -18,6 +18,8 @@ import pytest
 
 from speval.clock import Clock
 
+pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
+
 WAIT = 60.0  # seconds a condition may take on a busy machine before a test fails
 
 

@@ -103,7 +103,7 @@ def test_the_checks_notice_a_second_execution_a_changed_result_and_a_second_reco
         )
         connection.execute("UPDATE states SET worker = (SELECT id FROM workers) WHERE id = 5")
         connection.commit()
-    one._check()
+    one.check()
     found = "\n".join(one.figures.problems)
     for what in (
         "evaluation 7 was executed 2 times",

@@ -26,7 +26,8 @@ CREATE TABLE states (
 );
 CREATE INDEX states_pending ON states (id) WHERE status = 0;
 CREATE INDEX states_failed ON states (id) WHERE status = 3;
-CREATE INDEX states_held ON states (worker) WHERE worker IS NOT NULL;
+-- By status, not by worker, so that it also holds what a damaged file says is in progress with nobody.
+CREATE INDEX states_held ON states (worker) WHERE status IN (1, 4);
 
 -- One row per attempt that ended, in the order of their commits: whoever has seen seq N asks for what came after N.
 CREATE TABLE attempts (

@@ -110,7 +110,7 @@ WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
 """
 _RELEASE_ALL = """
 UPDATE states SET released = released + (status = 1), status = 0, worker = NULL, ahead = ahead & 2, updated_at = ?
-WHERE worker = ?
+WHERE worker = ? AND status IN (1, 4)
 """
 _DUE = "UPDATE states SET status = 0, worker = NULL WHERE id = ? AND attempt = ? AND worker = ? AND status = 4"
 _LEAVE = "UPDATE workers SET ended_at = ?, last_seen = ? WHERE id = ? AND ended_at IS NULL"
@@ -122,7 +122,7 @@ SELECT EXISTS (
 """
 _ANY_HELD = """
 SELECT EXISTS (
-    SELECT 1 FROM states INDEXED BY states_held WHERE worker IS NOT NULL AND id <= :last AND id NOT IN strangers
+    SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND id <= :last AND id NOT IN strangers
 )
 """
 _FAILURES = """

@@ -8,9 +8,10 @@ verdict and the taking back happen in one transaction that looks at the beat onc
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..clock import Clock
 from ..host import Process, is_gone, this_process
@@ -19,18 +20,37 @@ from .sqlite_file import SqliteFile
 
 __all__ = ["SqliteLeaseKeeping", "Watch", "WorkerRow", "worker_label"]
 
+T = TypeVar("T")
+
 _BOUND = 1000  # evaluations taken back in one transaction
 
 _RENEW = "UPDATE workers SET beat = beat + 1, last_seen = ? WHERE id = ? AND ended_at IS NULL AND NOT dead"
+# The casts are for what no speval has written: a number is needed to watch with, and the text that stands there may be none.
 _OTHERS = """
-SELECT id, host, pid, machine, start, lease, beat, dead FROM workers INDEXED BY workers_here
+SELECT id, host, CAST(pid AS INTEGER), machine, start, CAST(lease AS REAL), beat, dead FROM workers INDEXED BY workers_here
 WHERE ended_at IS NULL AND id <> ? ORDER BY id
 """
 _DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
 _HELD = """
 SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.ahead, s.updated_at, e.name
-FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id WHERE s.worker = ? LIMIT ?
+FROM states AS s INDEXED BY states_held LEFT JOIN evaluations AS e ON e.id = s.id
+WHERE s.status IN (1, 4) AND s.worker IS ? LIMIT ?
 """
+# From holder to holder through the index, however many evaluations each of them holds.
+_ORPHANED = """
+WITH RECURSIVE holders (worker) AS (
+    SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4)
+    UNION ALL
+    SELECT (SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker > holders.worker)
+    FROM holders WHERE holders.worker IS NOT NULL
+)
+SELECT worker FROM holders
+WHERE worker IS NOT NULL AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = holders.worker AND w.ended_at IS NULL)
+UNION ALL
+SELECT NULL WHERE EXISTS (SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker IS NULL)
+"""
+_IS_THERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
+_IS_KNOWN = "SELECT 1 FROM workers WHERE id = ?"
 _TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, last), updated_at = ? WHERE id = ?"
 # Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
 _TAKE_BACK_AHEAD = """
@@ -47,6 +67,18 @@ _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 def worker_label(id: int, host: str, pid: int) -> str:
     """Return how a worker is shown to people."""
     return f"{host}:{pid}:{id:012x}"
+
+
+def _unknown_label(holder: object) -> str:
+    return f"?:?:{holder:012x}" if isinstance(holder, int) else f"?:?:{holder!r}"
+
+
+class _Taken(NamedTuple):
+    """What one transaction has taken back."""
+
+    more: bool  # there is more to take back from the same holder
+    pending: int
+    failed: list[str]  # names
 
 
 class WorkerRow(NamedTuple):
@@ -137,35 +169,65 @@ class SqliteLeaseKeeping(LeaseKeeping):
         return self._opened().write_within(patience, beat)
 
     def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
+        others, orphaned = self._opened().read(self._look, worker)
         rows = [
             WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))
-            for id, host, pid, machine, start, lease, beat, dead in self._opened().read(
-                lambda c: c.execute(_OTHERS, (worker,)).fetchall()
-            )
+            for id, host, pid, machine, start, lease, beat, dead in others
         ]
         reclaimed = Reclaimed()
         pending = 0
         for row in self._watch.dead(rows, worker, self._clock.monotonic()):
-            # A worker of many claims is taken back in several transactions, so that none of them stops the others for long.
-            taken = self._opened().write(self._take_back, row, max_attempts)
-            if taken is None:
-                continue  # it has renewed, or left, since we looked
-            reclaimed.workers.append(worker_label(row.id, row.process.host, row.process.pid))
-            while taken is not None:
-                more, back, failed = taken
-                pending += back
-                reclaimed.failed.extend(failed)
-                taken = self._opened().write(self._take_back, row, max_attempts) if more else None
+            label = worker_label(row.id, row.process.host, row.process.pid)
+            pending += self._take_all_back(reclaimed, label, self._take_back, row, max_attempts)
+        for holder in orphaned:
+            pending += self._take_all_back(reclaimed, _unknown_label(holder), self._take_back_orphaned, holder, max_attempts)
         return Reclaimed(reclaimed.workers, pending, reclaimed.failed)
 
-    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> tuple[bool, int, list[str]] | None:
-        """Return (is there more, how many are pending again, names of those that failed), or None if it is not dead."""
+    def _look(self, c: sqlite3.Connection, worker: int) -> tuple[list[tuple[Any, ...]], list[object]]:
+        """Return the other workers, and who is said to hold something and is none of the workers that have not ended."""
+        return c.execute(_OTHERS, (worker,)).fetchall(), [holder for (holder,) in c.execute(_ORPHANED)]
+
+    def _take_all_back(
+        self,
+        reclaimed: Reclaimed,
+        label: str,
+        take_back: Callable[[sqlite3.Connection, T, int], _Taken | None],
+        holder: T,
+        max_attempts: int,
+    ) -> int:
+        """Take back in several transactions, so that none stops the others for long; return how many are pending again."""
+        taken = self._opened().write(take_back, holder, max_attempts)
+        if taken is None:
+            return 0  # it has renewed, or left, since we looked
+        reclaimed.workers.append(label)
+        pending = 0
+        while taken is not None:
+            pending += taken.pending
+            reclaimed.failed.extend(taken.failed)
+            taken = self._opened().write(take_back, holder, max_attempts) if taken.more else None
+        return pending
+
+    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> _Taken | None:
         if c.execute(_DECLARE_DEAD, (row.id, row.beat)).rowcount == 0:
             return None
+        label = worker_label(row.id, row.process.host, row.process.pid)
+        taken = self._take_held(c, row.id, row.id, f"worker {label} died or was out of reach", max_attempts)
+        if not taken.more:
+            c.execute(_BURY, (self._clock.wall(), row.id))
+        return taken
+
+    def _take_back_orphaned(self, c: sqlite3.Connection, holder: object, max_attempts: int) -> _Taken | None:
+        if c.execute(_IS_THERE, (holder,)).fetchone() is not None:
+            return None
+        known = holder if c.execute(_IS_KNOWN, (holder,)).fetchone() else None
+        message = f"worker {_unknown_label(holder)} is none of those in the database that have not ended"
+        return self._take_held(c, holder, known, message, max_attempts)
+
+    def _take_held(self, c: sqlite3.Connection, holder: object, known: object, message: str, max_attempts: int) -> _Taken:
+        """Take back a bounded number of what the holder holds; ``known`` is who is entered in the table of attempts."""
         now = self._clock.wall()
-        message = f"worker {worker_label(row.id, row.process.host, row.process.pid)} died or was out of reach"
         pending, failed = 0, []
-        held = c.execute(_HELD, (row.id, _BOUND)).fetchall()
+        held = c.execute(_HELD, (holder, _BOUND)).fetchall()
         for id, attempt, charged, status, ahead, claimed_at, name in held:
             if status == 1 and ahead == 1:
                 c.execute(_TAKE_BACK_AHEAD, (now, id))
@@ -173,16 +235,13 @@ class SqliteLeaseKeeping(LeaseKeeping):
                 continue
             seq, final = None, False
             if status == 1:
-                (seq,) = c.execute(_ADD_LOST, (id, attempt, row.id, claimed_at, now, message)).fetchone()
+                (seq,) = c.execute(_ADD_LOST, (id, attempt, known, claimed_at, now, message)).fetchone()
                 final = charged >= max_attempts
             c.execute(_TAKE_BACK, (3 if final else 0, seq, now, id))
             pending += not final
             if final:
                 failed.append(str(name))
-        if len(held) < _BOUND:
-            c.execute(_BURY, (now, row.id))
-            return False, pending, failed
-        return True, pending, failed
+        return _Taken(len(held) == _BOUND, pending, failed)
 
     def forget(self) -> None:
         self._watch.forget()

@@ -1,0 +1,135 @@
+"""What has to be stored, and shown to people, after each step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from hypothesis.stateful import invariant
+
+from speval.host import Process
+from speval.model import Claim
+from speval.stores.sqlite import SqliteStore
+
+from .values import STATUSES, Attempt, Copy, Modelled, ModelledWorker
+
+
+class Expected:
+    """A database with what the model knows of it."""
+
+    happened: ClassVar[Counter] = Counter()  # over all runs, to see that the interesting things do happen
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name, "runs.db")
+        self.monkeypatch = pytest.MonkeyPatch()
+        self.evaluations: dict[str, Modelled] = {}
+        self.attempts: list[Attempt] = []
+        self.workers: dict[int, ModelledWorker] = {}
+        self.copies: list[Copy] = []
+        self.issued: list[Claim] = []
+        self.opened: list[SqliteStore] = []
+        self.keepings: list = []
+        self.first: dict[str, int] = {}
+        self.gone: set[int] = set()
+        self.max_attempts = 2
+        self.at_once = 1  # evaluations taken back in one transaction
+        self.results = 0
+        self.pids = 100
+        self.speaking = Process("host", 1, "here", "1")
+        self.reader: sqlite3.Connection | None = None
+        self.observer: SqliteStore | None = None
+        self.seen: dict[int, int] = {}
+        self.next_id = 0
+        setattr_ = self.monkeypatch.setattr
+        setattr_("speval.stores.sqlite_lease.is_gone", lambda p, machine: p.machine == machine and p.pid in self.gone)
+        setattr_("speval.stores.sqlite_lease.this_process", lambda: self.speaking)
+        setattr_("speval.stores.sqlite.this_process", lambda: self.speaking)
+        setattr_("speval.stores.sqlite.secrets", SimpleNamespace(randbits=lambda bits: self.next_id))
+
+    def run(self, coroutine):
+        return self.runner.run(coroutine)
+
+    def shown(self, evaluation):
+        """Return the evaluation as people have to see it."""
+        status = "pending" if evaluation.status == "held" else evaluation.status
+        has_ended = not evaluation.is_open
+        last = self.attempts[evaluation.last] if has_ended else None
+        worker = last.worker if has_ended else evaluation.holder if status == "in_progress" else None
+        error = None
+        if status == "failed":
+            text = ("SomeError", "boom", "Traceback: boom")
+            if last.outcome == "lost":
+                text = ("WorkerLost", f"worker {self.label(worker)} died or was out of reach", "")
+            error = dict(zip(("cause", "type", "message", "traceback"), (last.outcome, *text), strict=True))
+        return {
+            "name": evaluation.name,
+            "status": status,
+            "updated": evaluation.updated,
+            "result": json.loads(last.result) if status == "completed" else None,
+            "args": evaluation.args,
+            "attempts": evaluation.made,
+            "error": error,
+            "started": last.started_at if has_ended else evaluation.updated if status == "in_progress" else None,
+            "duration": last.duration if has_ended else None,
+            "worker": None if worker is None else self.label(worker),
+        }
+
+    def label(self, worker):
+        return f"host:{self.workers[worker].process.pid}:{worker:012x}"
+
+    @invariant()
+    def the_file_holds_what_it_has_to(self):
+        if self.reader is None:
+            return
+        self.happened["steps"] += 1
+        by_id = sorted(self.evaluations.values(), key=lambda e: e.id)
+        stored = self.reader.execute(
+            "SELECT e.id, CAST(e.name AS TEXT), e.args, s.status, s.attempt, s.attempt - s.released,"
+            " s.attempt - s.released - s.forgiven, s.worker, s.updated_at,"
+            " (SELECT count(*) FROM attempts WHERE evaluation = e.id), s.last"
+            " FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id ORDER BY e.id"
+        ).fetchall()
+        assert len(stored) == len(by_id), "an evaluation is lost"
+        assert self.reader.execute("SELECT count(*) FROM states").fetchone() == (len(by_id),)
+        attempts = self.reader.execute(
+            "SELECT seq, evaluation, attempt, worker, outcome, result, started_at, duration FROM attempts ORDER BY seq"
+        ).fetchall()
+        assert [Attempt(*row[1:]) for row in attempts] == self.attempts
+        assert len({(a.id, a.attempt) for a in self.attempts}) == len(self.attempts), "an attempt is recorded twice"
+        for e, (id, name, args, code, attempt, made, charged, worker, updated, recorded, last) in zip(
+            by_id, stored, strict=True
+        ):
+            status = STATUSES[code]
+            assert (id, name, args, status, attempt, worker) == (e.id, e.name, str(e.args), e.status, e.attempt, e.holder)
+            assert (made, charged, updated) == (e.made, e.charged, e.updated)
+            # The budget is told by what was recorded, whatever the counters say.
+            assert charged == recorded - e.forgiven + (status == "in_progress")
+            assert charged <= self.max_attempts
+            assert attempt >= self.seen.get(id, 0), "the number of an attempt has gone back"
+            self.seen[id] = attempt
+            assert (worker is not None) == (status in ("in_progress", "held"))
+            assert worker is None or not self.workers[worker].ended, "held by one that has ended"
+            assert last == (None if e.last is None else attempts[e.last][0])
+        workers = self.reader.execute("SELECT id, beat, dead, ended_at IS NOT NULL FROM workers ORDER BY id").fetchall()
+        assert workers == [(w.id, w.beat, w.dead, w.ended) for _, w in sorted(self.workers.items())]
+
+    @invariant()
+    def people_see_what_the_file_holds(self):
+        if self.observer is None:
+            return
+        expected = [self.shown(e) for e in sorted(self.evaluations.values(), key=lambda e: e.id)]
+        _, loaded = self.run(self.observer.load(None, 0, 1000))
+        assert loaded == expected
+        view = self.reader.execute("SELECT name, status, updated, result, args FROM evals").fetchall()
+        columns = [(e["name"], e["status"], e["updated"], e["result"], e["args"]) for e in expected]
+        assert [(n, s, u, None if r is None else json.loads(r), json.loads(a)) for n, s, u, r, a in view] == columns

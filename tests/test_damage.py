@@ -1,0 +1,148 @@
+"""Files that say what no speval has written about who holds what: nothing waits for ever for somebody who isn't there."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from speval import aio, load_evals, speval
+from speval.host import this_process
+from speval.stores.sqlite_file import SqliteFile
+from speval.stores.sqlite_lease import SqliteLeaseKeeping
+
+from .conftest import MovableClock, rows
+from .crashes import inconsistencies
+
+HELD = "UPDATE states SET status = 1, attempt = 1, worker = {} WHERE id > 3"
+
+DAMAGE = {
+    "nobody": HELD.format("NULL"),
+    "a worker that is not there": HELD.format("42"),
+    "several workers that are not there": HELD.format("id"),
+    "a text": HELD.format("'some\nbody'"),
+    "bytes": HELD.format("x'00ff'"),
+    "a fraction": HELD.format("0.5"),
+    "a worker that has left": HELD.format("(SELECT id FROM workers WHERE ended_at IS NOT NULL LIMIT 1)"),
+    "a worker that is not there, in a backoff": HELD.format("42").replace("1, attempt = 1", "4"),
+    "nobody, claimed ahead": HELD.format("NULL, ahead = 1"),
+}
+
+
+def held_by(db, damage):
+    """Make a database of ten evaluations, of which those behind the third are held as the damage says."""
+    speval(str, range(3), db)
+    with closing(sqlite3.connect(db)) as connection:
+        for n in range(3, 10):
+            connection.execute("INSERT INTO evaluations VALUES (?, ?, ?)", (n + 1, n, str(n)))
+            connection.execute("INSERT INTO states (id, updated_at) VALUES (?, 0)", (n + 1,))
+        connection.executescript(damage)
+        connection.commit()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_is_held_by_nobody_who_is_there_is_taken_back_at_once(db, caplog, damage):
+    held_by(db, damage)
+    summary = speval(str, range(10), db)
+    assert (summary.completed, summary.recorded) == (10, 7)
+    assert inconsistencies(db, 10) == []
+    assert summary.seconds < 15  # of a lease of 30
+    assert "pending again" in caplog.text
+    assert all(line.isprintable() for line in caplog.text.splitlines())
+
+
+def test_what_is_held_by_nobody_uses_up_its_attempts_like_any_other(db):
+    held_by(db, DAMAGE["a worker that is not there"])
+    summary = speval(str, range(10), db, max_attempts=1)
+    assert (summary.completed, summary.failed, summary.causes) == (3, 7, {"lost": 7})
+    error = load_evals(db, status="failed")[0]["error"]
+    assert "?:?:00000000002a is none of those in the database that have not ended" in error["message"]
+
+
+def test_a_row_that_says_it_is_completed_keeps_its_result_whoever_is_said_to_hold_it(db):
+    speval(str, range(5), db)
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE states SET worker = 42 WHERE id < 3")
+        connection.execute("UPDATE states SET worker = (SELECT id FROM workers) WHERE id = 3")
+        connection.execute("UPDATE workers SET ended_at = NULL, dead = 1")
+        connection.commit()
+    assert speval(str, range(6), db).recorded == 1
+    assert [e["result"] for e in load_evals(db)] == [str(n) for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["lease = 'text'", "lease = x'00'", "pid = 'text'", "pid = 1 << 62", "machine = x'ff'", "beat = 'text'", "start = 0.5"],
+)
+def test_a_worker_described_as_no_worker_would_is_not_waited_for(db, damage, monkeypatch):
+    here = this_process()
+    held_by(db, DAMAGE["a worker that is not there"])
+    with closing(sqlite3.connect(db)) as connection:
+        # A worker of this machine that has died, as everything but the damaged column says.
+        connection.execute(
+            "INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen)"
+            " VALUES (42, 'h', ?, ?, '1', 1, 0, 0)",
+            (2**22 + 1, here.machine),
+        )
+        connection.execute(f"UPDATE workers SET {damage} WHERE id = 42")
+        connection.commit()
+    assert speval(str, range(10), db).completed == 10
+
+
+def test_a_file_that_never_had_the_worker_is_healed_in_pieces_while_others_work(db, monkeypatch):
+    monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", 3)
+    held_by(db, DAMAGE["a worker that is not there"] + "; UPDATE states SET worker = NULL WHERE id > 7")
+    keeping = SqliteLeaseKeeping(db, MovableClock())
+    writes = []
+    file = keeping._opened()
+    monkeypatch.setattr(file, "write", lambda work, *args: writes.append(work.__name__) or SqliteFile.write(file, work, *args))
+    try:
+        reclaimed = keeping.reclaim(1, 3)
+        assert (sorted(reclaimed.workers), reclaimed.pending, reclaimed.failed) == (["?:?:00000000002a", "?:?:None"], 7, [])
+        assert len(writes) == 4
+        # Of the healed file there is nothing to say, and nothing is written to it.
+        assert keeping.reclaim(1, 3).workers == []
+        assert len(writes) == 4
+    finally:
+        keeping.close()
+
+
+def test_looking_for_what_nobody_holds_costs_the_same_whatever_is_held(db):
+    """Counted in steps of SQLite's machine, since a busy one has no other clock to trust."""
+    speval(str, [], db)
+    keeping = SqliteLeaseKeeping(db, MovableClock())
+    connection = keeping._opened().connection
+    ticks = []
+
+    def steps() -> int:
+        ticks.clear()
+        connection.set_progress_handler(lambda: ticks.append(1), 10)
+        keeping._opened().read(keeping._look, 1)
+        connection.set_progress_handler(None, 0)
+        return len(ticks)
+
+    try:
+        before = steps()
+        connection.executescript(
+            """
+            INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen)
+            VALUES (7, 'h', 1, 'm', '', 1, 0, 0), (8, 'h', 1, 'm', '', 1, 0, 0);
+            WITH RECURSIVE n (id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < 20000)
+            INSERT INTO states (id, status, worker, updated_at) SELECT id, 1, 7 + id % 2, 0 FROM n;
+            """
+        )
+        assert steps() < before + 50
+    finally:
+        keeping.close()
+
+
+async def test_one_whose_own_row_is_gone_goes_on_as_another_worker(db, caplog):
+    async def function(args):
+        if args == 0:
+            with closing(sqlite3.connect(db, timeout=30)) as connection:
+                connection.execute("DELETE FROM workers")
+                connection.commit()
+        return args
+
+    summary = await aio.speval(function, range(20), db, concurrency=2, lease=1.0)
+    assert summary.completed == 20
+    assert rows(db, "SELECT count(*) FROM states WHERE worker IS NOT NULL") == [(0,)]
