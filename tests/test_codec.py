@@ -120,18 +120,18 @@ def test_args_are_compared_by_value_and_type(one, other, is_same):
     assert same(one, other) is is_same
 
 
-@pytest.mark.parametrize(
-    "text", [" 1", "1 ", '\n{"a": [1]}\n', "", "nul", "[1,]", "1 2", '{"a":1', '"\x01"', "NaN", "-Infinity", "1e999"]
-)
-def test_decoding_is_that_of_json_white_space_and_errors_included(text):
-    try:
-        expected = json.loads(text)
-    except ValueError as error:
-        with pytest.raises(json.JSONDecodeError) as raised:
-            decode(text)
-        assert str(raised.value) == str(error)
-    else:
-        assert repr(decode(text)) == repr(expected)
+@pytest.mark.parametrize("text", [" 1", "1 ", '\n{"a": [1]}\n', "NaN", "-Infinity", "1e999", '{"a":1,"a":2}'])
+def test_decoding_is_that_of_json_white_space_included(text):
+    assert repr(decode(text)) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize("text", ["", "nul", "[1,]", "1 2", '{"a":1', '"\x01"'])
+def test_what_is_no_json_is_refused_as_json_does(text):
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(json.JSONDecodeError) as raised:
+        decode(text)
+    assert str(raised.value) == str(expected.value)
 
 
 def test_another_python_than_cpython_writes_and_reads_the_same(monkeypatch):
