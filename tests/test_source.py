@@ -345,3 +345,53 @@ async def test_while_paused_nothing_is_drawn(db):
         connection.execute("DELETE FROM meta WHERE key = 'paused'")
     connection.close()
     assert (await call).completed == 3
+
+
+def test_copies_killed_while_they_draw_lose_nothing_and_record_nothing_twice(db, scripts):
+    """Each copy proposes what no other one has, until all have proposed enough; two of four are killed."""
+    script = scripts.write(
+        """
+        import os, sys, time
+        from speval import speval
+
+        def propose(ended):
+            known = set()
+            while True:
+                known |= {e["name"] for e in ended()}
+                for number in range(120):
+                    name = str(number)
+                    try:
+                        os.close(os.open(f"asked {name}", os.O_CREAT | os.O_EXCL))
+                    except FileExistsError:
+                        continue
+                    yield name, {"number": number}
+                    break
+                else:
+                    return
+
+        def run(args):
+            with open("ran", "a") as file:
+                file.write(f"{args['number']}\\n")
+            time.sleep(0.02)
+            return args["number"]
+
+        print(speval(run, propose, "runs.db", concurrency=2, executor="thread", lease=2, progress=False))
+        """
+    )
+    copies = [scripts.start(script) for _ in range(4)]
+    for copy in copies[:2]:
+        done = len(load_evals(db, status="completed")) if db.exists() else 0
+        wait_for(lambda done=done: made(db) and len(load_evals(db, status="completed")) >= done + 15)
+        copy.kill()
+    for copy in copies[2:]:
+        errors = copy.communicate(timeout=WAIT)[1]
+        assert copy.returncode == 0, errors
+    evaluations = load_evals(db)
+    # What a copy had thought of and not yet stored when it was killed is all that can be missing: one each.
+    assert len(evaluations) >= 118
+    assert {e["status"] for e in evaluations} == {"completed"}
+    assert all(e["result"] == int(e["name"]) for e in evaluations)
+    ended = Counter(rows(db, "SELECT evaluation, outcome FROM attempts WHERE outcome = 'completed'"))
+    assert set(ended.values()) == {1}
+    ran = Counter((scripts.folder / "ran").read_text().split())
+    assert sum(ran.values()) - len(ran) <= 4  # only what was under way when its copy was killed
