@@ -138,8 +138,9 @@ WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN s
 
 _COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
 _CAUSES = """
-SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY a.outcome
+SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
+FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY 1
 """
 
 _UNKNOWN_NAMES = """
