@@ -29,6 +29,7 @@ from .options import Options
 from .source import Source
 from .space import Key, Space
 from .stores.base import Ended, Recorded, Settings, Store
+from .text import visible
 
 __all__ = ["Worker"]
 
@@ -91,6 +92,7 @@ class Worker:
         self._closing = False
         self._in_doubt = False
         self._lost = False
+        self._broken: SpevalError | None = None  # why there is no going on
         self._polls = 0
         self._recorded = 0
         self._started = clock.monotonic()
@@ -209,6 +211,7 @@ class Worker:
                 self._clock,
                 on_doubt=partial(_tell, loop, self._on_doubt),
                 on_lost=partial(_tell, loop, self._on_lost),
+                on_broken=partial(_tell, loop, self._on_broken),
             )
             self._lease.start()
             if isinstance(self._space, Source):
@@ -258,6 +261,8 @@ class Worker:
                 self._take(recorded, idle, slots)
                 self._report(ended, recorded.refused)
                 self.commits.set()
+            elif self._broken is not None and not self._stopping:
+                raise self._broken
             elif self._is_finished():
                 return
             else:
@@ -434,9 +439,9 @@ class Worker:
                 pause = self._backoff(claim)
                 heapq.heappush(self._held, (self._clock.monotonic() + pause, claim.id, claim))
                 text = "evaluation %r will be tried again in %.1f s, after attempt %d: %s"
-                logger.warning(text, claim.name, pause, claim.charged, _visible(what))
+                logger.warning(text, claim.name, pause, claim.charged, visible(what))
             else:
-                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, _visible(what))
+                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, visible(what))
 
     def _backoff(self, claim: Claim) -> float:
         doubled = self._options.backoff * 2.0 ** min(claim.charged - 1, 30)
@@ -553,13 +558,12 @@ class Worker:
             self._interrupt()
         self._wake.set()
 
+    def _on_broken(self, error: SpevalError) -> None:
+        self._broken = error
+        self._wake.set()
+
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[T], None], value: T) -> None:
     """Call back in the event loop, unless it is over."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(partial(callback, value))
-
-
-def _visible(text: str) -> str:
-    """Show control characters instead of sending them to a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -88,9 +88,11 @@ SELECT EXISTS (
     SELECT 1 FROM states INDEXED BY states_pending WHERE status = 0 AND id <= :last AND id NOT IN strangers
 )
 """
+# The index finds them, the table says so: an index that is damaged must not make anybody wait for nobody.
 _ANY_HELD = """
 SELECT EXISTS (
-    SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND id <= :last AND id NOT IN strangers
+    SELECT 1 FROM states AS i INDEXED BY states_held CROSS JOIN states AS s ON s.id = i.id
+    WHERE i.status IN (1, 4) AND s.status IN (1, 4) AND i.id <= :last AND i.id NOT IN strangers
 )
 """
 _FAILURES = """
@@ -138,8 +140,9 @@ WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN s
 
 _COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
 _CAUSES = """
-SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY a.outcome
+SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
+FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY 1
 """
 
 _UNKNOWN_NAMES = """
@@ -375,7 +378,12 @@ class SqliteStore(Store):
             if not recorded.settings.paused:
                 recorded.claims = self._claim(c, worker, idle, ahead, now)
             if len(recorded.claims) < idle:
-                recorded.open = bool(recorded.claims) or self._any(c, _ANY_HELD) or self._any(c, _ANY_PENDING)
+                pending = self._any(c, _ANY_PENDING)
+                if pending and not (recorded.settings.paused or ended or released or due):
+                    # To be raised once there is nothing to be written with it.
+                    problem = "damaged: an index of it names what its table does not have; `sqlite3 {} REINDEX` may mend it"
+                    raise DatabaseError(self._shown, problem.format(self._shown))
+                recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
         if count_failures:
             recorded.failures = self._failures(c)
         return recorded
