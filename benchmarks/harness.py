@@ -44,8 +44,10 @@ class Child:
     def __init__(self, function: str, folder: Path, *, python: str = sys.executable, **keywords: Any) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         command = [python, "-c", _START, function, json.dumps(keywords)]
+        # What leads this interpreter to its packages is not for another.
+        env = {name: value for name, value in os.environ.items() if python == sys.executable or name != "PYTHONPATH"}
         self.process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+            command, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
         )
 
     def __enter__(self) -> "Child":

@@ -416,7 +416,7 @@ class Worker:
 
     def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
         """Log what was recorded, and note the backoff of what is to be tried again."""
-        stale = set(refused)
+        stale, is_shown = set(refused), logger.isEnabledFor(logging.DEBUG)
         for claim, outcome, again in ended:
             if claim in stale:
                 logger.warning(
@@ -427,7 +427,8 @@ class Worker:
                 continue
             self._recorded += not again
             if outcome.error is None:
-                logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
+                if is_shown:
+                    logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
                 continue
             what = f"{outcome.error['type']}: {outcome.error['message']}".partition("\n")[0]
             if again:
@@ -466,7 +467,10 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        options = self._options
+        # Made once: with a thousand slots, the garbage collector takes its time for whatever there is of each.
+        running: list[Claim] = []
+        entry, timeout = (running, task), self._options.timeout
+        take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
         try:
             while not self._closing:
                 # Those already made are too many when the concurrency has been lowered since.
@@ -476,12 +480,10 @@ class Worker:
                     await waiter
                     continue
                 claims = [self._ready.popleft() for _ in range(self._batch())]
-                running = list(claims)
-                self._running[number] = running, task
+                running[:] = claims
+                self._running[number] = entry
                 try:
-                    await slot.run(
-                        claims, options.timeout, partial(self._take_outcome, running), partial(self._take_unstarted, running)
-                    )
+                    await slot.run(claims, timeout, take, take_unstarted)
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
