@@ -4,7 +4,6 @@ Owns the tables ``sizes`` and ``million``. Invariant: what is measured goes thro
 they have made.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,9 @@ _LEFT = 100  # one of so many is left to do, of a database that is nearly done
 
 def peak() -> float:
     """Return the most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage(), which counts what the process was forked from too.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 # In processes of their own
@@ -48,8 +49,7 @@ def whole(count: int, executor: str, copies: int, copy: int) -> Callable[[], Fig
         speval(
             note_async if executor == "coroutine" else note, range(count), "runs.db", executor=executor, progress=False, **given
         )
-        span = ended[1] - ended[0]
-        return {"memory": peak() - before, "span": span, "first": ended[0] - started, "each": 1e6 * span / (count - 1)}
+        return {"memory": peak() - before, "first": ended[0] - started, "span": ended[1] - ended[0]}
 
     return run
 
@@ -72,10 +72,10 @@ def first_call(count: int, copies: int, copy: int) -> Callable[[], None]:
 
 
 def put_back(count: int, copies: int, copy: int) -> Callable[[], None]:
-    """Prepare to put one of a hundred evaluations back."""
+    """Prepare to put the last hundredth back, as if a run had ended just before."""
 
     def run() -> None:
-        assert retry("runs.db", [str(i) for i in range(_LEFT // 2, count, _LEFT)], status="completed") == count // _LEFT
+        assert retry("runs.db", [str(i) for i in range(count - count // _LEFT, count)], status="completed") == count // _LEFT
 
     return run
 
@@ -105,11 +105,16 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
 
         entries: dict[str, Callable[[], Figures]] = {}
         for executor in ("coroutine", "thread"):
-            small = partial(measured, f"{here}:whole", count=1_000, executor=executor)
-            entries[f"{executor}|1000"] = lambda small=small: medians([small() for _ in range(_SMALL)])
+            for count in (1, 1_000):
+                small = partial(measured, f"{here}:whole", count=count, executor=executor)
+                entries[f"{executor}|{count}"] = lambda small=small: medians([small() for _ in range(_SMALL)])
             entries[f"{executor}|{big // 10}"] = partial(measured, f"{here}:whole", count=big // 10, executor=executor)
             entries[f"{executor}|{big}"] = partial(kept, executor)
         whole_spaces = by_turns(min(rounds, 3), entries)
+        for key, one in whole_spaces.items():
+            executor, count = key.split("|")
+            # What a call with one evaluation takes is the price of a call.
+            one["each"] = 1e6 * (one["seconds"] - whole_spaces[f"{executor}|1"]["seconds"]) / int(count)
 
         def put_back_and_do() -> Figures:
             measured(f"{here}:put_back", folder=done, count=big)
@@ -137,8 +142,8 @@ def tables(found: Figures) -> dict[str, str]:
     for key, figures in found["whole"].items():
         executor, count = key.split("|")
         first, each, memory = (shown(figures[what]) for what in ("first", "each", "memory"))
-        rows.append([f"{int(count):,}", executor, f"{first} s", f"{each} µs", f"{shown(figures['seconds'])} s", f"{memory} MB"])
-    head = [" evaluations", "executor", " to the first call", " each from then on", " whole call", " growth of memory"]
+        rows.append([f"{int(count):,}", executor, f"{shown(figures['seconds'])} s", f"{each} µs", f"{first} s", f"{memory} MB"])
+    head = [" evaluations", "executor", " whole call", " each", " to the first call", " growth of memory"]
     moments = found["moments"]
     shown_as = {
         "seed": f"start to first call, new database, {big:,} evaluations",

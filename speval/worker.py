@@ -469,7 +469,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         # Made once: with a thousand slots, the garbage collector takes its time for whatever there is of each.
         running: list[Claim] = []
-        entry, timeout = (running, task), self._options.timeout
+        entry, timeout, takes_many = (running, task), self._options.timeout, self._executor.takes_many
         take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
         try:
             while not self._closing:
@@ -479,7 +479,9 @@ class Worker:
                     self._waiting.append(waiter)
                     await waiter
                     continue
-                claims = [self._ready.popleft() for _ in range(self._batch())]
+                claims = [self._ready.popleft()]
+                if takes_many:
+                    claims += [self._ready.popleft() for _ in range(self._batch() - 1)]
                 running[:] = claims
                 self._running[number] = entry
                 try:
@@ -502,9 +504,7 @@ class Worker:
 
     def _batch(self) -> int:
         """Return how many evaluations to hand to a slot at once."""
-        if not self._executor.takes_many:
-            return 1
-        share = -(-len(self._ready) // self._concurrency)
+        share = -(-(len(self._ready) + 1) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
