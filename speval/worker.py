@@ -421,7 +421,7 @@ class Worker:
 
     def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
         """Log what was recorded, and note the backoff of what is to be tried again."""
-        stale = set(refused)
+        stale, is_shown = set(refused), logger.isEnabledFor(logging.DEBUG)
         for claim, outcome, again in ended:
             if claim in stale:
                 logger.warning(
@@ -432,7 +432,8 @@ class Worker:
                 continue
             self._recorded += not again
             if outcome.error is None:
-                logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
+                if is_shown:
+                    logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
                 continue
             what = f"{outcome.error['type']}: {outcome.error['message']}".partition("\n")[0]
             if again:
@@ -471,7 +472,10 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        options = self._options
+        # Made once: with a thousand slots, the garbage collector takes its time for whatever there is of each.
+        running: list[Claim] = []
+        entry, timeout, takes_many = (running, task), self._options.timeout, self._executor.takes_many
+        take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
         try:
             while not self._closing:
                 # Those already made are too many when the concurrency has been lowered since.
@@ -480,13 +484,13 @@ class Worker:
                     self._waiting.append(waiter)
                     await waiter
                     continue
-                claims = [self._ready.popleft() for _ in range(self._batch())]
-                running = list(claims)
-                self._running[number] = running, task
+                claims = [self._ready.popleft()]
+                if takes_many:
+                    claims += [self._ready.popleft() for _ in range(self._batch() - 1)]
+                running[:] = claims
+                self._running[number] = entry
                 try:
-                    await slot.run(
-                        claims, options.timeout, partial(self._take_outcome, running), partial(self._take_unstarted, running)
-                    )
+                    await slot.run(claims, timeout, take, take_unstarted)
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
@@ -505,9 +509,7 @@ class Worker:
 
     def _batch(self) -> int:
         """Return how many evaluations to hand to a slot at once."""
-        if not self._executor.takes_many:
-            return 1
-        share = -(-len(self._ready) // self._concurrency)
+        share = -(-(len(self._ready) + 1) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
