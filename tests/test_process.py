@@ -453,6 +453,29 @@ def test_when_the_parent_is_killed_its_workers_and_their_children_die(scripts: S
 # Ctrl-C
 
 
+def test_an_interrupt_sent_to_every_process_is_the_parents_alone_to_act_on(scripts: Scripts, pids, db):
+    # As Slurm sends it to a job step.
+    script = scripts.write(
+        f"""
+        import os, pathlib, time
+        from speval import speval
+        def function(args):
+            pathlib.Path({str(pids)!r}, str(os.getpid())).touch()
+            time.sleep(60)
+        speval(function, range(8), {str(db)!r}, concurrency=4, progress=False)
+        """
+    )
+    # Of what a shell has put into the background, SIGINT is ignored, and that would be inherited.
+    program = scripts.start(script, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(lambda: len(noted(pids)) == 4)
+    for pid in [*noted(pids), program.pid]:
+        os.kill(pid, signal.SIGINT)
+    _, err = program.communicate(timeout=30)
+    assert err.count("KeyboardInterrupt") == 1
+    assert rows(db, "SELECT count(*) FROM attempts") == [(0,)]
+    assert [e["status"] for e in load_evals(db)] == ["pending"] * 8
+
+
 def test_ctrl_c_kills_the_workers_quietly_and_releases_the_claims(terminal, db, pids):  # noqa: F811
     program = terminal(
         f"""
