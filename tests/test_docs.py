@@ -178,7 +178,10 @@ class Reader:
         if killed := re.fullmatch(r"\(python (\w+\.py) & sleep [\d.]+; kill -9 \$!\)", command):
             return self._killed(killed[1], len(expected))
         if command.endswith(" &"):
-            return self._start(command.removesuffix(" &"), len(expected))
+            return self._start(command.removesuffix(" &"), expected[-1] if expected else None)
+        if number := re.fullmatch(r"kill -9 %(\d)", command):
+            self._background[int(number[1]) - 1].kill()
+            return []
         process = subprocess.run(
             ["bash", "-c", command], cwd=self.folder, env=self.env, timeout=WAIT, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -196,15 +199,20 @@ class Reader:
             finally:
                 process.send_signal(signal.SIGKILL)
 
-    def _start(self, command: str, lines: int) -> list[str]:
-        """Start a command that goes on until the page ends, and return its first lines."""
+    def _start(self, command: str, last: str | None) -> list[str]:
+        """Start a command that goes on until the page ends, and return what it prints up to a given line."""
         process = subprocess.Popen(
             ["bash", "-c", command], cwd=self.folder, env=self.env, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._background.append(process)
         assert process.stdout is not None
-        return [process.stdout.readline().rstrip("\n") for _ in range(lines)]
+        printed: list[str] = []
+        while last is not None and plain(last) not in map(plain, printed):
+            line = process.stdout.readline()
+            assert line, f"{command} has ended after:\n" + "\n".join(printed)
+            printed.append(line.rstrip("\n"))
+        return printed
 
 
 def free_port() -> int:
