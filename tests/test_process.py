@@ -173,6 +173,21 @@ def test_the_function_sees_the_callers_path_arguments_and_folder(scripts: Script
     assert done.stdout == f"['helped', ['some', 'arguments'], '{scripts.folder}', '__main__', True]\n", done.stderr
 
 
+def test_a_traceback_names_the_file_of_the_script_and_shows_its_line(scripts: Scripts):
+    done = scripts.run(
+        """
+        from speval import speval, load_evals
+        def function(args):
+            return sorted(1 / arg for arg in args)
+        speval(function, [[0]], "runs.db", executor="process", progress=False)
+        print(load_evals("runs.db")[0]["error"]["traceback"])
+        """
+    )
+    start = f'File "{scripts.folder}/script.py", line 4, in '
+    assert f"{start}function\n    return sorted(1 / arg for arg in args)\n" in done.stdout
+    assert f"{start}<genexpr>\n" in done.stdout
+
+
 def test_the_function_may_import_speval_itself(db):
     def function(args):
         from speval import load_evals, speval

@@ -7,13 +7,14 @@ import by name travels by value, and what can't travel at all is refused by name
 from __future__ import annotations
 
 import inspect
+import io
 import marshal
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -23,6 +24,7 @@ from ..model import Function, RetryOn
 
 __all__ = ["pickled", "write_payload"]
 
+_NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
 _ALIGNMENT = 64  # bytes; what NumPy likes for its arrays
 
 
@@ -65,10 +67,20 @@ def pickled(
     """
     with _by_value(function):
         try:
-            data: bytes = cloudpickle.dumps((function, retry_on), protocol=5, buffer_callback=buffer_callback)
+            _Pickler(file := io.BytesIO(), protocol=5, buffer_callback=buffer_callback).dump((function, retry_on))
         except Exception as error:
             raise FunctionError(_name(function), _culprit(function) or f"{type(error).__name__}: {error}") from error
-    return data
+    return file.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Keeps the names of files, by which a traceback shows the lines of a script; cloudpickle takes them out."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not CodeType:
+            return super().reducer_override(obj)
+        make, parts = self.dispatch_table[CodeType](obj)
+        return make, tuple(obj.co_filename if isinstance(part, str) and part == _NO_FILE else part for part in parts)
 
 
 def _head(spans: list[tuple[int, int]]) -> bytes:
