@@ -29,7 +29,7 @@ REPOSITORY = re.compile(r"https://github\.com/speval/speval/(?:blob|tree)/main/"
 WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.
-NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy")
+NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "source ")
 CELL = 'title="In a notebook"'  # what marks a block as the cell of a notebook
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
