@@ -188,6 +188,30 @@ def test_a_traceback_names_the_file_of_the_script_and_shows_its_line(scripts: Sc
     assert f"{start}<genexpr>\n" in done.stdout
 
 
+def test_a_cached_function_of_the_script_travels_and_caches_in_each_process(scripts: Scripts):
+    done = scripts.run(
+        """
+        import functools, textwrap
+        from speval import speval, load_evals
+        calls = []
+        @functools.cache
+        def model(name):
+            calls.append(name)
+            return len(calls)
+        @functools.lru_cache(maxsize=2, typed=True)
+        def fib(n):
+            return n if n < 2 else fib(n - 1) + fib(n - 2)
+        dedent = functools.cache(textwrap.dedent)
+        def function(args):
+            return [model("a"), fib(args), fib.cache_parameters()["maxsize"], dedent("  x")]
+        fib(30)
+        speval(function, [10, 20], "runs.db", executor="process", progress=False)
+        print([e["result"] or e["error"]["traceback"] for e in load_evals("runs.db")])
+        """
+    )
+    assert done.stdout == "[[1, 55, 2, 'x'], [1, 6765, 2, 'x']]\n", done.stderr
+
+
 def test_the_function_may_import_speval_itself(db):
     def function(args):
         from speval import load_evals, speval
