@@ -387,7 +387,7 @@ class SqliteStore(Store):
                 pending = self._any(c, _ANY_PENDING)
                 if pending and not (recorded.settings.paused or ended or released or due):
                     # To be raised once there is nothing to be written with it.
-                    problem = "damaged: an index of it names what its table does not have; `sqlite3 {} REINDEX` may mend it"
+                    problem = "damaged: what it says is pending is not there to be had; `sqlite3 {} REINDEX` may mend it"
                     raise DatabaseError(self._shown, problem.format(self._shown))
                 recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
         if count_failures:

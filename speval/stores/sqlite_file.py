@@ -319,7 +319,8 @@ class SqliteFile:
             if code == sqlite3.SQLITE_NOTADB:
                 raise ForeignDatabaseError(db, "some other kind of file") from error
             if code == sqlite3.SQLITE_CORRUPT:
-                raise DatabaseError(db, f"damaged ({error}); `sqlite3 {db} .recover` saves what can be saved") from error
+                fix = f"`sqlite3 {db} REINDEX` mends an index, `sqlite3 {db} .recover` saves what can be saved"
+                raise DatabaseError(db, f"damaged ({error}); {fix}") from error
             if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
                 raise DatabaseError(db, "damaged: what should be text in it is none") from None
             if code == sqlite3.SQLITE_READONLY:
