@@ -6,7 +6,7 @@ Invariant: plain data without behaviour that could fail; the pair (evaluation, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -19,10 +19,12 @@ __all__ = [
     "Claim",
     "Durability",
     "Error",
+    "EvalSpace",
     "Evaluation",
     "Function",
     "OnChanged",
     "Outcome",
+    "Pairs",
     "Result",
     "RetryOn",
     "Status",
@@ -34,6 +36,9 @@ Status = Literal["pending", "in_progress", "completed", "failed"]
 Durability = Literal["process", "power"]
 OnChanged = Literal["error", "keep", "rerun"]
 Function = Callable[[Any], Any]
+# What a function yields that serves as an eval space: pairs of a name and args, or None for "nothing just now".
+Pairs = Iterable[tuple[str, Any] | None] | AsyncIterable[tuple[str, Any] | None]
+EvalSpace = Mapping[str, Any] | Iterable[Any] | AsyncIterable[Any] | Callable[[Callable[[], Any]], Pairs]
 RetryOn = tuple[type[BaseException], ...]
 # cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
 Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]

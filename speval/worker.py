@@ -20,12 +20,14 @@ from typing import TypeVar
 from anyio import CancelScope
 
 from .clock import Clock
+from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
 from .model import Claim, Outcome, Summary, counted
 from .options import Options
-from .space import Space
+from .source import Source
+from .space import Key, Space
 from .stores.base import Ended, Recorded, Settings, Store
 from .text import visible
 
@@ -50,14 +52,14 @@ class Worker:
     """Evaluates a space with a store and an executor; used once.
 
     Args:
-        space: What to evaluate, encoded.
+        space: What to evaluate, encoded; or where to draw it from.
         store: Where evaluations live; opened and closed by the worker.
         executor: Where the function runs; closed by the worker.
         options: The options of the call.
         clock: Where the time comes from.
     """
 
-    def __init__(self, space: Space, store: Store, executor: Executor, options: Options, clock: Clock) -> None:
+    def __init__(self, space: Space | Source, store: Store, executor: Executor, options: Options, clock: Clock) -> None:
         self._space = space
         self._store = store
         self._executor = executor
@@ -76,6 +78,8 @@ class Worker:
         self._ended: list[Ended] = []
         self._released: list[Claim] = []
         self._held: list[tuple[float, int, Claim]] = []  # a heap by the time the backoff is over
+        self._drawer: Drawer | None = None
+        self._failure: Exception | None = None  # raised when all that has ended is recorded
         self._slots = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._interrupted: set[int] = set()  # slots
@@ -111,17 +115,23 @@ class Worker:
         try:
             await self._store.open()
             self._executor.start()  # what it needs some time for goes on while the space is compared
-            seeded = await self._store.seed(self._space, self._options.on_changed)
+            await self._seed()
         except BaseException:
             with CancelScope(shield=True):
                 await self._executor.close()
                 await self._store.close()
             raise
+        self._task = asyncio.create_task(self._run(), name="speval worker")
+
+    async def _seed(self) -> None:
+        if isinstance(self._space, Source):
+            await self._store.follow()
+            return
+        seeded = await self._store.seed(self._space, self._options.on_changed)
         counts = (seeded.new, seeded.unchanged, seeded.changed, seeded.gone)
         logger.info("eval space: %d new, %d unchanged, %d changed, %d stored but no longer in it", *counts)
         if seeded.changed and self._options.on_changed == "keep":
             logger.warning("stored with other args than given now, and kept: %s", counted(seeded.changed))
-        self._task = asyncio.create_task(self._run(), name="speval worker")
 
     @property
     def is_done(self) -> bool:
@@ -177,6 +187,16 @@ class Worker:
         self._interrupt()
         self._wake.set()
 
+    def _fail(self, error: Exception) -> None:
+        """Stop because of an error, which is raised when all that has ended is recorded."""
+        self._failure = self._failure or error
+        self.stop(f"{type(error).__name__}: {error}")
+
+    def _look_again(self) -> None:
+        """Have the worker's task look at what there is to do."""
+        self._dry = False
+        self._wake.set()
+
     # The worker's own task
 
     async def _run(self) -> None:
@@ -194,15 +214,21 @@ class Worker:
                 on_broken=partial(_tell, loop, self._on_broken),
             )
             self._lease.start()
+            if isinstance(self._space, Source):
+                self._drawer = Drawer(self._space, self._store, on_drawn=self._look_again, on_failure=self._fail)
             async with asyncio.TaskGroup() as slots:
                 await self._drive(slots)
                 self._closing = True
                 self._wake_slots(len(self._waiting))
+            if self._failure is not None:
+                raise self._failure
         except BaseExceptionGroup as group:
             # One thing went wrong; that it did so beside slots is nobody's business.
             raise group.exceptions[0] from group.exceptions[0].__cause__
         finally:
             try:
+                if self._drawer is not None:
+                    await self._drawer.stop()
                 await self._executor.close()
             finally:
                 await self._leave()
@@ -224,9 +250,11 @@ class Worker:
             ended, self._ended = self._ended, []
             released, self._released = self._released, []
             due = self._take_due()
-            idle, ahead = self._wanted()
             if self._lost:
                 await self._patiently_register()
+            if self._drawer is not None and (drawn := self._drawer.take()):
+                await self._extend(drawn)
+            idle, ahead = self._wanted()
             if ended or released or due or (idle and not self._dry) or self._news:
                 self._news = False
                 recorded = await self._record(ended, released, due, idle, ahead)
@@ -238,6 +266,8 @@ class Worker:
             elif self._is_finished():
                 return
             else:
+                if self._drawer is not None and not self._paused:
+                    self._drawer.ask(idle, ahead)
                 await self._rest()
 
     def _wanted(self) -> tuple[int, int]:
@@ -255,6 +285,8 @@ class Worker:
             return False
         if self._stopping:
             return True
+        if self._drawer is not None and not self._drawer.is_over:
+            return False
         if self._held or self._in_doubt or not self._dry:
             return False
         return not self._is_open or not (self._options.wait or self._paused)
@@ -328,6 +360,21 @@ class Worker:
                 self._dry = False
                 return
 
+    async def _extend(self, drawn: Sequence[tuple[Key, str]]) -> None:
+        """Store what was drawn, with the patience of ``_record``."""
+        pause = 0.05
+        while not self._stopping:
+            try:
+                await self._store.extend(drawn, self._options.on_changed)
+            except (DatabaseLockedError, DatabaseUnavailableError):
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 5.0)
+            except SpevalError as error:
+                self._fail(error)
+            else:
+                self._dry = False
+                return
+
     def _take(self, recorded: Recorded, idle: int, slots: asyncio.TaskGroup) -> None:
         """Hand new claims to the slots and note what else the commit has told."""
         self._obey(recorded.settings)
@@ -374,7 +421,7 @@ class Worker:
 
     def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
         """Log what was recorded, and note the backoff of what is to be tried again."""
-        stale = set(refused)
+        stale, is_shown = set(refused), logger.isEnabledFor(logging.DEBUG)
         for claim, outcome, again in ended:
             if claim in stale:
                 logger.warning(
@@ -385,7 +432,8 @@ class Worker:
                 continue
             self._recorded += not again
             if outcome.error is None:
-                logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
+                if is_shown:
+                    logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
                 continue
             what = f"{outcome.error['type']}: {outcome.error['message']}".partition("\n")[0]
             if again:
@@ -424,7 +472,10 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        options = self._options
+        # Made once: with a thousand slots, the garbage collector takes its time for whatever there is of each.
+        running: list[Claim] = []
+        entry, timeout, takes_many = (running, task), self._options.timeout, self._executor.takes_many
+        take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
         try:
             while not self._closing:
                 # Those already made are too many when the concurrency has been lowered since.
@@ -433,13 +484,13 @@ class Worker:
                     self._waiting.append(waiter)
                     await waiter
                     continue
-                claims = [self._ready.popleft() for _ in range(self._batch())]
-                running = list(claims)
-                self._running[number] = running, task
+                claims = [self._ready.popleft()]
+                if takes_many:
+                    claims += [self._ready.popleft() for _ in range(self._batch() - 1)]
+                running[:] = claims
+                self._running[number] = entry
                 try:
-                    await slot.run(
-                        claims, options.timeout, partial(self._take_outcome, running), partial(self._take_unstarted, running)
-                    )
+                    await slot.run(claims, timeout, take, take_unstarted)
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
@@ -458,9 +509,7 @@ class Worker:
 
     def _batch(self) -> int:
         """Return how many evaluations to hand to a slot at once."""
-        if not self._executor.takes_many:
-            return 1
-        share = -(-len(self._ready) // self._concurrency)
+        share = -(-(len(self._ready) + 1) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
