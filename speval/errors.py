@@ -21,6 +21,7 @@ __all__ = [
     "ExecutorError",
     "ForeignDatabaseError",
     "FunctionError",
+    "InProgressError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",
@@ -196,6 +197,19 @@ class UnknownNameError(SpevalError, KeyError):
         shown = ", ".join(repr(name) for name in self.names[:5])
         more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
         return f"{self.db}: no evaluation is named {shown}{more}; load_evals() lists the names"
+
+
+class InProgressError(SpevalError):
+    """Evaluations that a worker holds can't be dropped."""
+
+    def __init__(self, db: str, names: Sequence[str]) -> None:
+        super().__init__(db, names)
+        self.db, self.names = db, names
+
+    def __str__(self) -> str:
+        shown = ", ".join(repr(name) for name in self.names[:5])
+        more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
+        return f"{self.db}: in progress: {shown}{more}; nothing was dropped. Wait for their end, or stop the workers"
 
 
 class EvaluationsFailed(SpevalError):

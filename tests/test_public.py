@@ -96,6 +96,7 @@ SAMPLES = [
     errors.DatabaseUnavailableError("runs.db", "the disk is full"),
     errors.ForeignDatabaseError("runs.db", "some other kind of file"),
     errors.NewerSchemaError("runs.db", 9, 1, "2.3"),
+    errors.InProgressError("runs.db", ["a", "b"]),
     errors.StoreClosedError("runs.db"),
     errors.UnknownNameError("runs.db", ["a", "b"]),
     errors.EvaluationsFailed(3, 10, "3 exception"),
