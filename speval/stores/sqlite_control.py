@@ -34,7 +34,7 @@ from ..model import (
 from ..space import name_to_key
 from .base import Control, ControlMode
 from .sqlite_file import SCHEMA, SqliteFile, filesystem, is_network
-from .sqlite_rows import CODES, COLUMNS, STATUS, decoded, error_of, evaluation, worker_label
+from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, worker_label
 
 __all__ = ["SqliteControl"]
 
@@ -46,7 +46,15 @@ _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
 _BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 
-_COUNTS = "SELECT status, count(*) FROM states GROUP BY status"
+# Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
+_COUNTS = """
+SELECT
+    (SELECT count(*) FROM states),
+    (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
+        + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
+"""
 _CAUSES = """
 SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
 WHERE s.status = 3 GROUP BY a.outcome
@@ -167,18 +175,16 @@ class SqliteControl(Control):
         return self._file.read(self._overview, failures, runs)
 
     def _overview(self, c: sqlite3.Connection, failures: int, runs: int) -> Overview:
-        counts: dict[Status, int] = dict.fromkeys(STATUS.values(), 0)
-        for code, number in c.execute(_COUNTS):
-            counts[STATUS[code]] += number
+        total, pending, in_progress, failed = (int(count) for count in c.execute(_COUNTS).fetchone())
         now = self._clock.wall()
         workers = self._workers(c, now, runs)
         shown = c.execute(_FAILURES, (failures,)).fetchall()
         return Overview(
             at=now,
-            pending=counts["pending"],
-            in_progress=counts["in_progress"],
-            completed=counts["completed"],
-            failed=counts["failed"],
+            pending=pending,
+            in_progress=in_progress,
+            completed=total - pending - in_progress - failed,
+            failed=failed,
             causes=dict(c.execute(_CAUSES).fetchall()),
             rate=_rate(c, workers, now),
             settings=_settings(c),
