@@ -25,7 +25,6 @@ from ..model import (
     Health,
     Overview,
     Running,
-    Settings,
     Status,
     WorkerState,
     WorkerView,
@@ -34,7 +33,7 @@ from ..model import (
 from ..space import name_to_key
 from .base import Control, ControlMode
 from .sqlite_file import SCHEMA, SqliteFile, filesystem, is_network
-from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, worker_label
+from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
 
 __all__ = ["SqliteControl"]
 
@@ -59,7 +58,6 @@ _CAUSES = """
 SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
 WHERE s.status = 3 GROUP BY a.outcome
 """
-_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
 WHERE ended_at IS NULL ORDER BY started_at, id
@@ -187,7 +185,7 @@ class SqliteControl(Control):
             failed=failed,
             causes=dict(c.execute(_CAUSES).fetchall()),
             rate=_rate(c, workers, now),
-            settings=_settings(c),
+            settings=settings_of(c),
             workers=workers,
             failures=tuple(
                 Failure(str(name), cause, type_ or "", message or "", attempts, ended_at, _label(worker))
@@ -436,12 +434,6 @@ def _nobodys(c: sqlite3.Connection, after: int, upto: int) -> list[int]:
 
 def _label(worker: Sequence[Any]) -> str | None:
     return None if worker[0] is None else worker_label(*worker)
-
-
-def _settings(c: sqlite3.Connection) -> Settings:
-    values = dict(c.execute(_SETTINGS).fetchall())
-    concurrency = values.get("concurrency")
-    return Settings(bool(values.get("paused")), None if concurrency is None else int(concurrency))
 
 
 def _rate(c: sqlite3.Connection, workers: Sequence[WorkerView], now: float) -> float | None:
