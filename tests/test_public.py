@@ -95,6 +95,7 @@ SAMPLES = [
     errors.DatabaseLockedError("runs.db", 60.0),
     errors.DatabaseUnavailableError("runs.db", "the disk is full"),
     errors.ForeignDatabaseError("runs.db", "some other kind of file"),
+    errors.MissingExtraError("library='pandas'", "pandas", "pandas"),
     errors.NewerSchemaError("runs.db", 9, 1, "2.3"),
     errors.InProgressError("runs.db", ["a", "b"]),
     errors.StoreClosedError("runs.db"),
