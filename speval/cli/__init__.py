@@ -25,7 +25,7 @@ def main() -> None:
     import click
 
     from ..errors import SpevalError
-    from .commands import speval
+    from .commands import ClosedPipe, speval
     from .text import shown
 
     for stream in (sys.stdout, sys.stderr):
@@ -33,14 +33,13 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # also where only ASCII can be shown
     try:
         code = speval.main(prog_name="speval", standalone_mode=False) or 0
-        sys.stdout.flush()
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (`{context.command_path} --help` tells more)" if context is not None else ""
         code = _complain(shown(error.format_message(), lines=True) + hint)
     except (KeyboardInterrupt, click.Abort):
         code = _complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:
+    except ClosedPipe:
         # What is still buffered has nowhere to go, and the interpreter would complain about it on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE

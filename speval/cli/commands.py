@@ -6,6 +6,7 @@ Owns the group they stand in, and the scripts for shells. Invariant: what a subc
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
@@ -17,18 +18,30 @@ from .run import run
 from .steer import drop, pause, resume, retry, set_, unset
 from .watch import watch
 
-__all__ = ["speval"]
+__all__ = ["ClosedPipe", "speval"]
 
 
-class _InOrder(click.Group):
+class ClosedPipe(Exception):
+    """Whoever read the output has gone; click would exit with a code of its own."""
+
+
+class _Group(click.Group):
     """Shows its subcommands in the order in which people need them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise ClosedPipe from error
+        return code
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
 @click.group(
-    cls=_InOrder,
+    cls=_Group,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -19,7 +19,7 @@ from .. import __version__
 from ..flat import flattened
 from ..model import Attempt, Cause, Evaluation, Overview, Status, counted
 from .params import as_json, database, filters, named, opened
-from .text import STYLES, Cell, columns, instant, line, print_json, shown, span, spelled
+from .text import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, span, spelled
 
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 
@@ -46,8 +46,8 @@ def status(db: str, exit_code: bool, as_json: bool) -> int:
                 f"worker {shown(worker.worker)} ", (worker.state, style), f" for {since}, runs {runs or 'nothing'}",
                 f" and {more} more" if more > 0 else "",
             )  # fmt: skip
-        for failure in seen.failures:
-            line("failed ", (shown(failure.name), "bold"), f" {failure.cause}: {_brief(failure.type, failure.message)}")
+        for last in seen.failures:
+            line("failed ", (shown(last.name), STYLES["failed"]), f" {failure(last.cause, last.type, last.message)}")
     return 1 if exit_code and seen.completed < seen.total else 0
 
 
@@ -95,12 +95,6 @@ def progress_text(seen: Overview) -> list[Cell]:
     return parts
 
 
-def _brief(type_: str, message: str) -> str:
-    """Return an error in one line."""
-    first = message.strip().partition("\n")[0]
-    return shown(f"{type_}: {first}" if type_ else first)
-
-
 @click.command(short_help="List evaluations.")
 @database
 @filters
@@ -127,20 +121,20 @@ def ls(
                 line(shown(evaluation["name"]))
         else:
             head = ("name", "status", "attempts", "took", "args", "result")
-            columns(head, (_row(e) for e in found), right=frozenset({2, 3}))
+            columns(head, (_row(e) for e in found), right=(2, 3), keep=(0, 1, 2, 3))
 
 
 def _row(e: Evaluation) -> tuple[Cell, ...]:
     error = e["error"]
-    outcome = "" if e["status"] != "completed" else spelled(e["result"])
+    outcome = "" if e["status"] != "completed" else brief(e["result"])
     if error is not None:
-        outcome = f"{error['cause']}: {_brief(error['type'], error['message'])}"
+        outcome = failure(error["cause"], error["type"], error["message"])
     return (
         shown(e["name"]),
         (e["status"], STYLES[e["status"]]),
         str(e["attempts"]),
         span(e["duration"]),
-        spelled(e["args"]),
+        brief(e["args"]),
         (outcome, STYLES["failed"] if error else ""),
     )
 
@@ -192,7 +186,7 @@ def _attempt(attempt: Attempt) -> None:
             f"{error['type']}: {error['message']}" if error["type"] else error["message"]
         )
         if error["message"].partition("\n")[0] not in told:
-            line("  message   ", _brief(error["type"], error["message"]))
+            line("  message   ", failure("exception", error["type"], error["message"]))
         for part in shown(told, lines=True).split("\n"):
             line("    ", (part, STYLES["failed"]))
 
@@ -238,8 +232,8 @@ def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> in
         for value, evaluation in found:
             print_json({"value": value, **evaluation})
     else:
-        rows = ((spelled(value), shown(e["name"]), spelled(e["args"]), spelled(e["result"])) for value, e in found)
-        columns((shown(key), "name", "args", "result"), rows, right=frozenset({0}))
+        rows = ((brief(value), shown(e["name"]), brief(e["args"]), brief(e["result"])) for value, e in found)
+        columns((shown(key), "name", "args", "result"), rows, right=(0,), keep=(0, 1))
     return 0
 
 

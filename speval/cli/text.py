@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["STYLES", "columns", "console", "instant", "isatty", "line", "print_json", "shown", "span", "spelled", "text"]
+__all__ = [
+    "STYLES",
+    "brief",
+    "columns",
+    "console",
+    "failure",
+    "instant",
+    "isatty",
+    "line",
+    "print_json",
+    "shown",
+    "span",
+    "spelled",
+    "text",
+]
 
 _NARROWEST = 8  # characters a column keeps, however little room there is
 Cell = str | tuple[str, str]  # a text, or a text and its style
@@ -50,6 +64,25 @@ def spelled(value: Any, limit: int | None = None) -> str:
     """Return a value as JSON, cut off after so many characters."""
     written = shown(json.dumps(value, ensure_ascii=False))
     return written if limit is None or len(written) <= limit else written[: limit - 1] + "…"
+
+
+def brief(value: Any) -> str:
+    """Return a value as short as it can be understood, for a terminal; elsewhere as JSON, which programs read."""
+    if not isatty():
+        return spelled(value)
+    if isinstance(value, dict) and value:
+        return " ".join(f"{shown(str(key))}={brief(item)}" for key, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return shown(value) if isinstance(value, str) else spelled(value)
+
+
+def failure(cause: str, type_: str, message: str) -> str:
+    """Return in one line why an evaluation failed: what the function raised, or what else came to pass."""
+    first = message.strip().partition("\n")[0]
+    if cause in ("exception", "unserializable"):
+        return shown(f"{type_}: {first}" if first else type_)
+    return shown(f"{cause}: {first}")
 
 
 def span(seconds: float | None) -> str:
@@ -111,23 +144,26 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
-def columns(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: frozenset[int] = frozenset()) -> None:
+def columns(
+    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Collection[int] = (), keep: Collection[int] = ()
+) -> None:
     """Print rows as they come: in a terminal in columns as wide as the first rows want, else with tabs between.
 
     Args:
         head: The names of the columns.
         rows: Cells, each a text or a text and its style.
         right: Which columns are numbers.
+        keep: Which columns give way last where there is little room.
     """
     if not isatty():
         sys.stdout.write("\t".join(head) + "\n")
         for row in rows:
             sys.stdout.write("\t".join(cell if isinstance(cell, str) else cell[0] for cell in row) + "\n")
         return
-    _aligned(head, rows, right)
+    _aligned(head, rows, right, keep)
 
 
-def _aligned(head: Sequence[str], rows: Iterable[Sequence[Cell]], right: frozenset[int]) -> None:
+def _aligned(head: Sequence[str], rows: Iterable[Sequence[Cell]], right: Collection[int], keep: Collection[int]) -> None:
     from itertools import chain, islice
 
     out = console()
@@ -135,7 +171,7 @@ def _aligned(head: Sequence[str], rows: Iterable[Sequence[Cell]], right: frozens
     first = list(islice(stream, 200))
     cells = [[text(cell) for cell in row] for row in first]
     wanted = [max([len(head[i]), *(row[i].cell_len for row in cells)]) for i in range(len(head))]
-    widths = _fitted(wanted, out.width - 2 * (len(head) - 1))
+    widths = _fitted(wanted, out.width - 2 * (len(head) - 1), keep)
 
     def show(row: Sequence[Text], style: str = "") -> None:
         joined = text()
@@ -154,9 +190,12 @@ def _aligned(head: Sequence[str], rows: Iterable[Sequence[Cell]], right: frozens
         show(row)
 
 
-def _fitted(wanted: list[int], room: int) -> list[int]:
+def _fitted(wanted: list[int], room: int, keep: Collection[int]) -> list[int]:
     """Return widths that fit into the room: the widest columns give way first."""
     widths = [min(width, room) for width in wanted]
-    while sum(widths) > room and max(widths) > _NARROWEST:
-        widths[widths.index(max(widths))] -= 1
+    for indices in ([i for i in range(len(widths)) if i not in keep], range(len(widths))):
+        while sum(widths) > room and (widest := max(indices, key=widths.__getitem__, default=None)) is not None:
+            if widths[widest] <= _NARROWEST:
+                break
+            widths[widest] -= 1
     return widths

@@ -17,7 +17,7 @@ from ..model import Failure, Overview, WorkerView
 from ..stores.base import Control
 from .look import counts_text, eta, progress_text
 from .params import as_json, database, opened
-from .text import STYLES, console, instant, print_json, shown, span, text
+from .text import STYLES, console, failure, instant, print_json, shown, span, text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,6 +27,7 @@ __all__ = ["picture", "watch"]
 
 _SHARE = 0.02  # of the time may go into looking
 _FAILURES = 5
+_HIGHEST = 200  # lines of what stays in the terminal
 _RUNS = 20  # names of a worker, as far as they fit
 
 
@@ -115,7 +116,7 @@ def _follow_live(db: str, control: Control, interval: float, keep: bool) -> Over
                 seen = looks.look()
                 live.update(picture(db, seen, out.width, out.height), refresh=True)
     finally:
-        out.print(picture(db, seen, out.width, out.height))
+        out.print(picture(db, seen, out.width, _HIGHEST))
     return seen
 
 
@@ -124,7 +125,8 @@ def picture(db: str, seen: Overview, width: int, height: int) -> Group:
     from rich.console import Group
 
     lines = [_title(db, seen, width), _bar(seen, width), text(" ", *counts_text(seen)), text(" ", *progress_text(seen))]
-    failures = _failures(seen.failures, seen.at)
+    # The workers have two thirds of the room, if they want it.
+    failures = _failures(seen.failures[: max(1, height // 3 - len(lines) + 1)], seen.at)
     room = height - 1 - len(lines) - (len(failures) + 1 if failures else 0)
     lines += _workers(seen, width, max(3, room))
     if failures:
@@ -216,12 +218,10 @@ def _failures(failures: tuple[Failure, ...], at: float) -> list[Text]:
         return []
     lines = [text((" last failures", "bold"))]
     name = min(24, max(len(shown(f.name)) for f in failures))
-    for failure in failures:
-        label = text((shown(failure.name), STYLES["failed"]))
+    for last in failures:
+        label = text((shown(last.name), STYLES["failed"]))
         label.truncate(name, overflow="ellipsis", pad=True)
-        message = shown(failure.message.strip().partition("\n")[0])
-        told = f"{failure.type}: {message}" if failure.cause == "exception" else message
-        line = text(" ").append_text(label)
-        ago = span(max(0.0, at - failure.ended_at))
-        lines.append(line.append(f"  {failure.cause:14}  {ago:>9} ago  ").append(shown(told)))
+        ago = span(max(0.0, at - last.ended_at))
+        told = failure(last.cause, last.type, last.message)
+        lines.append(text(" ").append_text(label).append(f"  {ago:>9} ago  ", "dim").append(told))
     return lines

@@ -170,6 +170,7 @@ class SqliteControl(Control):
     # Looking
 
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
+        self._file.look_after()
         return self._file.read(self._overview, failures, runs)
 
     def _overview(self, c: sqlite3.Connection, failures: int, runs: int) -> Overview:
