@@ -123,7 +123,7 @@ class Reader:
 
     def shell(self, command: str, expected: list[str]) -> list[str]:
         """Run a command and return what it prints, errors included."""
-        self.saved -= set(re.findall(r"\bpython (\w+\.py)", command))
+        self.saved -= set(re.findall(r"\b(?:python|speval run) (\w+\.py)", command))
         if killed := re.fullmatch(r"\(python (\w+\.py) & sleep [\d.]+; kill -9 \$!\)", command):
             return self._killed(killed[1], len(expected))
         process = subprocess.run(
