@@ -24,11 +24,11 @@ from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
-from .model import Claim, Outcome, Summary, counted
+from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
 from .source import Source
 from .space import Key, Space
-from .stores.base import Ended, Recorded, Settings, Store
+from .stores.base import Ended, Recorded, Store
 from .text import visible
 
 __all__ = ["Worker"]
