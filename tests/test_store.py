@@ -160,6 +160,30 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
 
 
+@pytest.mark.parametrize("on_changed", ["error", "keep"])
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(database, monkeypatch, on_changed):
+    first, second = await database.open(), await database.open()
+    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    write, calls = second._write, []
+
+    async def write_and_be_overtaken(work, *args):
+        result = await write(work, *args)
+        calls.append(work.__name__)
+        if calls == ["fill"]:
+            await database.seed(first, [1, 2, 30, 40, 50])
+        return result
+
+    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
+    if on_changed == "error":
+        with pytest.raises(ArgsChangedError, match="'2'"):
+            await database.seed(second, [1, 2, 3, 40])
+    else:
+        seeded = await database.seed(second, [1, 2, 3, 40], on_changed)
+        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
+    assert calls[:2] == ["fill", "fill"]
+    assert [e["args"] for e in (await database.all()).values()] == [1, 2, 30, 40, 50]
+
+
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
     await database.open([1, 2, 3])
     first, second = await database.open(), await database.open()
