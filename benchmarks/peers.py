@@ -55,13 +55,10 @@ def tables(found: Figures) -> dict[str, str]:
         rows.append([name, durable, shown(rate) if rate else figures["why_not"], shown(ratio, 2), shown(cost, 2)])
     head = ["candidate", "durable", " evaluations/s", " beside the sqlite3 loop", " µs of CPU each"]
     works = []
-    for name in nothing:
-        sleep, compute = (found[work][name]["per_second"] for work in ("sleep", "compute"))
-        works.append([name, str(CANDIDATES[name].slots), shown(sleep), shown(compute)])
-    work_head = [
-        "candidate",
-        " at once, of those that sleep",
-        f" {SHOWN['sleep']}, evaluations/s",
-        f" {SHOWN['compute']}, evaluations/s",
-    ]
+    for name, candidate in CANDIDATES.items():
+        sleep, compute = found["sleep"][name], found["compute"][name]
+        cost = shown(1e6 * sleep["cpu"] / sleep["evaluations"], 2) if sleep["per_second"] else ""
+        works.append([name, str(candidate.slots), shown(sleep["per_second"]), cost, shown(compute["per_second"])])
+    units = [f"{SHOWN[work]}, evaluations/s" for work in ("sleep", "compute")]
+    work_head = ["candidate", " of those that sleep, at once", f" {units[0]}", " µs of CPU each", f" {units[1]}"]
     return {"peers": table(head, rows), "work": table(work_head, works)}

@@ -121,12 +121,12 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
             return measured(f"{here}:whole", folder=done, count=big, executor="coroutine")
 
         few = partial(measured, f"{here}:whole", count=big // _LEFT, executor="coroutine")
-        last = by_turns(rounds, {"alone": few, "last": put_back_and_do})
+        last = by_turns(min(rounds, 3), {"alone": few, "last": put_back_and_do})
         for one in last.values():
             one["each"] = 1e6 * one["span"] / (big // _LEFT - 1)
         measured(f"{here}:put_back", folder=done, count=big)
         moments = by_turns(
-            rounds,
+            min(rounds, 3),
             {
                 "seed": partial(measured, f"{here}:first_call", count=big),
                 "resume": partial(measured, f"{here}:first_call", folder=done, count=big),
