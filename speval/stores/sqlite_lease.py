@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..clock import Clock
 from ..host import Process, is_gone, this_process
+from ..text import visible
 from .base import LeaseKeeping, Reclaimed
 from .sqlite_file import SqliteFile
 
@@ -66,7 +67,7 @@ _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 
 def worker_label(id: int, host: str, pid: int) -> str:
     """Return how a worker is shown to people."""
-    return f"{host}:{pid}:{id:012x}"
+    return visible(f"{host}:{pid}:{id:012x}")
 
 
 def _unknown_label(holder: object) -> str:
