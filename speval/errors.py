@@ -23,6 +23,8 @@ __all__ = [
     "ExecutorError",
     "ForeignDatabaseError",
     "FunctionError",
+    "InProgressError",
+    "MissingExtraError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",
@@ -178,6 +180,17 @@ class NewerSchemaError(DatabaseError):
         self.args = (db, schema, known, release)
 
 
+class MissingExtraError(SpevalError, ImportError):
+    """Something wants a package that is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(what, package, extra)
+        self.what, self.package, self.extra = what, package, extra
+
+    def __str__(self) -> str:
+        return f"{self.what} needs {self.package}: pip install 'speval[{self.extra}]'"
+
+
 class StoreClosedError(SpevalError, RuntimeError):
     """A store was used after it had been closed."""
 
@@ -199,7 +212,20 @@ class UnknownNameError(SpevalError, KeyError):
     def __str__(self) -> str:
         shown = ", ".join(repr(name) for name in self.names[:5])
         more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
-        return f"{self.db}: no evaluation is named {shown}{more}; load_evals() lists the names"
+        return f"{self.db}: no evaluation is named {shown}{more}; load_evals() and `speval ls` list the names"
+
+
+class InProgressError(SpevalError):
+    """Evaluations that a worker holds can't be dropped."""
+
+    def __init__(self, db: str, names: Sequence[str]) -> None:
+        super().__init__(db, names)
+        self.db, self.names = db, names
+
+    def __str__(self) -> str:
+        shown = ", ".join(repr(name) for name in self.names[:5])
+        more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
+        return f"{self.db}: in progress: {shown}{more}; nothing was dropped. Wait for their end, or stop the workers"
 
 
 class EvaluationsFailed(SpevalError):

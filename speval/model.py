@@ -1,6 +1,7 @@
 """The values everything else speaks in.
 
-Owns the shapes that leave speval (``Evaluation``, ``Summary``) and those that travel inside (``Claim``, ``Outcome``).
+Owns the shapes that leave speval (``Evaluation``, ``Summary``), those that travel inside (``Claim``, ``Outcome``), and
+those that people at a terminal look at (``Overview``, ``Attempt``, ``Health``).
 Invariant: plain data without behaviour that could fail; the pair (evaluation, attempt) is the fencing token.
 """
 
@@ -15,20 +16,29 @@ from .errors import EvaluationsFailed
 from .text import visible
 
 __all__ = [
+    "Attempt",
     "Cause",
     "Claim",
     "Durability",
     "Error",
     "EvalSpace",
     "Evaluation",
+    "Failure",
+    "Finding",
     "Function",
+    "Health",
     "OnChanged",
     "Outcome",
+    "Overview",
     "Pairs",
     "Result",
     "RetryOn",
+    "Running",
+    "Settings",
     "Status",
     "Summary",
+    "WorkerState",
+    "WorkerView",
     "counted",
 ]
 
@@ -43,6 +53,7 @@ RetryOn = tuple[type[BaseException], ...]
 # cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
 Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
+WorkerState = Literal["alive", "silent", "dead", "ended"]
 
 
 def counted(count: int, noun: str = "evaluation") -> str:
@@ -170,3 +181,158 @@ class Outcome(NamedTuple):
     started_at: float  # unix seconds
     duration: float  # seconds
     again: bool = False  # may be tried again, if the budget allows
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at an evaluation, as people look at it.
+
+    Attributes:
+        number: Its number, half of its fencing token; those given back unused leave gaps.
+        worker: Who made it, ``host:pid:id``, or None if that is not known.
+        started_at: Unix seconds, or None if it never began.
+        ended_at: Unix seconds, None while it runs.
+        duration: Seconds, or None.
+        outcome: ``completed`` or the cause of its failure, None while it runs.
+        result: What the function returned.
+        error: None if completed or under way.
+    """
+
+    number: int
+    worker: str | None
+    started_at: float | None
+    ended_at: float | None
+    duration: float | None
+    outcome: Literal["completed"] | Cause | None
+    result: Any
+    error: Error | None
+
+
+class Settings(NamedTuple):
+    """What people have set for all workers of a database.
+
+    Attributes:
+        paused: Nobody claims anything; what runs, runs on.
+        concurrency: Evaluations each worker runs at once, whatever its call says; None: as its call says.
+    """
+
+    paused: bool = False
+    concurrency: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An evaluation under way: its name, and since when (unix seconds)."""
+
+    name: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker, as people look at it.
+
+    Attributes:
+        worker: ``host:pid:id``, as everywhere.
+        host: The machine it runs on.
+        pid: The number of its process there.
+        state: ``alive``; ``silent``: no sign of life for its lease, by the clocks on the wall; ``dead``: declared dead, or its
+            process on this machine is gone; ``ended``: it has left.
+        started_at: Unix seconds.
+        last_seen: Unix seconds.
+        ended_at: Unix seconds, None until it has left or all it held was taken back.
+        lease: Seconds.
+        runs: What it runs right now, the longest running first; not all of it if it is much.
+        running: How many it runs.
+        ahead: How many it has claimed ahead and, as far as can be known, not begun.
+        held: How many it holds for their backoff.
+    """
+
+    worker: str
+    host: str
+    pid: int
+    state: WorkerState
+    started_at: float
+    last_seen: float
+    ended_at: float | None
+    lease: float
+    runs: tuple[Running, ...]
+    running: int
+    ahead: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failed evaluation, in short."""
+
+    name: str
+    cause: Cause
+    type: str
+    message: str
+    attempts: int
+    ended_at: float
+    worker: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A whole database at one moment.
+
+    Attributes:
+        at: When, unix seconds.
+        pending: Evaluations nobody runs.
+        in_progress: Evaluations a worker holds.
+        completed: Evaluations with a result.
+        failed: Evaluations that ended without one.
+        causes: Of the failed ones, how many by cause.
+        rate: Attempts that ended per second since the oldest of the living workers started: over the last minute, or over the
+            last ten attempts where that is longer. None if there were none.
+        settings: What the workers are asked to obey.
+        workers: Those that have not ended, the oldest first.
+        failures: The last failed evaluations, the newest first.
+    """
+
+    at: float
+    pending: int
+    in_progress: int
+    completed: int
+    failed: int
+    causes: Mapping[Cause, int]
+    rate: float | None
+    settings: Settings
+    workers: tuple[WorkerView, ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def total(self) -> int:
+        """Return the number of evaluations in the database."""
+        return self.pending + self.in_progress + self.completed + self.failed
+
+    @property
+    def open(self) -> int:
+        """Return the number of evaluations that have not ended."""
+        return self.pending + self.in_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about a database that somebody should know.
+
+    Attributes:
+        problem: What it is.
+        fix: What to do about it.
+        is_error: Whether it keeps speval from working, or has cost data; else it is a hint.
+    """
+
+    problem: str
+    fix: str
+    is_error: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a look under the bonnet has found: facts by name, in the order to show them, and findings, errors first."""
+
+    facts: Mapping[str, str | int | float | bool | None]
+    findings: tuple[Finding, ...]

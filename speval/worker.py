@@ -24,11 +24,11 @@ from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
-from .model import Claim, Outcome, Summary, counted
+from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
 from .source import Source
 from .space import Key, Space
-from .stores.base import Ended, Recorded, Settings, Store
+from .stores.base import Ended, Recorded, Store
 from .text import visible
 
 __all__ = ["Worker"]
@@ -92,7 +92,6 @@ class Worker:
         self._closing = False
         self._in_doubt = False
         self._lost = False
-        self._broken: SpevalError | None = None  # why there is no going on
         self._polls = 0
         self._recorded = 0
         self._started = clock.monotonic()
@@ -211,7 +210,7 @@ class Worker:
                 self._clock,
                 on_doubt=partial(_tell, loop, self._on_doubt),
                 on_lost=partial(_tell, loop, self._on_lost),
-                on_broken=partial(_tell, loop, self._on_broken),
+                on_broken=partial(_tell, loop, self._fail),
             )
             self._lease.start()
             if isinstance(self._space, Source):
@@ -261,8 +260,6 @@ class Worker:
                 self._take(recorded, idle, slots)
                 self._report(ended, recorded.refused)
                 self.commits.set()
-            elif self._broken is not None and not self._stopping:
-                raise self._broken
             elif self._is_finished():
                 return
             else:
@@ -558,10 +555,6 @@ class Worker:
         self._held.clear()
         if self._executor.can_stop:
             self._interrupt()
-        self._wake.set()
-
-    def _on_broken(self, error: SpevalError) -> None:
-        self._broken = error
         self._wake.set()
 
 

@@ -369,7 +369,7 @@ def test_a_local_disk_is_not_taken_for_a_network(db):
 
 
 def test_without_a_wal_every_commit_is_synchronous(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_file._network_filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "nfs4")
     file = SqliteFile(db, "create")
     assert file.connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     assert file.connection.execute("PRAGMA synchronous").fetchone() == (2,)
@@ -378,7 +378,7 @@ def test_without_a_wal_every_commit_is_synchronous(db, monkeypatch):
 
 def test_all_agree_on_the_journal_mode_also_who_sees_a_local_disk(db, monkeypatch):
     SqliteFile(db, "create").close()
-    monkeypatch.setattr("speval.stores.sqlite_file._network_filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "nfs4")
     SqliteFile(db, "create").close()
     monkeypatch.undo()
     for mode in ("create", "write"):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from ..clock import Clock
 from ..model import Durability
 from ..options import Database
-from .base import Store, StoreMode
+from .base import Control, ControlMode, Store, StoreMode
 
-__all__ = ["make_store"]
+__all__ = ["make_control", "make_store"]
 
 
 def make_store(
@@ -21,3 +21,14 @@ def make_store(
     from .sqlite import SqliteStore
 
     return SqliteStore(db, mode, durability, clock)
+
+
+def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None = None) -> Control:
+    """Return what people at a terminal look at a checked database with, opened.
+
+    Raises:
+        DatabaseError: it is not there, or can't be used.
+    """
+    from .sqlite_control import SqliteControl
+
+    return SqliteControl(db, mode, clock)

@@ -7,16 +7,17 @@ about an attempt carries its fencing token, and what a method has returned is du
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from ..model import Claim, Evaluation, OnChanged, Outcome, Status, Summary
+from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
 from ..space import Key, Space
 
-__all__ = ["Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Settings", "Store", "StoreMode"]
+__all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
 
 StoreMode = Literal["create", "write", "read"]  # make it if it is missing; it must be there; change nothing
+ControlMode = Literal["write", "read"]
 
 
 class Ended(NamedTuple):
@@ -35,18 +36,6 @@ class Seeded:
     unchanged: int
     changed: int
     gone: int  # stored, but not in this eval space
-
-
-class Settings(NamedTuple):
-    """What people have set for all workers of a database.
-
-    Attributes:
-        paused: Nobody claims anything; what runs, runs on.
-        concurrency: Evaluations each worker runs at once, whatever its call says; None: as its call says.
-    """
-
-    paused: bool = False
-    concurrency: int | None = None
 
 
 _NOTHING_SET = Settings()
@@ -123,6 +112,102 @@ class LeaseKeeping(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the connection."""
+
+
+class Control(ABC):
+    """The part of a store that people at a terminal use: blocking, with a connection of its own, opened when it is made.
+
+    It speaks of the whole database, whatever the spaces of the workers are. With the mode "read" it changes nothing and keeps
+    nobody waiting: it works while workers write, on what this user may only read, and on what an older release has written. The
+    methods that change something need the mode "write".
+    """
+
+    @abstractmethod
+    def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
+        """Look at everything at once, in one short transaction that costs little beside a count of the rows.
+
+        Args:
+            failures: How many of the last failed evaluations to name.
+            runs: How many of what each worker runs to name.
+        """
+
+    @abstractmethod
+    def evaluations(
+        self,
+        *,
+        status: Status | None = None,
+        cause: Cause | None = None,
+        pattern: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Evaluation]:
+        """Yield evaluations in eval-space order, read in pages of bounded size, each in a short transaction of its own.
+
+        Args:
+            status: Only those of this status.
+            cause: Only those failed for this cause.
+            pattern: Only those whose whole name fits: ``*`` stands for any text and ``?`` for any one character.
+            limit: How many at most.
+        """
+
+    @abstractmethod
+    def evaluation(self, name: str) -> Evaluation:
+        """Return one evaluation.
+
+        Raises:
+            UnknownNameError: it is not in the database.
+        """
+
+    @abstractmethod
+    def attempts(self, name: str) -> list[Attempt]:
+        """Return all attempts at one evaluation in the order of their numbers, one under way included, last.
+
+        Attempts that were given back unused are not among them.
+
+        Raises:
+            UnknownNameError: it is not in the database.
+        """
+
+    @abstractmethod
+    def set_paused(self, paused: bool) -> None:
+        """Ask all workers, also those still to come, to claim nothing, or to go on; they obey with their next claim."""
+
+    @abstractmethod
+    def set_concurrency(self, concurrency: int | None) -> None:
+        """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
+
+    @abstractmethod
+    def drop(self, names: Sequence[str] | None = None, *, status: Status | None = None) -> int:
+        """Forget evaluations with all their attempts, and return how many; a space that has them brings them back as new ones.
+
+        Neither ids nor the numbers by which ended attempts are followed are ever given again, so that whoever still writes
+        about a dropped evaluation is refused. With a status it may take several transactions, each complete in itself.
+
+        Args:
+            names: Which ones.
+            status: Else all of this one; not ``in_progress``.
+
+        Raises:
+            UnknownNameError: a name is not in the database; nothing was changed.
+            InProgressError: one of the named is in progress; nothing was changed.
+        """
+
+    @abstractmethod
+    def check(self, *, integrity: bool = True) -> Health:
+        """Look under the bonnet: how the database is stored, what is damaged, which workers are dead.
+
+        Args:
+            integrity: Whether to read the whole database for it, which may take a while.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 class Store(ABC):

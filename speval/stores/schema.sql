@@ -7,7 +7,8 @@ CREATE TABLE meta (
 ) WITHOUT ROWID;
 
 CREATE TABLE evaluations (
-    id INTEGER PRIMARY KEY,  -- in the order of the eval space
+    -- In the order of the eval space; never given again, so that what is said of a dropped evaluation fits no other.
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
     name NOT NULL UNIQUE,    -- decimal numbers as integers: those of a list then arrive in the order of the index
     args TEXT NOT NULL       -- JSON
 );
@@ -25,7 +26,8 @@ CREATE TABLE states (
     updated_at REAL NOT NULL
 );
 CREATE INDEX states_pending ON states (id) WHERE status = 0;
-CREATE INDEX states_failed ON states (id) WHERE status = 3;
+-- By when they failed: the latest are wanted, or those after some attempt.
+CREATE INDEX states_failed ON states (last) WHERE status = 3;
 -- By status, not by worker, so that it also holds what a damaged file says is in progress with nobody.
 CREATE INDEX states_held ON states (worker) WHERE status IN (1, 4);
 

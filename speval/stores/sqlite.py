@@ -25,15 +25,15 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..codec import decode
 from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
 from ..host import this_process
-from ..model import Cause, Claim, Durability, Error, Evaluation, OnChanged, Status, Summary
+from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
 from . import sqlite_seed as seeding
-from .base import Ended, LeaseKeeping, Recorded, Seeded, Settings, Store, StoreMode
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
 from .sqlite_file import SqliteFile, shown_path
-from .sqlite_lease import SqliteLeaseKeeping, worker_label
+from .sqlite_lease import SqliteLeaseKeeping
+from .sqlite_rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 
 __all__ = ["SqliteStore"]
 
@@ -44,14 +44,8 @@ T = TypeVar("T")
 
 _AT_ONCE = (512, 64, 8, 1)  # rows of one statement
 
-_STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
-_CODES: dict[Status | None, str] = {
-    None: "[0, 1, 2, 3, 4]", "pending": "[0, 4]", "in_progress": "[1]", "completed": "[2]", "failed": "[3]",
-}  # fmt: skip
-
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
 _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
-_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
@@ -111,13 +105,9 @@ INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen
 VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
 """
 
-_COLUMNS = """
-    e.name, s.status, s.updated_at, e.args, s.attempt - s.released, a.result, a.outcome,
-    a.error_type, a.error_message, a.error_traceback, a.started_at, a.duration, w.id, w.host, w.pid
-"""
 _LOAD = (
     "SELECT s.id,"
-    + _COLUMNS
+    + COLUMNS
     + """
 FROM states AS s JOIN evaluations AS e ON e.id = s.id
 LEFT JOIN attempts AS a ON a.seq = s.last AND s.status IN (2, 3)
@@ -136,7 +126,7 @@ ORDER BY rowid LIMIT ?
 """
 _ENDED_SINCE = (
     "SELECT a.seq, s.id,"
-    + _COLUMNS
+    + COLUMNS
     + """
 FROM attempts AS a JOIN states AS s ON s.id = a.evaluation AND s.last = a.seq JOIN evaluations AS e ON e.id = s.id
 LEFT JOIN workers AS w ON w.id = a.worker
@@ -345,7 +335,7 @@ class SqliteStore(Store):
         return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
 
     def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
-        pending, settings = self._any(c, _ANY_PENDING), _settings(c)
+        pending, settings = self._any(c, _ANY_PENDING), settings_of(c)
         failures = self._failures(c) if count_failures else None
         recorded = Recorded(open=pending or self._any(c, _ANY_HELD), failures=failures, settings=settings)
         return pending and not settings.paused, recorded
@@ -370,7 +360,7 @@ class SqliteStore(Store):
         count_failures: bool,
     ) -> Recorded:
         now = self._clock.wall()
-        recorded = Recorded(settings=_settings(c))
+        recorded = Recorded(settings=settings_of(c))
         if ended:
             recorded.refused = _end(c, ended, now)
         if released:
@@ -384,7 +374,10 @@ class SqliteStore(Store):
             if not recorded.settings.paused:
                 recorded.claims = self._claim(c, worker, idle, ahead, now)
             if len(recorded.claims) < idle:
-                recorded.open = bool(recorded.claims) or self._any(c, _ANY_HELD) or self._any(c, _ANY_PENDING)
+                pending = self._any(c, _ANY_PENDING)
+                if pending and not (recorded.settings.paused or ended or released or due):
+                    raise self._damaged()  # once there is nothing to be written with it
+                recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
         if count_failures:
             recorded.failures = self._failures(c)
         return recorded
@@ -402,8 +395,11 @@ class SqliteStore(Store):
     def _take(self, c: sqlite3.Connection, found: list[Any], values: dict[str, Any]) -> None:
         taken = c.execute(_CLAIM, values | {"ids": json.dumps([row[0] for row in found])}).rowcount if found else 0
         if taken != len(found):
-            problem = "damaged: an index says that something is pending that is not; `sqlite3 {} REINDEX` may mend it"
-            raise DatabaseError(self._shown, problem.format(self._shown))
+            raise self._damaged()
+
+    def _damaged(self) -> DatabaseError:
+        fix = f"`sqlite3 {self._shown} REINDEX` may mend it"
+        return DatabaseError(self._shown, f"damaged: what it says is pending is not there to be had; {fix}")
 
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:
@@ -426,15 +422,15 @@ class SqliteStore(Store):
             rows = c.execute(_ENDED_SINCE, {"cursor": cursor, "last": self._last, "limit": limit}).fetchall()
             # Rows that were passed over need not be looked at again.
             (newest,) = (rows[-1][0],) if len(rows) == limit else c.execute(_MAX_SEQ).fetchone()
-            return newest, [(row[1], _evaluation(self._shown, row[2:])) for row in rows]
+            return newest, [(row[1], evaluation(self._shown, row[2:])) for row in rows]
 
         return await self._read(fetch)
 
     async def summary(self) -> Summary:
         def count(c: sqlite3.Connection) -> Summary:
-            counts: dict[str, int] = dict.fromkeys(_STATUS.values(), 0)
+            counts: dict[str, int] = dict.fromkeys(STATUS.values(), 0)
             for status, number in c.execute(_COUNTS, {"last": self._last}):
-                counts[_STATUS[status]] += number
+                counts[STATUS[status]] += number
             causes: dict[Cause, int] = dict(c.execute(_CAUSES, {"last": self._last}).fetchall())
             return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
 
@@ -447,8 +443,8 @@ class SqliteStore(Store):
         sql = _LOAD_0_1 if file.is_0_1 else _LOAD
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
-            rows = c.execute(sql, (after, _CODES[status], limit)).fetchall()
-            return (rows[-1][0] if rows else after), [_evaluation(self._shown, row[1:]) for row in rows]
+            rows = c.execute(sql, (after, CODES[status], limit)).fetchall()
+            return (rows[-1][0] if rows else after), [evaluation(self._shown, row[1:]) for row in rows]
 
         return await self._read(fetch)
 
@@ -456,20 +452,14 @@ class SqliteStore(Store):
         def put_back(c: sqlite3.Connection) -> int:
             now = self._clock.wall()
             if names is None:
-                return c.execute(_RETRY, (now, _CODES[status])).rowcount
+                return c.execute(_RETRY, (now, CODES[status])).rowcount
             keys = json.dumps([name_to_key(name) for name in names])
             unknown = [str(name) for (name,) in c.execute(_UNKNOWN_NAMES, (keys,))]
             if unknown:
                 raise UnknownNameError(self._shown, unknown)
-            return c.execute(_RETRY_NAMED, (now, _CODES[status], keys)).rowcount
+            return c.execute(_RETRY_NAMED, (now, CODES[status], keys)).rowcount
 
         return await self._write(put_back)
-
-
-def _settings(c: sqlite3.Connection) -> Settings:
-    found = dict(c.execute(_SETTINGS).fetchall())
-    concurrency = found.get("concurrency")
-    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)
 
 
 def _for_rows(c: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]]) -> int:
@@ -520,30 +510,3 @@ def _attempt(seq: int, ended: Ended, now: float) -> tuple[Any, ...]:
     shown = (None, None, None) if error is None else (error["type"], error["message"], error["traceback"])
     times = (outcome.started_at, outcome.duration, now)
     return (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
-
-
-def _evaluation(db: str, row: Sequence[Any]) -> Evaluation:
-    try:
-        return _decoded(row)
-    except (TypeError, ValueError, RecursionError) as error:  # TypeError: bytes where text should be
-        raise DatabaseError(db, f"what is stored of evaluation {str(row[0])!r} is no JSON ({error})") from error
-
-
-def _decoded(row: Sequence[Any]) -> Evaluation:
-    name, code, updated, args, attempts, result, outcome, type_, message, traceback, started, duration, *worker = row
-    status = _STATUS[code]
-    error: Error | None = None
-    if status == "failed":
-        error = {"cause": outcome, "type": type_ or "", "message": message or "", "traceback": traceback or ""}
-    return {
-        "name": str(name),
-        "status": status,
-        "updated": updated,
-        "result": None if result is None else decode(result),
-        "args": decode(args),
-        "attempts": attempts,
-        "error": error,
-        "started": updated if status == "in_progress" else started,
-        "duration": duration,
-        "worker": None if worker[0] is None else worker_label(*worker),
-    }

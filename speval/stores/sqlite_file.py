@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..model import Durability
 
-__all__ = ["SqliteFile", "shown_path"]
+__all__ = ["SqliteFile", "filesystem", "is_network", "shown_path"]
 
 logger = logging.getLogger("speval.store")
 
@@ -113,6 +113,25 @@ class SqliteFile:
         """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
 
+    def show_as_current(self) -> None:
+        """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
+        if self.is_empty or self.is_0_1:
+            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            with self._errors():
+                self.connection.backup(copy)
+                self.connection.close()
+                self.connection = copy
+                _migrate(copy)
+
+    def look_after(self) -> None:
+        """See that the name still leads to the file that is open, before a look that may be one of many.
+
+        Raises:
+            DatabaseError: it does not.
+        """
+        if how := self._taken_away():
+            raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
+
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
         self._look_after_the_file()  # who waits would not notice for long
@@ -172,6 +191,12 @@ class SqliteFile:
 
     def _look_after_the_file(self) -> None:
         """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
+        if how := self._taken_away():
+            self._rescued = self._rescued or self._rescue()
+            raise DatabaseError(self.shown, f"{how} while in use; {self._rescued}")
+
+    def _taken_away(self) -> str | None:
+        """Return what has happened to the files, None if they are there."""
         how = None
         try:
             found, size = _identity(self.path)
@@ -185,11 +210,9 @@ class SqliteFile:
             elif self._log is not None and _identity(self._log_path)[0] != self._log:
                 how = "has lost its -wal file, which was deleted or replaced"
         except OSError:
-            return  # a folder or a server out of reach: SQLite will say
+            return None  # a folder or a server out of reach: SQLite will say
         self._was_filled = self._was_filled or size > 0
-        if how is not None:
-            self._rescued = self._rescued or self._rescue()
-            raise DatabaseError(self.shown, f"{how} while in use; {self._rescued}")
+        return how
 
     def _rescue(self) -> str:
         """Copy what the open file still holds beside the name it had, and say where to."""
@@ -271,7 +294,8 @@ class SqliteFile:
 
     def _prepare(self, durability: str) -> None:
         connection = self.connection
-        self.network = _network_filesystem(self.path)
+        kind = filesystem(self.path)
+        self.network = kind if is_network(kind) else None
         # All have to agree, also those for whom the disk is a local one: the file server's own programs.
         stored = self.read(_stored_journal_mode) if self._is_current else None
         mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
@@ -283,7 +307,8 @@ class SqliteFile:
         connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         if not self._is_current:
-            self.write(_migrate)
+            if self.write(_migrate):
+                logger.warning("migrated a database of speval 0.1.1; copies of the old release can't use it any more")
             self.is_0_1 = False
         if mode != stored:
             self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
@@ -319,7 +344,8 @@ class SqliteFile:
             if code == sqlite3.SQLITE_NOTADB:
                 raise ForeignDatabaseError(db, "some other kind of file") from error
             if code == sqlite3.SQLITE_CORRUPT:
-                raise DatabaseError(db, f"damaged ({error}); `sqlite3 {db} .recover` saves what can be saved") from error
+                fix = f"`sqlite3 {db} REINDEX` mends an index, `sqlite3 {db} .recover` saves what can be saved"
+                raise DatabaseError(db, f"damaged ({error}); {fix}") from error
             if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
                 raise DatabaseError(db, "damaged: what should be text in it is none") from None
             if code == sqlite3.SQLITE_READONLY:
@@ -391,11 +417,15 @@ def _stored_journal_mode(connection: sqlite3.Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Bring the file to SCHEMA; looked at again under the lock, because many copies start at once."""
+def _migrate(connection: sqlite3.Connection) -> bool:
+    """Bring the file to SCHEMA; looked at again under the lock, because many copies start at once.
+
+    Returns:
+        Whether it was a file of speval 0.1.1.
+    """
     application_id, version, _, columns = _describe(connection)
     if application_id == APPLICATION_ID and version == SCHEMA:
-        return
+        return False
     from_0_1 = columns == COLUMNS_0_1
     if from_0_1:
         connection.execute("ALTER TABLE evals RENAME TO evals_0_1")
@@ -405,8 +435,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO meta VALUES ('release', ?)", (RELEASE_FOR_SCHEMA,))
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA}")
-    if from_0_1:
-        logger.warning("migrated a database of speval 0.1.1; copies of the old release can't use it any more")
+    return from_0_1
 
 
 def _script(connection: sqlite3.Connection, name: str) -> None:
@@ -419,8 +448,8 @@ def _script(connection: sqlite3.Connection, name: str) -> None:
             statement = ""
 
 
-def _network_filesystem(path: Path) -> str | None:
-    """Return the kind of network filesystem the file is on, or None."""
+def filesystem(path: Path) -> str | None:
+    """Return the kind of filesystem the file is on, or None where that can't be told."""
     if sys.platform != "linux":
         return None
     device = path.stat().st_dev
@@ -429,9 +458,13 @@ def _network_filesystem(path: Path) -> str | None:
         with Path("/proc/self/mountinfo").open() as mounts:
             for line in mounts:
                 fields = line.split()
-                kind = fields[fields.index("-") + 1]
-                if fields[2] == name and (kind in _NETWORK or kind.startswith("fuse.")):
-                    return kind
+                if fields[2] == name:
+                    return fields[fields.index("-") + 1]
     except (OSError, ValueError):
         pass
     return None
+
+
+def is_network(kind: str | None) -> bool:
+    """Tell whether a kind of filesystem is shared by several machines, or may be."""
+    return kind is not None and (kind in _NETWORK or kind.startswith("fuse."))

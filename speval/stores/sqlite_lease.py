@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..clock import Clock
 from ..host import Process, is_gone, this_process
-from ..text import visible
 from .base import LeaseKeeping, Reclaimed
 from .sqlite_file import SqliteFile
+from .sqlite_rows import worker_label
 
-__all__ = ["SqliteLeaseKeeping", "Watch", "WorkerRow", "worker_label"]
+__all__ = ["SqliteLeaseKeeping", "Watch", "WorkerRow"]
 
 T = TypeVar("T")
 
@@ -63,11 +63,6 @@ INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, ended_at, ou
 VALUES ((SELECT coalesce(max(seq), 0) + 1 FROM attempts), ?, ?, ?, ?, ?, 'lost', 'WorkerLost', ?, '') RETURNING seq
 """
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
-
-
-def worker_label(id: int, host: str, pid: int) -> str:
-    """Return how a worker is shown to people."""
-    return visible(f"{host}:{pid}:{id:012x}")
 
 
 def _unknown_label(holder: object) -> str:

@@ -1,0 +1,488 @@
+"""What people at a terminal look at and steer, in a SQLite file.
+
+Owns the SQL of the command. Invariant: looking takes no lock that keeps a worker waiting and no snapshot for longer than a page
+or a count needs; what is dropped leaves nothing behind that a fencing token or a sequence number of today could fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..clock import Clock
+from ..errors import DatabaseError, InProgressError, OptionError, UnknownNameError
+from ..host import Process, is_gone, this_process
+from ..model import (
+    Attempt,
+    Cause,
+    Evaluation,
+    Failure,
+    Finding,
+    Health,
+    Overview,
+    Running,
+    Status,
+    WorkerState,
+    WorkerView,
+    counted,
+)
+from ..space import name_to_key
+from .base import Control, ControlMode
+from .sqlite_file import SCHEMA, SqliteFile, filesystem, is_network
+from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
+
+__all__ = ["SqliteControl"]
+
+_SPAN = 20_000  # rows looked at in one transaction
+_PAGE = 500  # evaluations
+_PAGE_SIZE = 4_000_000  # characters of args and results
+_CHUNK = 10_000  # rows deleted in one transaction
+_WINDOW = 60.0  # seconds over which a rate is taken
+_FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
+_BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
+
+# Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
+_COUNTS = """
+SELECT
+    (SELECT count(*) FROM states),
+    (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
+        + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
+"""
+_CAUSES = """
+SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 GROUP BY a.outcome
+"""
+_WORKERS = """
+SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
+WHERE ended_at IS NULL ORDER BY started_at, id
+"""
+# What is claimed ahead and has waited for long is under way: else it would have been given back.
+_IS_RUNNING = "(status = 1 AND (ahead <> 1 OR updated_at < :begun))"
+_HOLDINGS = f"""
+SELECT worker, total({_IS_RUNNING}), total(status = 1), total(status = 4) FROM states INDEXED BY states_held
+WHERE status IN (1, 4) GROUP BY worker
+"""
+_RUNS = f"""
+SELECT e.name, s.updated_at FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id
+WHERE status IN (1, 4) AND s.worker = :worker AND {_IS_RUNNING} ORDER BY s.updated_at, s.id LIMIT :limit
+"""
+_FAILURES = """
+SELECT e.name, a.outcome, a.error_type, a.error_message, s.attempt - s.released, a.ended_at, w.id, w.host, w.pid
+FROM states AS s INDEXED BY states_failed
+JOIN evaluations AS e ON e.id = s.id JOIN attempts AS a ON a.seq = s.last LEFT JOIN workers AS w ON w.id = a.worker
+WHERE s.status = 3 ORDER BY s.last DESC LIMIT ?
+"""
+_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
+_NEXT_ATTEMPT = "SELECT seq, ended_at FROM attempts WHERE seq >= ? ORDER BY seq LIMIT 1"
+_EARLIER_ATTEMPT = "SELECT ended_at FROM attempts WHERE seq <= ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
+
+_FROM = f"""
+SELECT s.id, {COLUMNS}
+FROM states AS s JOIN evaluations AS e ON e.id = s.id
+LEFT JOIN attempts AS a ON a.seq = s.last AND s.status IN (2, 3)
+LEFT JOIN workers AS w ON w.id = CASE WHEN s.status = 1 THEN s.worker ELSE a.worker END
+"""
+_PAGED = f"""{_FROM}
+WHERE s.id > :after AND s.id <= :upto AND s.status IN (SELECT value FROM json_each(:codes))
+    AND (:pattern IS NULL OR CAST(e.name AS TEXT) GLOB :pattern) AND (:cause IS NULL OR (s.status = 3 AND a.outcome = :cause))
+ORDER BY s.id
+"""
+_ONE = f"{_FROM} WHERE e.name = ?"
+_NEXT_ID = "SELECT min(id) FROM states WHERE id > ?"
+
+_STANDING = """
+SELECT s.id, s.status, s.attempt, s.attempt - s.released, s.last, s.updated_at, w.id, w.host, w.pid
+FROM evaluations AS e JOIN states AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
+"""
+# There is no index by evaluation, which would cost every worker; from the last one backwards, they are soon found.
+_ATTEMPTS = """
+SELECT a.attempt, a.started_at, a.ended_at, a.duration, a.outcome, a.result, a.error_type, a.error_message, a.error_traceback,
+    w.id, w.host, w.pid
+FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.seq > :after AND a.seq <= :upto AND a.evaluation = :id ORDER BY a.seq DESC
+"""
+
+_NAMED = """
+SELECT j.value, e.id, s.status
+FROM json_each(?) AS j LEFT JOIN evaluations AS e ON e.name = j.value LEFT JOIN states AS s ON s.id = e.id
+"""
+_WITH_STATUS = "SELECT id FROM states WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"
+_DROP_STATES = "DELETE FROM states WHERE id IN (SELECT value FROM json_each(?)) AND status <> 1"
+_DROP_EVALUATIONS = """
+DELETE FROM evaluations
+WHERE id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = evaluations.id)
+"""
+_NOBODYS = """
+SELECT seq FROM attempts AS a
+WHERE seq > ? AND seq <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = a.evaluation)
+"""
+# The last row stays, empty: it has the number after which the next one is numbered.
+_DROP_ATTEMPTS = """
+DELETE FROM attempts WHERE seq IN (SELECT value FROM json_each(?)) AND seq < (SELECT max(seq) FROM attempts)
+"""
+_EMPTY_ATTEMPTS = """
+UPDATE attempts SET result = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL
+WHERE seq IN (SELECT value FROM json_each(?))
+"""
+
+_STATELESS = "SELECT count(*) FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = e.id)"
+_NAMELESS = "SELECT count(*) FROM states AS s WHERE NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = s.id)"
+_ANSWERLESS = """
+SELECT count(*) FROM states AS s
+WHERE s.status IN (2, 3) AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.seq = s.last AND a.evaluation = s.id)
+"""
+_AMISS = ((_STATELESS, "without a status"), (_NAMELESS, "without a name"), (_ANSWERLESS, "without their attempt"))
+_ORPHANED = """
+SELECT count(*) FROM states AS s INDEXED BY states_held
+WHERE status IN (1, 4) AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = s.worker AND w.ended_at IS NULL)
+"""
+
+
+class SqliteControl(Control):
+    """What people look at and steer in one SQLite file.
+
+    Args:
+        path: The file, which must be there.
+        mode: ``read`` changes nothing; ``write`` is for what changes something.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, path: Path, mode: ControlMode = "read", clock: Clock | None = None) -> None:
+        self._clock = clock or Clock()
+        self._file = SqliteFile(path, mode)
+        self._is_0_1 = self._file.is_0_1
+        self._machine = this_process().machine
+        if mode == "read":
+            self._file.show_as_current()
+
+    def __repr__(self) -> str:
+        return f"<SqliteControl {self._file.shown!r}>"
+
+    def close(self) -> None:
+        self._file.close()
+
+    # Looking
+
+    def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
+        self._file.look_after()
+        return self._file.read(self._overview, failures, runs)
+
+    def _overview(self, c: sqlite3.Connection, failures: int, runs: int) -> Overview:
+        total, pending, in_progress, failed = (int(count) for count in c.execute(_COUNTS).fetchone())
+        now = self._clock.wall()
+        workers = self._workers(c, now, runs)
+        shown = c.execute(_FAILURES, (failures,)).fetchall()
+        return Overview(
+            at=now,
+            pending=pending,
+            in_progress=in_progress,
+            completed=total - pending - in_progress - failed,
+            failed=failed,
+            causes=dict(c.execute(_CAUSES).fetchall()),
+            rate=_rate(c, workers, now),
+            settings=settings_of(c),
+            workers=workers,
+            failures=tuple(
+                Failure(str(name), cause, type_ or "", message or "", attempts, ended_at, _label(worker))
+                for name, cause, type_, message, attempts, ended_at, *worker in shown
+            ),
+        )
+
+    def _workers(self, c: sqlite3.Connection, now: float, runs: int) -> tuple[WorkerView, ...]:
+        values = {"begun": now - _BEGUN, "limit": runs}
+        holdings = {worker: counts for worker, *counts in c.execute(_HOLDINGS, values)}
+        views = []
+        for id, host, pid, machine, start, lease, dead, started_at, last_seen in c.execute(_WORKERS).fetchall():
+            running, claimed, held = (int(count) for count in holdings.get(id, (0, 0, 0)))
+            named = c.execute(_RUNS, values | {"worker": id}).fetchall() if running else []
+            state: WorkerState = "alive"
+            if dead or is_gone(Process(host, pid, machine, start), self._machine):
+                state = "dead"
+            elif now - last_seen > lease:
+                state = "silent"
+            views.append(
+                WorkerView(
+                    worker=worker_label(id, host, pid),
+                    host=host,
+                    pid=pid,
+                    state=state,
+                    started_at=started_at,
+                    last_seen=last_seen,
+                    ended_at=None,
+                    lease=lease,
+                    runs=tuple(Running(str(name), since) for name, since in named),
+                    running=running,
+                    ahead=claimed - running,
+                    held=held,
+                )
+            )
+        return tuple(views)
+
+    def evaluations(
+        self,
+        *,
+        status: Status | None = None,
+        cause: Cause | None = None,
+        pattern: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Evaluation]:
+        # GLOB knows sets of characters too, which nobody is promised.
+        glob = None if pattern is None else pattern.replace("[", "[[]")
+        values = {"codes": CODES[status], "cause": cause, "pattern": glob}
+        after: int | None = 0
+        left = limit
+        while after is not None and left != 0:
+            after, page = self._file.read(self._page, values, after, _PAGE if left is None else min(_PAGE, left))
+            left = None if left is None else left - len(page)
+            yield from page
+
+    def _page(
+        self, c: sqlite3.Connection, values: dict[str, str | None], after: int, limit: int
+    ) -> tuple[int | None, list[Evaluation]]:
+        """Return where the next page begins, None at the end, and the evaluations of this one."""
+        (first,) = c.execute(_NEXT_ID, (after,)).fetchone()
+        if first is None:
+            return None, []
+        upto = first + _SPAN
+        found: list[Evaluation] = []
+        size = 0
+        cursor = c.execute(_PAGED, values | {"after": after, "upto": upto})
+        for row in cursor:
+            found.append(evaluation(self._file.shown, row[1:]))
+            size += len(row[4]) + len(row[6] or "")
+            if len(found) == limit or size > _PAGE_SIZE:
+                cursor.close()  # an open one would keep the transaction from ending
+                return row[0], found
+        return upto, found
+
+    def evaluation(self, name: str) -> Evaluation:
+        def find(c: sqlite3.Connection) -> Evaluation:
+            row = c.execute(_ONE, (name_to_key(name),)).fetchone()
+            if row is None:
+                raise UnknownNameError(self._file.shown, [name])
+            return evaluation(self._file.shown, row[1:])
+
+        return self._file.read(find)
+
+    def attempts(self, name: str) -> list[Attempt]:
+        row = self._file.read(lambda c: c.execute(_STANDING, (name_to_key(name),)).fetchone())
+        if row is None:
+            raise UnknownNameError(self._file.shown, [name])
+        id, code, latest, count, last, updated_at, *worker = row
+        found: list[Attempt] = []
+        if code == 1:
+            found.append(Attempt(latest, _label(worker), updated_at, None, None, None, None, None))
+        upto = last or 0
+        while len(found) < count and upto > 0:
+            found += self._file.read(self._attempts, id, name, max(0, upto - _SPAN), upto)
+            upto -= _SPAN
+        return sorted(found, key=lambda attempt: attempt.number)
+
+    def _attempts(self, c: sqlite3.Connection, id: int, name: str, after: int, upto: int) -> list[Attempt]:
+        found = []
+        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}):
+            number, started_at, ended_at, duration, outcome, result, type_, message, traceback, *worker = row
+            value = None if result is None else decoded(self._file.shown, name, result)
+            error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)
+            found.append(Attempt(number, _label(worker), started_at, ended_at, duration, outcome, value, error))
+        return found
+
+    # Steering
+
+    def set_paused(self, paused: bool) -> None:
+        self._set("paused", 1 if paused else None)
+
+    def set_concurrency(self, concurrency: int | None) -> None:
+        if concurrency is not None and concurrency < 1:
+            raise OptionError("concurrency", repr(concurrency), "a whole number, 1 or more")
+        self._set("concurrency", concurrency)
+
+    def _set(self, key: str, value: int | None) -> None:
+        def change(c: sqlite3.Connection) -> None:
+            c.execute("DELETE FROM meta WHERE key = ?", (key,))
+            if value is not None:
+                c.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
+
+        self._file.write(change)
+
+    def drop(self, names: Sequence[str] | None = None, *, status: Status | None = None) -> int:
+        if (names is None) == (status is None):
+            raise OptionError("names", repr(names), "name what to drop, or give a status, and not both")
+        if status == "in_progress":
+            raise OptionError("status", repr(status), "what a worker runs can't be dropped; stop the worker first")
+        if names is not None:
+            dropped = self._file.write(self._drop_named, list(names))
+        else:
+            dropped, after = 0, 0
+            while True:
+                count, last = self._file.write(self._drop_some, after, CODES[status])
+                dropped += count
+                if last is None:
+                    break
+                after = last
+        if dropped:
+            self._drop_attempts()
+        return dropped
+
+    def _drop_named(self, c: sqlite3.Connection, names: list[str]) -> int:
+        rows = c.execute(_NAMED, (json.dumps([name_to_key(name) for name in names]),)).fetchall()
+        if unknown := [str(name) for name, id, _ in rows if id is None]:
+            raise UnknownNameError(self._file.shown, unknown)
+        if held := [str(name) for name, _, code in rows if code == 1]:
+            raise InProgressError(self._file.shown, held)
+        return _drop(c, [id for _, id, _ in rows])
+
+    def _drop_some(self, c: sqlite3.Connection, after: int, codes: str) -> tuple[int, int | None]:
+        """Drop a bounded number; return how many, and where to go on."""
+        ids = [id for (id,) in c.execute(_WITH_STATUS, (after, codes, _CHUNK))]
+        return _drop(c, ids), ids[-1] if len(ids) == _CHUNK else None
+
+    def _drop_attempts(self) -> None:
+        """Delete the attempts of what is not there any more; what an interrupted drop has left is found too."""
+        (newest,) = self._file.read(lambda c: c.execute(_MAX_SEQ).fetchone())
+        for low in range(0, newest, _CHUNK):
+            seqs = self._file.read(_nobodys, low, low + _CHUNK)
+            if seqs:
+                self._file.write(self._delete_attempts, json.dumps(seqs))
+
+    def _delete_attempts(self, c: sqlite3.Connection, seqs: str) -> None:
+        c.execute(_DROP_ATTEMPTS, (seqs,))
+        c.execute(_EMPTY_ATTEMPTS, (seqs,))
+
+    # Looking under the bonnet
+
+    def check(self, *, integrity: bool = True) -> Health:
+        path = self._file.path
+        kind = filesystem(path)
+        facts: dict[str, str | int | float | bool | None] = {
+            "database": str(path),
+            "store": f"SQLite {sqlite3.sqlite_version}",
+            "bytes": path.stat().st_size,
+            "log bytes": _size(Path(f"{path}-wal")),
+            "filesystem": kind,
+            "writable": os.access(path, os.W_OK) and os.access(path.parent, os.W_OK),
+        }
+        findings = []
+        try:
+            if self._is_0_1:
+                facts["schema"] = "speval 0.1.1"
+                fix = "the first call of speval() migrates it; stop old copies first"
+                findings.append(Finding("it is of speval 0.1.1", fix, False))
+            else:
+                more, found = self._file.read(self._look_inside)
+                facts |= more
+                findings += found
+            overview = self.overview(failures=0, runs=0)
+            facts |= {"evaluations": overview.total, "workers": sum(w.state == "alive" for w in overview.workers)}
+            facts |= {"paused": overview.settings.paused, "concurrency": overview.settings.concurrency}
+            findings += [_lost(worker) for worker in overview.workers if worker.state in ("dead", "silent")]
+            if overview.settings.paused:
+                findings.append(Finding("it is paused: workers claim nothing", "`speval resume` lets them go on", False))
+            if integrity:
+                damage = self._file.read(_damage)
+                facts["integrity"] = "damaged" if damage else "ok"
+                fix = f"`sqlite3 {self._file.shown} .recover` saves what can be saved"
+                findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
+        except DatabaseError as error:  # then the rest can't be known
+            findings.append(Finding(error.problem, "go back to a copy of the file, or start a new one", True))
+        if is_network(kind):
+            problem = f"it is on a network filesystem ({kind}): commits are slow, and as safe as its locks"
+            findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
+        return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
+
+    def _look_inside(self, c: sqlite3.Connection) -> tuple[dict[str, str | int | None], list[Finding]]:
+        (journal,) = c.execute("PRAGMA journal_mode").fetchone()
+        meta = dict(c.execute("SELECT key, value FROM meta").fetchall())
+        facts: dict[str, str | int | None] = {"journal": journal, "schema": SCHEMA, "since release": meta.get("release")}
+        findings = []
+        stored = meta.get("journal_mode")
+        if stored is not None and journal not in (stored, "memory"):
+            problem = f"its journal mode is {journal}, and the copies agreed on {stored}"
+            findings.append(Finding(problem, "stop all copies and start again", True))
+        fix = "go back to a copy of the file, or start a new one"
+        for sql, what in (
+            (_STATELESS, "without a status"),
+            (_NAMELESS, "without a name"),
+            (_ANSWERLESS, "without their attempt"),
+        ):
+            (count,) = c.execute(sql).fetchone()
+            if count:
+                findings.append(Finding(f"{counted(count)} {what}", fix, True))
+        (count,) = c.execute(_ORPHANED).fetchone()
+        if count:
+            problem = f"{counted(count)} held by no worker"
+            findings.append(Finding(problem, "the next copy that is started takes them back", False))
+        return facts, findings
+
+
+def _drop(c: sqlite3.Connection, ids: Sequence[int]) -> int:
+    listed = json.dumps(ids)
+    c.execute(_DROP_STATES, (listed,))
+    count: int = c.execute(_DROP_EVALUATIONS, (listed,)).rowcount
+    c.execute("DELETE FROM meta WHERE key = 'space'")  # the digest speaks of all that was there
+    return count
+
+
+def _nobodys(c: sqlite3.Connection, after: int, upto: int) -> list[int]:
+    return [seq for (seq,) in c.execute(_NOBODYS, (after, upto))]
+
+
+def _label(worker: Sequence[Any]) -> str | None:
+    return None if worker[0] is None else worker_label(*worker)
+
+
+def _rate(c: sqlite3.Connection, workers: Sequence[WorkerView], now: float) -> float | None:
+    """Return how many attempts end per second; attempts are in the order of their ends, so a few of them tell."""
+    alive = [worker.started_at for worker in workers if worker.state == "alive"]
+    (newest,) = c.execute(_MAX_SEQ).fetchone()
+    if not alive or not newest:
+        return None
+    began = min(alive)
+    since = max(began, now - _WINDOW)
+    count = newest + 1 - _first_after(c, since, newest)
+    if count < _FEWEST:
+        row = c.execute(_EARLIER_ATTEMPT, (newest, _FEWEST)).fetchone()
+        since = max(began, row[0]) if row else began
+        count = newest + 1 - _first_after(c, since, newest)
+    return count / max(now - since, 1e-3) if count else None
+
+
+def _first_after(c: sqlite3.Connection, moment: float, newest: int) -> int:
+    """Return the number of the first attempt that ended after a moment."""
+    low, high = 1, newest + 1
+    while low < high:
+        middle = (low + high) // 2
+        seq, ended_at = c.execute(_NEXT_ATTEMPT, (middle,)).fetchone()
+        if ended_at > moment:
+            high = middle
+        else:
+            low = seq + 1
+    return low
+
+
+def _lost(worker: WorkerView) -> Finding:
+    holds = counted(worker.running + worker.ahead + worker.held)
+    if worker.state == "dead":
+        return Finding(
+            f"worker {worker.worker} is dead and holds {holds}", "the next copy that is started takes them back", False
+        )
+    problem = f"worker {worker.worker} shows no sign of life, by this machine's clock, and holds {holds}"
+    return Finding(problem, f"any copy takes them back when it has watched it for its lease of {worker.lease:g} s", False)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _damage(c: sqlite3.Connection) -> list[str]:
+    """Return what SQLite finds wrong, at most ten of it."""
+    return [text for (text,) in c.execute("PRAGMA integrity_check(10)") if text != "ok"]
