@@ -620,7 +620,22 @@ def test_what_was_printed_before_a_crash_is_on_the_terminal(terminal, db):  # no
 # The function travels once
 
 
-def test_a_large_closure_is_written_once_and_mapped_by_all(db):
+def test_a_large_closure_is_written_once_mapped_by_all_and_not_sent_again(db, monkeypatch):
+    from speval.executors import payload, process
+
+    written, sent = [], []
+    write_payload, frame = payload.write_payload, process._frame
+
+    def write(fd, *args):
+        write_payload(fd, *args)
+        written.append(os.fstat(fd).st_size)
+
+    def counted(message):
+        sent.append(len(frame(message)))
+        return frame(message)
+
+    monkeypatch.setattr(payload, "write_payload", write)
+    monkeypatch.setattr(process, "_frame", counted)
     weights = numpy.ones(13_000_000)  # 104 MB
     weights[17] = 4.5
 
@@ -636,6 +651,9 @@ def test_a_large_closure_is_written_once_and_mapped_by_all(db):
     results = [e["result"] for e in load_evals(db)]
     assert {result[0] for result in results} == {4.5}
     assert max(result[1] for result in results) < 60  # MiB; a copy of its own would be 104
+    assert len(written) == 1
+    assert 104e6 <= written[0] < 105e6
+    assert max(sent) < 5000  # bytes; the first call of a worker is as small as any other
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 20, 50, 200])
