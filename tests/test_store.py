@@ -383,6 +383,36 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
         keeping.close()
 
 
+@pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
+async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    other, its = await database.worker([1, 2])
+    keeping = keeping_of(other)
+    try:
+        store, worker = await database.worker([1, 2])
+        assert len((await store.record(worker, ahead=2)).claims) == 2
+        assert keeping.reclaim(its, 3).pending == 2
+        store, worker = await database.worker([1, 2])
+        (claim,) = (await store.record(worker, idle=1)).claims
+        if then == "released":
+            await store.record(worker, released=[claim])
+        elif then == "left":
+            await store.leave(worker)
+        elif then == "failed and put back":
+            await store.record(worker, [broken(claim)])
+            assert await store.retry(None, "failed") == 1
+        else:
+            await store.record(worker, [broken(claim, "timeout", again=True)])
+            (claim,) = (await store.record(worker, due=[claim], idle=1)).claims
+            await store.record(worker, [done(claim)])
+            assert await store.retry(None, "completed") == 1
+        assert await database.statuses() == ["pending"] * 2
+        assert (await other.record(its, ahead=2)).claims == []
+        assert len((await other.record(its, idle=2)).claims) == 2
+    finally:
+        keeping.close()
+
+
 async def test_open_tells_whether_something_is_left_to_end(database):
     store, worker = await database.worker([1, 2])
     recorded = await store.record(worker, idle=3)
@@ -448,6 +478,42 @@ async def test_a_stale_attempt_cannot_complete(database):
     assert recorded.refused == [stale, foreign]
     assert await database.statuses() == ["completed", "in_progress", "in_progress"]
     assert rows(database.path, "SELECT evaluation FROM attempts") == [(claims[0].id,)]
+
+
+@pytest.mark.parametrize("state", ["in progress", "held", "released", "completed", "put back", "claimed by another"])
+async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with_it(database, state):
+    store, worker = await database.worker([1])
+    other, its = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    tokens = [claim._replace(attempt=0), claim._replace(attempt=2), claim._replace(worker=its)]
+    if state == "held":
+        await store.record(worker, [broken(claim, "timeout", again=True)])
+    elif state in ("completed", "put back"):
+        await store.record(worker, [done(claim)])
+        tokens.append(claim)
+        if state == "put back":
+            await store.retry(None, "completed")
+    elif state != "in progress":
+        await store.record(worker, released=[claim])
+        tokens.append(claim)
+        if state == "claimed by another":
+            (anew,) = (await other.record(its, idle=1)).claims
+            tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
+
+    def stored():
+        return rows(database.path, "SELECT * FROM states"), rows(database.path, "SELECT * FROM attempts")
+
+    before = stored()
+    for token in tokens:
+        assert (await store.record(worker, [done(token, '"late"')])).refused == [token]
+        await store.record(worker, released=[token])
+        await store.record(worker, due=[token])
+    if state == "held":  # it has ended already
+        assert (await store.record(worker, [done(claim, '"late"')])).refused == [claim]
+        await store.record(worker, released=[claim])
+    elif state == "in progress":  # it is not held
+        await store.record(worker, due=[claim])
+    assert stored() == before
 
 
 async def test_one_refused_among_many_keeps_none_of_the_others_from_being_recorded(database):
