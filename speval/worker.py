@@ -23,7 +23,7 @@ from .clock import Clock
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
-from .model import Claim, Outcome, Summary, counted
+from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
 from .space import Space
 from .stores.base import Ended, Recorded, Store
@@ -39,6 +39,7 @@ _MOST_AHEAD = 1000  # evaluations claimed ahead for each commit's sake; more mak
 _AT_ONCE = 0.002  # seconds of work handed to a slot at once, where that spares round trips
 _MOST_AT_ONCE = 64  # evaluations
 _STALE = 0.15  # seconds after which what was claimed ahead and not started is given back
+_LOOK = 0.5  # seconds between looks for what people have set while there is no other reason to look
 _POLL = (0.02, 0.25)  # seconds between looks for new work while others hold all of it: at first, and in the long run
 _LONGEST_BACKOFF = 60.0  # seconds
 _STOP_WITHIN = 10.0  # seconds a cancelled run may take to record and give back
@@ -62,6 +63,8 @@ class Worker:
         self._options = options
         self._clock = clock
         self._failure_limit = options.failure_limit(space.count)
+        self._concurrency = options.concurrency
+        self._paused = False
         self._task: asyncio.Task[None] | None = None
         self._lease: Lease | None = None
         self._id = 0
@@ -78,6 +81,7 @@ class Worker:
         self._mean = 1.0  # seconds an evaluation takes, over the last ones
         self._is_slow = False  # nothing has ended for a while: nothing is claimed ahead until something does
         self._dry = False  # the last claim brought less than was wanted
+        self._news = False  # others have written since
         self._is_open = True  # an evaluation of the space is still to end, here or elsewhere
         self._stopping: str | None = None
         self._closing = False
@@ -89,7 +93,7 @@ class Worker:
         self.commits = asyncio.Event()  # set after each commit, for those who wait for ended evaluations
 
     def __repr__(self) -> str:
-        return f"<Worker {self._id:012x} running {len(self._running)} of {self._options.concurrency}>"
+        return f"<Worker {self._id:012x} running {len(self._running)} of {self._concurrency}>"
 
     @property
     def store(self) -> Store:
@@ -167,8 +171,7 @@ class Worker:
     def stop(self, why: str) -> None:
         """Stop claiming and end what runs; the worker's task ends soon after."""
         self._stopping = self._stopping or why
-        self._released.extend(self._ready)
-        self._ready.clear()
+        self._give_back_ready()
         self._interrupt()
         self._wake.set()
 
@@ -221,7 +224,8 @@ class Worker:
             idle, ahead = self._wanted()
             if self._lost:
                 await self._patiently_register()
-            if ended or released or due or (idle and not self._dry):
+            if ended or released or due or (idle and not self._dry) or self._news:
+                self._news = False
                 recorded = await self._record(ended, released, due, idle, ahead)
                 self._take(recorded, idle, slots)
                 self._report(ended, recorded.refused)
@@ -235,10 +239,10 @@ class Worker:
         """Return how many claims are wanted at once, and how many ahead."""
         if self._stopping or self._in_doubt:
             return 0, 0
-        free = self._options.concurrency - len(self._running)
+        free = self._concurrency - len(self._running)
         idle = max(0, free - len(self._ready))
         # Evaluations much shorter than a commit are claimed many at a time; long ones never before a slot is free for them.
-        target = 0 if self._is_slow else min(_MOST_AHEAD, int(_AHEAD * self._options.concurrency / max(self._mean, 1e-6)))
+        target = 0 if self._is_slow else min(_MOST_AHEAD, int(_AHEAD * self._concurrency / max(self._mean, 1e-6)))
         return idle, max(0, target - max(0, len(self._ready) - free))
 
     def _is_finished(self) -> bool:
@@ -248,20 +252,22 @@ class Worker:
             return True
         if self._held or self._in_doubt or not self._dry:
             return False
-        return not self._is_open or not self._options.wait
+        return not self._is_open or not (self._options.wait or self._paused)
 
     async def _rest(self) -> None:
         """Wait for whatever comes first: a slot, a backoff that is over, others' writes, something gone stale."""
-        free = len(self._running) < self._options.concurrency
+        free = len(self._running) < self._concurrency
         polling = self._dry and free and not self._stopping
-        pauses = [self._held[0][0] - self._clock.monotonic()] if self._held else []
+        pauses = [_LOOK]
+        if self._held:
+            pauses.append(self._held[0][0] - self._clock.monotonic())
         if polling:
             short, long = _POLL
             pauses.append(min(long, short * 1.3 ** min(self._polls, 30)) * random.uniform(0.7, 1.0))
         if self._ready:
             pauses.append(_STALE)
         try:
-            async with asyncio.timeout(max(0.0, min(pauses)) if pauses else None):
+            async with asyncio.timeout(max(0.0, min(pauses))):
                 await self._wake.wait()
             self._wake.clear()
             self._polls = 0
@@ -269,11 +275,11 @@ class Worker:
             if self._ready:
                 # A slow one among quick ones: what stands behind it, others can start now.
                 self._is_slow = True
-                self._released.extend(self._ready)
-                self._ready.clear()
+                self._give_back_ready()
                 self._dry = False
-            elif polling and await self._changed():
+            elif await self._changed():
                 self._dry = False
+                self._news = True
             self._polls += 1
 
     async def _changed(self) -> bool:
@@ -319,6 +325,7 @@ class Worker:
 
     def _take(self, recorded: Recorded, idle: int, slots: asyncio.TaskGroup) -> None:
         """Hand new claims to the slots and note what else the commit has told."""
+        self._obey(recorded.settings)
         if recorded.lost:
             self._on_lost(self._id)
         if recorded.open is not None:
@@ -329,19 +336,36 @@ class Worker:
             if not self._stopping:
                 logger.error("max_failures is reached, no more are started: %s failed", counted(recorded.failures))
             self._stopping = f"{recorded.failures} failed, max_failures={self._options.max_failures}"
-            self._released.extend(self._ready)
-            self._ready.clear()
+            self._give_back_ready()
         if self._stopping or self._in_doubt:
             self._released.extend(recorded.claims)
             return
         self._ready.extend(recorded.claims)
         if recorded.claims:
             self._polls = 0
-        new = min(len(self._ready) - len(self._waiting), self._options.concurrency - self._slots)
+        new = min(len(self._ready) - len(self._waiting), self._concurrency - self._slots)
         self._wake_slots(len(self._ready))
         for _ in range(new):
             slots.create_task(self._slot(self._slots), name=f"speval slot {self._slots}")
             self._slots += 1
+
+    def _obey(self, settings: Settings) -> None:
+        """Do as people have set it for all workers."""
+        if settings.paused != self._paused:
+            self._paused = settings.paused
+            logger.info("paused: what runs, runs on" if self._paused else "resumed")
+            if self._paused:
+                self._give_back_ready()
+        concurrency = settings.concurrency or self._options.concurrency
+        if concurrency != self._concurrency:
+            logger.info("concurrency is %d now, it was %d", concurrency, self._concurrency)
+            self._concurrency = concurrency
+            self._dry = False
+
+    def _give_back_ready(self) -> None:
+        """Give back what is claimed and has not started."""
+        self._released.extend(self._ready)
+        self._ready.clear()
 
     def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
         """Log what was recorded, and note the backoff of what is to be tried again."""
@@ -398,7 +422,8 @@ class Worker:
         options = self._options
         try:
             while not self._closing:
-                if not self._ready:
+                # Those already made are too many when the concurrency has been lowered since.
+                if not self._ready or len(self._running) >= self._concurrency:
                     waiter = loop.create_future()
                     self._waiting.append(waiter)
                     await waiter
@@ -430,7 +455,7 @@ class Worker:
         """Return how many evaluations to hand to a slot at once."""
         if not self._executor.takes_many:
             return 1
-        share = -(-len(self._ready) // self._options.concurrency)
+        share = -(-len(self._ready) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
@@ -445,7 +470,7 @@ class Worker:
     def _take_unstarted(self, running: list[Claim], claims: Sequence[Claim]) -> None:
         for claim in reversed(claims):
             running.remove(claim)
-            if self._stopping or self._in_doubt:
+            if self._stopping or self._in_doubt or self._paused:
                 self._released.append(claim)
             else:
                 self._ready.appendleft(claim)
@@ -464,8 +489,7 @@ class Worker:
     def _on_doubt(self, in_doubt: bool) -> None:
         self._in_doubt = in_doubt
         if in_doubt:
-            self._released.extend(self._ready)
-            self._ready.clear()
+            self._give_back_ready()
             if self._executor.can_stop:
                 self._interrupt()
         else:

@@ -1,6 +1,7 @@
 """The contract of a store, held by every store: one real database each, workers that claim, stall, come back and leave."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -56,6 +57,15 @@ class Database:
     async def worker(self, eval_space, lease=10.0):
         store = await self.open(eval_space)
         return store, await store.register(lease)
+
+    def set(self, key: str, value: int | None) -> None:
+        """Set what holds for all workers; None takes it back."""
+        connection = sqlite3.connect(self.path, timeout=10)
+        with connection:
+            connection.execute("DELETE FROM meta WHERE key = ?", (key,))
+            if value is not None:
+                connection.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
+        connection.close()
 
     async def all(self) -> dict[str, dict]:
         _, evaluations = await self.stores[0].load(None, 0, 100_000)
@@ -164,7 +174,7 @@ async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(
 
     async def read_and_be_overtaken(work, *args):
         result = await read(work, *args)
-        if work.__name__ == "_compare" and not interrupted:
+        if work.__name__ == "compare" and not interrupted:
             interrupted.append(True)
             await the_other_copy()
         return result
@@ -183,7 +193,7 @@ async def test_a_space_overtaken_by_a_rerun_is_compared_again_and_not_taken_for_
 
     async def read_and_be_overtaken(work, *args):
         result = await read(work, *args)
-        if work.__name__ == "_compare" and not interrupted:
+        if work.__name__ == "compare" and not interrupted:
             interrupted.append(True)
             await database.seed(first, [7, 8, 9], on_changed="rerun")
         return result
@@ -220,6 +230,81 @@ async def test_an_empty_space_is_done_at_once(database):
     store, worker = await database.worker([])
     recorded = await store.record(worker, idle=1)
     assert (recorded.claims, recorded.open) == ([], False)
+
+
+# A space that is drawn bit by bit
+
+
+async def test_extending_adds_what_is_new_and_only_that(database):
+    store = await database.open(range(2))
+    seeded = await store.extend([(1, "1"), (2, "2"), ("a", '{"x":1}')], "error")
+    assert (seeded.new, seeded.unchanged, seeded.changed) == (2, 1, 0)
+    assert [(e["name"], e["args"]) for e in (await database.all()).values()] == [("0", 0), ("1", 1), ("2", 2), ("a", {"x": 1})]
+
+
+async def test_extending_with_other_args_does_as_seeding_does(database):
+    store = await database.open()
+    await store.follow()
+    await store.extend([("a", "1")], "error")
+    with pytest.raises(ArgsChangedError, match="'a': stored 1, now 2"):
+        await store.extend([("a", "2"), ("b", "3")], "error")
+    assert list(await database.all()) == ["a"]
+    assert (await store.extend([("a", "2")], "keep")).changed == 1
+    worker = await store.register(10.0)
+    (claim,) = (await store.record(worker, idle=1)).claims
+    assert claim.args == "1"
+    assert (await store.extend([("a", "2")], "rerun")).changed == 1
+    recorded = await store.record(worker, [done(claim)], idle=1)
+    assert (recorded.refused, [again.args for again in recorded.claims]) == ([claim], ["2"])
+
+
+async def test_who_follows_has_all_that_is_stored_now_and_later(database):
+    store = await database.open()
+    await store.follow()
+    worker = await store.register(10.0)
+    other = await database.open([10, 11])
+    claims = (await store.record(worker, idle=5)).claims
+    await other.extend([(7, "17")], "error")
+    claims += (await store.record(worker, idle=5)).claims
+    assert [claim.args for claim in claims] == ["10", "11", "17"]
+    await store.record(worker, [done(claim) for claim in claims])
+    assert (await store.summary()).completed == 3
+    assert [e["args"] for _, e in (await store.ended_since(0, 10))[1]] == [10, 11, 17]
+
+
+async def test_a_space_that_was_extended_is_not_taken_for_the_seeded_one(database):
+    await database.open(range(2))
+    store = await database.open()
+    await store.extend([(2, "2")], "error")
+    again = await database.open()
+    seeded = await database.seed(again, range(2))
+    assert (seeded.unchanged, seeded.gone) == (2, 1)
+
+
+# What is set for all workers
+
+
+async def test_while_paused_nobody_claims_and_what_was_claimed_is_recorded(database):
+    store, worker = await database.worker(range(3))
+    (claim,) = (await store.record(worker, idle=1)).claims
+    database.set("paused", 1)
+    for ended in ([], [done(claim)]):
+        recorded = await store.record(worker, ended, idle=1, ahead=1)
+        assert (recorded.claims, recorded.settings.paused, recorded.open) == ([], True, True)
+    assert await database.statuses() == ["completed", "pending", "pending"]
+    database.set("paused", None)
+    recorded = await store.record(worker, idle=2)
+    assert ([c.name for c in recorded.claims], recorded.settings.paused) == (["1", "2"], False)
+
+
+async def test_a_set_concurrency_is_told_with_every_record(database):
+    store, worker = await database.worker(range(2))
+    assert (await store.record(worker)).settings.concurrency is None
+    database.set("concurrency", 4)
+    assert (await store.record(worker)).settings.concurrency == 4
+    assert (await store.record(worker, idle=1)).settings.concurrency == 4
+    database.set("concurrency", None)
+    assert (await store.record(worker)).settings.concurrency is None
 
 
 # Claiming

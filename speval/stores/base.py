@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
-from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Status, Summary
-from ..space import Space
+from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
+from ..space import Key, Space
 
 __all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
 
@@ -38,6 +38,9 @@ class Seeded:
     gone: int  # stored, but not in this eval space
 
 
+_NOTHING_SET = Settings()
+
+
 @dataclass(slots=True)
 class Recorded:
     """What one ``record`` did.
@@ -49,6 +52,7 @@ class Recorded:
         open: Whether an evaluation of the space is still neither completed nor failed; None when not looked up,
             which is so as long as there was something to claim.
         failures: Evaluations of the space that failed since ``seed``, whoever recorded them; None when not asked for.
+        settings: What is set for all workers; while they are paused, there are no claims.
     """
 
     refused: list[Claim] = field(default_factory=list)
@@ -56,6 +60,7 @@ class Recorded:
     lost: bool = False
     open: bool | None = None
     failures: int | None = None
+    settings: Settings = _NOTHING_SET
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +235,22 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def follow(self) -> None:
+        """Make the space all that is stored, now and later; in place of ``seed`` for a space that is drawn bit by bit."""
+
+    @abstractmethod
+    async def extend(self, rows: Sequence[tuple[Key, str]], on_changed: OnChanged) -> Seeded:
+        """Add those of a few evaluations whose names are not stored yet, in one transaction.
+
+        Args:
+            rows: Keys and args as JSON text; no key comes twice.
+            on_changed: What to do about names that are stored with other args, as ``seed`` does it.
+
+        Raises:
+            ArgsChangedError: evaluations are stored with other args and ``on_changed`` is "error"; none was added.
+        """
+
+    @abstractmethod
     async def register(self, lease: float) -> int:
         """Enter a worker and return its id; its lease runs from now, for ``lease`` seconds."""
 
@@ -250,6 +271,8 @@ class Store(ABC):
         count_failures: bool = False,
     ) -> Recorded:
         """Record attempts that ended, give claims back and take new ones, all in one transaction.
+
+        With nothing to write and nothing wanted, it only looks: at the settings, and whether an evaluation is still open.
 
         Args:
             worker: Who claims.

@@ -22,11 +22,11 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..codec import same
 from ..errors import ArgsChangedError, StoreClosedError, UnknownNameError
 from ..host import this_process
-from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
-from ..space import Space, name_to_key
+from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Status, Summary
+from ..space import Key, Space, name_to_key
+from . import sqlite_seed as seeding
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
@@ -39,44 +39,11 @@ logger = logging.getLogger("speval.store")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CHUNK = 10_000  # rows seeded in one transaction: holds the lock for some 30 ms
-_EXAMPLES = 3
 
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
 _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
-
-# name is declared without a type, here as in the schema, so that 17 and '17' stay what they are.
-_INCOMING = "CREATE TEMP TABLE incoming (position INTEGER PRIMARY KEY, name NOT NULL UNIQUE, args TEXT NOT NULL)"
-_DIFFERING = "CREATE TEMP TABLE differing (id INTEGER PRIMARY KEY, position INTEGER NOT NULL)"
-_COUNT_MISSING = """
-SELECT count(*) FROM incoming AS i
-WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
-"""
-_OTHER_TEXT = """
-SELECT e.id, i.position, e.args, i.args FROM incoming AS i JOIN evaluations AS e ON e.name = i.name
-WHERE e.args <> i.args ORDER BY i.position
-"""
-_ADD = """
-INSERT INTO evaluations (name, args) SELECT name, args FROM incoming AS i
-WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
-ORDER BY position
-"""
-_ADD_STATES = "INSERT INTO states (id, updated_at) SELECT id, ? FROM evaluations WHERE id > ?"
-_NEW_ARGS = """
-UPDATE evaluations SET args = (
-    SELECT i.args FROM differing AS d JOIN incoming AS i ON i.position = d.position WHERE d.id = evaluations.id
-) WHERE id IN (SELECT id FROM differing)
-"""
-# With a new attempt number, so that a worker that still runs one with the old args is refused.
-_RERUN = """
-UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, attempt = attempt + 1, released = released + 1,
-    updated_at = ?
-WHERE id IN (SELECT id FROM differing)
-"""
-_STRANGERS = """
-INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
-"""
-_LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
+_ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
 _CLAIM = """
@@ -297,64 +264,41 @@ class SqliteStore(Store):
             raise StoreClosedError(self._shown)
         return self._connection, self._file
 
-    # Seeding: the space goes into a TEMP table, SQL compares it with what is stored, and only then is anything written.
+    # The space
 
     async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
-        if await self._read(self._is_known, space):
+        (self._since, self._last, is_known) = await self._read(seeding.is_known, space)
+        if is_known:
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
         # Left behind when cancelled or broken off: the connection is closed then, and its TEMP tables go with it.
-        await self._read(_load_incoming, space)
+        await self._read(seeding.load, space.rows())
         try:
             while True:
-                missing, differing, examples, version = await self._read(_compare)
-                if differing and on_changed == "error":
-                    raise ArgsChangedError(self._shown, differing, examples)
+                comparison = await self._read(seeding.compare)
+                comparison.refuse(self._shown, on_changed)
                 added = 0
-                for low in range(0, space.count, _CHUNK) if missing else ():
+                for low in range(0, space.count, seeding.CHUNK) if comparison.missing else ():
                     # Looked up without the lock: most of a space that is only extended needs no writing.
-                    if await self._read(_count_missing, low, low + _CHUNK):
-                        added += await self._write(self._add, low, low + _CHUNK)
-                if added != missing:
+                    if await self._read(seeding.count_missing, low, low + seeding.CHUNK):
+                        added += await self._write(seeding.add, low, low + seeding.CHUNK, self._clock.wall())
+                if added != comparison.missing:
                     continue  # others are seeding as well, and what they have stored must be compared
-                gone = await self._write(self._settle, space, version, differing, on_changed)
-                if gone is not None:
+                settled = await self._write(seeding.settle, space, comparison, on_changed, self._clock.wall())
+                if settled is not None:
                     break  # else others have given evaluations new args since we compared
         except ArgsChangedError:
-            await self._read(_drop_incoming)
+            await self._read(seeding.unload)
             raise
-        await self._read(_drop_incoming)
-        return Seeded(new=missing, unchanged=space.count - missing - differing, changed=differing, gone=gone)
+        await self._read(seeding.unload)
+        gone, self._last = settled
+        return comparison.seeded(space.count, gone)
 
-    def _is_known(self, c: sqlite3.Connection, space: Space) -> bool:
-        """Compare with the digest of what is stored, which spares comparing row by row."""
-        (self._since,) = c.execute(_MAX_SEQ).fetchone()
-        stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
-        c.execute("DELETE FROM strangers")
-        (self._last,) = c.execute(_LAST).fetchone()
-        return bool(stored == (_digest(space),))
+    async def follow(self) -> None:
+        self._since = await self._read(seeding.follow)
+        self._last = _ALL
 
-    def _add(self, c: sqlite3.Connection, low: int, high: int) -> int:
-        (last,) = c.execute("SELECT coalesce(max(id), 0) FROM evaluations").fetchone()
-        c.execute(_ADD, (low, high))
-        c.execute("DELETE FROM meta WHERE key = 'space'")
-        return c.execute(_ADD_STATES, (self._clock.wall(), last)).rowcount
-
-    def _settle(self, c: sqlite3.Connection, space: Space, version: int, differing: int, on_changed: OnChanged) -> int | None:
-        """Do what is left to do under the lock, unless the comparison is stale; return how many are gone."""
-        if _args_version(c) != version:
-            return None
-        if differing and on_changed == "rerun":
-            c.execute(_NEW_ARGS)
-            c.execute(_RERUN, (self._clock.wall(),))
-            c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
-            c.execute("DELETE FROM meta WHERE key = 'space'")
-        is_stored = not differing or on_changed == "rerun"
-        c.execute("DELETE FROM strangers")
-        gone: int = c.execute(_STRANGERS).rowcount
-        (self._last,) = c.execute(_LAST).fetchone()
-        if is_stored and not gone:
-            c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
-        return gone
+    async def extend(self, rows: Sequence[tuple[Key, str]], on_changed: OnChanged) -> Seeded:
+        return await self._write(seeding.extend, self._shown, rows, on_changed, self._clock.wall())
 
     # Claiming and recording
 
@@ -378,19 +322,20 @@ class SqliteStore(Store):
     ) -> Recorded:
         if not (ended or released or due):
             # Who only asks for more does not take the lock before there is something to have.
-            pending, recorded = await self._read(self._look, count_failures)
-            if not pending or not (idle or ahead):
+            is_any, recorded = await self._read(self._look, count_failures)
+            if not is_any or not (idle or ahead):
                 return recorded
         return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
 
     def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
-        (pending,) = c.execute(_ANY_PENDING, {"last": self._last}).fetchone()
+        pending, settings = self._any(c, _ANY_PENDING), _settings(c)
         failures = self._failures(c) if count_failures else None
-        return pending, Recorded(open=bool(pending) or self._any_held(c), failures=failures)
+        recorded = Recorded(open=pending or self._any(c, _ANY_HELD), failures=failures, settings=settings)
+        return pending and not settings.paused, recorded
 
-    def _any_held(self, c: sqlite3.Connection) -> bool:
-        (held,) = c.execute(_ANY_HELD, {"last": self._last}).fetchone()
-        return bool(held)
+    def _any(self, c: sqlite3.Connection, sql: str) -> bool:
+        (found,) = c.execute(sql, {"last": self._last}).fetchone()
+        return bool(found)
 
     def _failures(self, c: sqlite3.Connection) -> int:
         (count,) = c.execute(_FAILURES, {"last": self._last, "since": self._since}).fetchone()
@@ -408,7 +353,7 @@ class SqliteStore(Store):
         count_failures: bool,
     ) -> Recorded:
         now = self._clock.wall()
-        recorded = Recorded()
+        recorded = Recorded(settings=_settings(c))
         if ended:
             recorded.refused = _end(c, ended, now)
         if released:
@@ -419,19 +364,25 @@ class SqliteStore(Store):
             if c.execute(_IS_HERE, (worker,)).fetchone() is None:
                 recorded.lost = True
                 return recorded
-            values = {"worker": worker, "now": now, "last": self._last}
-            rows = c.execute(_CLAIM, values | {"limit": idle}).fetchall() if idle else []
-            if ahead and len(rows) == idle:
-                rows += c.execute(_CLAIM_AHEAD, values | {"limit": ahead}).fetchall()
-            rows.sort()  # RETURNING promises no order
-            for id, attempt, charged in rows:
-                name, args = c.execute(_ARGS, (id,)).fetchone()
-                recorded.claims.append(Claim(id, attempt, charged, str(name), args, worker))
-            if len(rows) < idle:
-                recorded.open = bool(rows) or self._any_held(c)
+            if not recorded.settings.paused:
+                recorded.claims = self._claim(c, worker, idle, ahead, now)
+            if len(recorded.claims) < idle:
+                recorded.open = bool(recorded.claims) or self._any(c, _ANY_HELD) or self._any(c, _ANY_PENDING)
         if count_failures:
             recorded.failures = self._failures(c)
         return recorded
+
+    def _claim(self, c: sqlite3.Connection, worker: int, idle: int, ahead: int, now: float) -> list[Claim]:
+        values = {"worker": worker, "now": now, "last": self._last}
+        rows = c.execute(_CLAIM, values | {"limit": idle}).fetchall() if idle else []
+        if ahead and len(rows) == idle:
+            rows += c.execute(_CLAIM_AHEAD, values | {"limit": ahead}).fetchall()
+        rows.sort()  # RETURNING promises no order
+        claims = []
+        for id, attempt, charged in rows:
+            name, args = c.execute(_ARGS, (id,)).fetchone()
+            claims.append(Claim(id, attempt, charged, str(name), args, worker))
+        return claims
 
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:
@@ -494,52 +445,10 @@ class SqliteStore(Store):
         return await self._write(put_back)
 
 
-def _digest(space: Space) -> str:
-    return f"{space.digest} {space.count}"
-
-
-def _load_incoming(c: sqlite3.Connection, space: Space) -> None:
-    c.execute(_INCOMING)
-    c.execute(_DIFFERING)
-    c.executemany("INSERT INTO incoming (name, args) VALUES (?, ?)", space.rows())
-
-
-def _drop_incoming(c: sqlite3.Connection) -> None:
-    c.execute("DROP TABLE IF EXISTS incoming")
-    c.execute("DROP TABLE IF EXISTS differing")
-
-
-def _count_missing(c: sqlite3.Connection, low: int, high: int) -> int:
-    (count,) = c.execute(_COUNT_MISSING, (low, high)).fetchone()
-    return int(count)
-
-
-def _args_version(c: sqlite3.Connection) -> int:
-    """Return a number that grows whenever stored args are replaced."""
-    row = c.execute("SELECT value FROM meta WHERE key = 'args_version'").fetchone()
-    return 0 if row is None else int(row[0])
-
-
-def _compare(c: sqlite3.Connection) -> tuple[int, int, list[tuple[str, str, str]], int]:
-    """Return how many are missing, how many have other args (noted in ``differing``), the first few of them, the version."""
-    (total,) = c.execute("SELECT coalesce(max(position), 0) FROM incoming").fetchone()
-    missing = _count_missing(c, 0, total)
-    c.execute("DELETE FROM differing")
-    examples: list[tuple[str, str, str]] = []
-    differing = 0
-    # Other text need not be other args: the order of keys and spaces, as other releases write them, don't count.
-    for id, position, stored, given in c.execute(_OTHER_TEXT):
-        if not same(stored, given):
-            differing += 1
-            c.execute("INSERT INTO differing VALUES (?, ?)", (id, position))
-            if len(examples) < _EXAMPLES:
-                (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
-                examples.append((str(name), _shorten(stored), _shorten(given)))
-    return missing, differing, examples, _args_version(c)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
+def _settings(c: sqlite3.Connection) -> Settings:
+    found = dict(c.execute(_SETTINGS).fetchall())
+    concurrency = found.get("concurrency")
+    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)
 
 
 def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Claim]:
