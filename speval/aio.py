@@ -17,7 +17,7 @@ from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
 from .model import Durability, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_database, checked_status
+from .options import Database, ExecutorOption, Options, checked_database, checked_status
 from .progress import shown
 from .space import Space
 from .stores import make_store
@@ -233,7 +233,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 # What both flavours are made of
 
 
-async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike[str], options: Options) -> Summary:
+async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
         worker = make_worker(func, space, db, options)
@@ -248,7 +248,7 @@ async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike
         space.close()
 
 
-def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str], options: Options) -> Worker:
+def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options) -> Worker:
     """Return a worker that has not begun."""
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
@@ -258,7 +258,7 @@ def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str
 
 
 async def batches(
-    func: Callable[[Any], Any], space: Space, db: str | PathLike[str], options: Options
+    func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
@@ -310,7 +310,7 @@ async def _commit_or_pause(worker: Worker) -> None:
 
 
 async def _flattened(
-    eval_space: Mapping[str, Any] | Iterable[Any], func: Callable[[Any], Any], db: PathLike[str], options: Options
+    eval_space: Mapping[str, Any] | Iterable[Any], func: Callable[[Any], Any], db: Database, options: Options
 ) -> AsyncGenerator[Evaluation, None]:
     async with aclosing(batches(func, await _encoded(eval_space), db, options)) as all_batches:
         async for batch in all_batches:

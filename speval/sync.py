@@ -20,7 +20,7 @@ from anyio.from_thread import BlockingPortal
 from . import aio
 from .errors import SpevalError
 from .model import Durability, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_database
+from .options import Database, ExecutorOption, Options, checked_database
 from .space import Space
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
@@ -194,7 +194,7 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
 
 
 def _as_completed(
-    func: Callable[[Any], Any], eval_space: Mapping[str, Any] | Iterable[Any], db: PathLike[str], options: Options
+    func: Callable[[Any], Any], eval_space: Mapping[str, Any] | Iterable[Any], db: Database, options: Options
 ) -> Generator[Evaluation, None, None]:
     space = _encoded(eval_space)
     with _loop() as loop:
