@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +19,8 @@ from typing import Any
 import pytest
 
 from speval.clock import Clock
+
+from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
 
@@ -99,9 +103,42 @@ def db(tmp_path: Path) -> Path:
     return tmp_path / "runs.db"
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
+    server = Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+_spaces = itertools.count(1)
+
+
+@pytest.fixture
+def space() -> str:
+    """The name of an eval space that no other test has."""
+    return f"test_{os.getpid()}_{next(_spaces)}"
+
+
 @pytest.fixture
 def clock() -> MovableClock:
     return MovableClock()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iterator[Any]:
+    """A database of each kind, whose time is moved by the test."""
+    from .databases import PostgresPlace, ServerClock, SqlitePlace
+
+    if request.param == "sqlite":
+        yield SqlitePlace(db, clock)
+        return
+    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("space"), ServerClock())
+    yield place
+    place.close()
 
 
 @pytest.fixture

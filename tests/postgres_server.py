@@ -1,7 +1,7 @@
 """A real PostgreSQL server for the tests, which needs nothing but what pip has installed.
 
-``SPEVAL_TEST_POSTGRES`` names another one: the URL of a server whose user may create databases, or a folder of binaries. Without it,
-the binaries are those of a wheel, or whatever ``postgres`` the system has.
+``SPEVAL_TEST_POSTGRES`` names another one: the URL of a server whose user may create databases, or a folder of binaries.
+Without it, the binaries are those of a wheel, or whatever ``postgres`` the system has.
 """
 
 from __future__ import annotations

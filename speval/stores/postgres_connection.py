@@ -199,7 +199,8 @@ class PostgresConnection:
             if connection is None or connection.closed:
                 return False
             connection.deadline = time.monotonic() + _CONNECT
-            return bool(list(connection.notifies(timeout=0)))
+            me = connection.info.backend_pid
+            return any([notify.pid != me for notify in connection.notifies(timeout=0)])  # all of them are taken in
         except psycopg.Error:
             return False  # whoever asks next will see
         finally:
@@ -285,13 +286,16 @@ class WorkThread:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Return what the work returns; it goes on when this is cancelled."""
+        return await self._put(work)
+
+    def _put(self, work: Callable[[], T]) -> asyncio.Future[T]:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._work.put((future, work))
-        return await future
+        return future
 
     async def finish(self, last: Callable[[], object], hurry: Callable[[], object]) -> None:
         """Do the last work and end the thread; what is in its way is hurried up after a while, or when this is cancelled."""
-        done = asyncio.ensure_future(self.run(last))
+        done = self._put(last)
         self._work.put(None)
         try:
             with CancelScope(shield=True):
