@@ -25,6 +25,7 @@ class Place(ABC):
     """Where a test keeps its evaluations."""
 
     argument: str | Path  # as a user gives it
+    control_module: str
     clock: MovableClock
 
     @property
@@ -55,11 +56,16 @@ class Place(ABC):
     def overtaken(self, monkeypatch, store: Store, other: Callable[[], Awaitable[None]]) -> list[bool]:
         """Let another copy act once when the store has compared a space and written nothing; tell whether it has."""
 
+    def missing(self) -> None:
+        """Make it one that is not there."""
+
     def close(self) -> None:
         pass
 
 
 class SqlitePlace(Place):
+    control_module = "speval.stores.sqlite_control"
+
     def __init__(self, path: Path, clock: MovableClock) -> None:
         self.argument = self.path = path
         self.clock = clock
@@ -108,6 +114,8 @@ class ServerClock(MovableClock):
 class PostgresPlace(Place):
     """An eval space of its own in the database of all tests."""
 
+    control_module = "speval.stores.postgres_control"
+
     def __init__(self, server: Server, space: str, clock: ServerClock | None = None) -> None:
         self.argument = server.url(space=space)
         self.url = PostgresUrl.parse(self.argument)
@@ -150,6 +158,10 @@ class PostgresPlace(Place):
 
         monkeypatch.setattr(store._seeding, "_known", be_overtaken)
         return done
+
+    def missing(self):
+        """Make it one that is not there."""
+        self.execute(f"DROP SCHEMA {self.url.schema} CASCADE")
 
     def close(self):
         self._connection.execute("SET client_min_messages = error")

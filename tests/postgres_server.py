@@ -58,9 +58,6 @@ class Server:
         self.data = self.folder / "data"
         self._call("initdb", "--no-sync", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
         lines = {
-            # The tests kill the server, not the machine.
-            "fsync": "off",
-            "full_page_writes": "off",
             "shared_buffers": "64MB",
             "max_connections": "150",
             "unix_socket_directories": f"'{self.folder}'",

@@ -382,7 +382,7 @@ def _ended(ended: Sequence[Ended], worker: int) -> tuple[str | None, ...]:
     )
     if usual:
         return (*columns, None, None, None)
-    shown = [[None if e is None else stored_name(e[key]) for e in errors] for key in ("type", "message", "traceback")]  # type: ignore[literal-required]
+    shown = [[None if e is None else stored_name(e[key]) for e in errors] for key in ("type", "message", "traceback")]
     return (*columns, *(texts(column) for column in shown))
 
 

@@ -199,8 +199,8 @@ class PostgresConnection:
             if connection is None or connection.closed:
                 return False
             connection.deadline = time.monotonic() + _CONNECT
-            me = connection.info.backend_pid
-            return any([notify.pid != me for notify in connection.notifies(timeout=0)])  # all of them are taken in
+            pids = {notify.pid for notify in connection.notifies(timeout=0)}
+            return bool(pids - {connection.info.backend_pid})
         except psycopg.Error:
             return False  # whoever asks next will see
         finally:
