@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from os import PathLike
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
-from .model import Durability, Evaluation, OnChanged, Status, Summary
+from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database, checked_status
 from .progress import shown
+from .source import Source, is_source
 from .space import Space
 from .stores import make_store
 from .worker import Worker
@@ -31,7 +32,7 @@ _POLL = 0.2  # seconds between looks for what other workers have recorded
 
 async def speval(
     func: Callable[[Any], Any] | Callable[[Any], Awaitable[Any]],
-    eval_space: Mapping[str, Any] | Iterable[Any],
+    eval_space: EvalSpace,
     db: str | PathLike[str],
     timeout: float | None = None,
     *,
@@ -55,7 +56,12 @@ async def speval(
 
     Args:
         func: The function, plain or async. It gets one argument: the args of the evaluation as JSON gives them back.
-        eval_space: Args by name, or an iterable of args, which are then named "0", "1" and so on. Read once, in order.
+        eval_space: Args by name, or an iterable of args, which are then named "0", "1" and so on. Read once, in order, before
+            the first evaluation starts. Or a space that does not exist yet, drawn from while the run goes on, whenever a slot
+            has nothing to do: an async iterable of args, named by position; or a generator function, plain (run in a thread)
+            or async, that is given a function ``ended`` and yields pairs of a name and args, or None for "nothing until
+            more has ended". ``ended()``, to be awaited in an async one, returns the evaluations that have ended since it was
+            last called, whoever has recorded them, at first all. With such a space the call speaks of all that is stored.
         db: The database's file name; made if it is missing, with its folders.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
@@ -108,7 +114,7 @@ async def speval(
 
 def as_completed(
     func: Callable[[Any], Any] | Callable[[Any], Awaitable[Any]],
-    eval_space: Mapping[str, Any] | Iterable[Any],
+    eval_space: EvalSpace,
     db: str | PathLike[str],
     timeout: float | None = None,
     *,
@@ -233,7 +239,9 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 # What both flavours are made of
 
 
-async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options) -> Summary:
+async def evaluated(
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
         worker = make_worker(func, space, db, options)
@@ -248,17 +256,20 @@ async def evaluated(func: Callable[[Any], Any], space: Space, db: str | PathLike
         space.close()
 
 
-def make_worker(func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options) -> Worker:
+def make_worker(
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+) -> Worker:
     """Return a worker that has not begun."""
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
     clock = Clock()
+    options.failure_limit(space.count)  # refused before anything is begun
     store = make_store(checked_database(db), "create", options.durability, clock)
     return Worker(space, store, make_executor(func, options, clock), options, clock)
 
 
 async def batches(
-    func: Callable[[Any], Any], space: Space, db: str | PathLike[str] | Database, options: Options
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
@@ -277,11 +288,11 @@ async def batches(
         space.close()
 
 
-async def _ended(worker: Worker, count: int) -> AsyncGenerator[list[Evaluation], None]:
+async def _ended(worker: Worker, count: int | None) -> AsyncGenerator[list[Evaluation], None]:
     """Yield each evaluation once, reading from the database what this worker and all others have recorded."""
     seen = bytearray()  # by id; one byte for each evaluation is little beside a set
     cursor, left = 0, count
-    while left:
+    while left != 0:
         worker.commits.clear()
         is_done = worker.is_done  # asked before looking: what it recorded last is seen then
         cursor, ended = await worker.store.ended_since(cursor, _PAGE)
@@ -292,7 +303,8 @@ async def _ended(worker: Worker, count: int) -> AsyncGenerator[list[Evaluation],
             if not seen[id]:
                 seen[id] = 1
                 batch.append(evaluation)
-        left -= len(batch)
+        if left is not None:
+            left -= len(batch)
         if batch:
             yield batch
         elif is_done:
@@ -310,7 +322,7 @@ async def _commit_or_pause(worker: Worker) -> None:
 
 
 async def _flattened(
-    eval_space: Mapping[str, Any] | Iterable[Any], func: Callable[[Any], Any], db: Database, options: Options
+    eval_space: EvalSpace, func: Callable[[Any], Any], db: Database, options: Options
 ) -> AsyncGenerator[Evaluation, None]:
     async with aclosing(batches(func, await _encoded(eval_space), db, options)) as all_batches:
         async for batch in all_batches:
@@ -318,8 +330,10 @@ async def _flattened(
                 yield evaluation
 
 
-async def _encoded(eval_space: Mapping[str, Any] | Iterable[Any]) -> Space:
+async def _encoded(eval_space: EvalSpace) -> Space | Source:
     """Encode a space, letting others run now and then."""
+    if is_source(eval_space):
+        return Source(eval_space)  # type: ignore[arg-type]
     space = Space()
     try:
         for _ in space.fill(eval_space):

@@ -23,6 +23,7 @@ __all__ = [
     "ForeignDatabaseError",
     "FunctionError",
     "InProgressError",
+    "MissingExtraError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",
@@ -187,6 +188,17 @@ class NewerSchemaError(DatabaseError):
         self.args = (db, schema, known, release)
 
 
+class MissingExtraError(SpevalError, ImportError):
+    """Something wants a package that is not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(what, package, extra)
+        self.what, self.package, self.extra = what, package, extra
+
+    def __str__(self) -> str:
+        return f"{self.what} needs {self.package}: pip install 'speval[{self.extra}]'"
+
+
 class StoreClosedError(SpevalError, RuntimeError):
     """A store was used after it had been closed."""
 
@@ -208,7 +220,7 @@ class UnknownNameError(SpevalError, KeyError):
     def __str__(self) -> str:
         shown = ", ".join(repr(name) for name in self.names[:5])
         more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
-        return f"{self.db}: no evaluation is named {shown}{more}; load_evals() lists the names"
+        return f"{self.db}: no evaluation is named {shown}{more}; load_evals() and `speval ls` list the names"
 
 
 class InProgressError(SpevalError):

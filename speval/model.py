@@ -7,7 +7,7 @@ Invariant: plain data without behaviour that could fail; the pair (evaluation, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -20,6 +20,7 @@ __all__ = [
     "Claim",
     "Durability",
     "Error",
+    "EvalSpace",
     "Evaluation",
     "Failure",
     "Finding",
@@ -28,6 +29,7 @@ __all__ = [
     "OnChanged",
     "Outcome",
     "Overview",
+    "Pairs",
     "Result",
     "RetryOn",
     "Running",
@@ -43,6 +45,9 @@ Status = Literal["pending", "in_progress", "completed", "failed"]
 Durability = Literal["process", "power"]
 OnChanged = Literal["error", "keep", "rerun"]
 Function = Callable[[Any], Any]
+# What a function yields that serves as an eval space: pairs of a name and args, or None for "nothing just now".
+Pairs = Iterable[tuple[str, Any] | None] | AsyncIterable[tuple[str, Any] | None]
+EvalSpace = Mapping[str, Any] | Iterable[Any] | AsyncIterable[Any] | Callable[[Callable[[], Any]], Pairs]
 RetryOn = tuple[type[BaseException], ...]
 # cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
 Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
@@ -202,13 +207,12 @@ class Attempt:
     error: Error | None
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What all workers of a database are asked to obey.
+class Settings(NamedTuple):
+    """What people have set for all workers of a database.
 
     Attributes:
-        paused: They claim nothing; what runs goes on, and they don't end.
-        concurrency: How many evaluations each worker runs at once, instead of what its call was given. None: as given.
+        paused: Nobody claims anything; what runs, runs on.
+        concurrency: Evaluations each worker runs at once, whatever its call says; None: as its call says.
     """
 
     paused: bool = False

@@ -61,9 +61,16 @@ class Options:
         elif self.max_failures is not None:
             _whole("max_failures", self.max_failures)
 
-    def failure_limit(self, evaluations: int) -> int | None:
-        """Return the number of failures at which claiming stops, for a space of so many evaluations."""
+    def failure_limit(self, evaluations: int | None) -> int | None:
+        """Return the number of failures at which claiming stops, for a space of so many evaluations; None: nobody knows.
+
+        Raises:
+            OptionError: it is a share of nobody knows how many.
+        """
         if isinstance(self.max_failures, float):
+            if evaluations is None:
+                expected = "an eval space that is drawn bit by bit has no size to have a share of; pass a number"
+                raise OptionError("max_failures", repr(self.max_failures), expected)
             return max(1, math.ceil(self.max_failures * evaluations))
         return self.max_failures
 

@@ -63,6 +63,7 @@ async def _show(worker: Worker) -> None:
 
 async def _update(bar: Any, worker: Worker) -> None:
     summary = await worker.summary()
+    bar.total = summary.total  # which grows where the space is drawn bit by bit
     if summary.failed:
         bar.set_postfix(failed=summary.failed, refresh=False)
     bar.update(summary.completed + summary.failed - bar.n)

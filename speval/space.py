@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .codec import encode
 from .errors import OptionError, SpaceError
+from .model import EvalSpace
 
-__all__ = ["Key", "Space", "name_to_key"]
+__all__ = ["Key", "Space", "checked_name", "name_to_key"]
 
 # How names are stored: a decimal number as an integer, since those of a list space then arrive in the index's own order.
 Key = int | str
@@ -48,7 +49,7 @@ class Space:
     def __repr__(self) -> str:
         return f"<Space of {self.count}>"
 
-    def fill(self, eval_space: Mapping[str, Any] | Iterable[Any]) -> Iterator[None]:
+    def fill(self, eval_space: EvalSpace) -> Iterator[None]:
         """Encode the eval space, handing control back after every thousand evaluations.
 
         Raises:
@@ -90,17 +91,15 @@ class Space:
         self._spool.close()
 
 
-def _named(eval_space: Mapping[str, Any] | Iterable[Any]) -> Iterator[tuple[Key, Any]]:
+def _named(eval_space: EvalSpace) -> Iterator[tuple[Key, Any]]:
     if isinstance(eval_space, Mapping):
         return _from_mapping(eval_space)
     if isinstance(eval_space, str | bytes | bytearray):
         raise OptionError("eval_space", repr(eval_space)[:40], "text is one value; pass a list of args, or a dict of them")
-    if isinstance(eval_space, AsyncIterable):
-        raise OptionError("eval_space", repr(eval_space)[:60], "an async iterator must be gathered into a list first")
     try:
-        return enumerate(iter(eval_space))
+        return enumerate(iter(eval_space))  # type: ignore[arg-type]
     except TypeError:
-        expected = "pass a list, a dict or any other mapping or iterable of args"
+        expected = "pass a list, a dict, any other mapping or iterable of args, an async iterator or a generator function"
         raise OptionError("eval_space", repr(eval_space)[:60], expected) from None
 
 
@@ -110,7 +109,7 @@ def _from_mapping(eval_space: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
     if type(eval_space) is not dict or not all(type(key) is str for key in eval_space):
         seen = set()
     for name, args in eval_space.items():
-        key = _checked(name)
+        key = checked_name(name)
         if seen is not None:
             if key in seen:
                 raise SpaceError(repr(str(key)), "two evaluations have this name; names are compared as strings")
@@ -118,7 +117,12 @@ def _from_mapping(eval_space: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
         yield key, args
 
 
-def _checked(name: Any) -> Key:
+def checked_name(name: Any) -> Key:
+    """Return the stored form of what a user gave as a name.
+
+    Raises:
+        SpaceError: it is none.
+    """
     if isinstance(name, str):
         try:
             name.encode()

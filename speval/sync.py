@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from os import PathLike
@@ -19,8 +19,9 @@ from anyio.from_thread import BlockingPortal
 
 from . import aio
 from .errors import SpevalError
-from .model import Durability, Evaluation, OnChanged, Status, Summary
+from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database
+from .source import Source, is_source
 from .space import Space
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
@@ -32,7 +33,7 @@ _JOIN_WITHIN = 2.0  # seconds to wait for the loop's thread, which a coroutine t
 
 def speval(
     func: Callable[[Any], Any] | Callable[[Any], Awaitable[Any]],
-    eval_space: Mapping[str, Any] | Iterable[Any],
+    eval_space: EvalSpace,
     db: str | PathLike[str],
     timeout: float | None = None,
     *,
@@ -97,7 +98,7 @@ def speval(
 
 def as_completed(
     func: Callable[[Any], Any] | Callable[[Any], Awaitable[Any]],
-    eval_space: Mapping[str, Any] | Iterable[Any],
+    eval_space: EvalSpace,
     db: str | PathLike[str],
     timeout: float | None = None,
     *,
@@ -194,7 +195,7 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
 
 
 def _as_completed(
-    func: Callable[[Any], Any], eval_space: Mapping[str, Any] | Iterable[Any], db: Database, options: Options
+    func: Callable[[Any], Any], eval_space: EvalSpace, db: Database, options: Options
 ) -> Generator[Evaluation, None, None]:
     space = _encoded(eval_space)
     with _loop() as loop:
@@ -207,8 +208,10 @@ def _as_completed(
                 loop.call(batches.aclose)
 
 
-def _encoded(eval_space: Mapping[str, Any] | Iterable[Any]) -> Space:
+def _encoded(eval_space: EvalSpace) -> Space | Source:
     """Encode a space in the calling thread, whose generators may depend on it."""
+    if is_source(eval_space):
+        return Source(eval_space)  # type: ignore[arg-type]
     space = Space()
     try:
         for _ in space.fill(eval_space):

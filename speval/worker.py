@@ -20,12 +20,14 @@ from typing import TypeVar
 from anyio import CancelScope
 
 from .clock import Clock
+from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor
 from .lease import Lease
 from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
-from .space import Space
+from .source import Source
+from .space import Key, Space
 from .stores.base import Ended, Recorded, Store
 
 __all__ = ["Worker"]
@@ -49,14 +51,14 @@ class Worker:
     """Evaluates a space with a store and an executor; used once.
 
     Args:
-        space: What to evaluate, encoded.
+        space: What to evaluate, encoded; or where to draw it from.
         store: Where evaluations live; opened and closed by the worker.
         executor: Where the function runs; closed by the worker.
         options: The options of the call.
         clock: Where the time comes from.
     """
 
-    def __init__(self, space: Space, store: Store, executor: Executor, options: Options, clock: Clock) -> None:
+    def __init__(self, space: Space | Source, store: Store, executor: Executor, options: Options, clock: Clock) -> None:
         self._space = space
         self._store = store
         self._executor = executor
@@ -75,6 +77,8 @@ class Worker:
         self._ended: list[Ended] = []
         self._released: list[Claim] = []
         self._held: list[tuple[float, int, Claim]] = []  # a heap by the time the backoff is over
+        self._drawer: Drawer | None = None
+        self._failure: Exception | None = None  # raised when all that has ended is recorded
         self._slots = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._interrupted: set[int] = set()  # slots
@@ -109,17 +113,23 @@ class Worker:
         try:
             await self._store.open()
             self._executor.start()  # what it needs some time for goes on while the space is compared
-            seeded = await self._store.seed(self._space, self._options.on_changed)
+            await self._seed()
         except BaseException:
             with CancelScope(shield=True):
                 await self._executor.close()
                 await self._store.close()
             raise
+        self._task = asyncio.create_task(self._run(), name="speval worker")
+
+    async def _seed(self) -> None:
+        if isinstance(self._space, Source):
+            await self._store.follow()
+            return
+        seeded = await self._store.seed(self._space, self._options.on_changed)
         counts = (seeded.new, seeded.unchanged, seeded.changed, seeded.gone)
         logger.info("eval space: %d new, %d unchanged, %d changed, %d stored but no longer in it", *counts)
         if seeded.changed and self._options.on_changed == "keep":
             logger.warning("stored with other args than given now, and kept: %s", counted(seeded.changed))
-        self._task = asyncio.create_task(self._run(), name="speval worker")
 
     @property
     def is_done(self) -> bool:
@@ -175,6 +185,16 @@ class Worker:
         self._interrupt()
         self._wake.set()
 
+    def _fail(self, error: Exception) -> None:
+        """Stop because of an error, which is raised when all that has ended is recorded."""
+        self._failure = self._failure or error
+        self.stop(f"{type(error).__name__}: {error}")
+
+    def _look_again(self) -> None:
+        """Have the worker's task look at what there is to do."""
+        self._dry = False
+        self._wake.set()
+
     # The worker's own task
 
     async def _run(self) -> None:
@@ -191,15 +211,21 @@ class Worker:
                 on_lost=partial(_tell, loop, self._on_lost),
             )
             self._lease.start()
+            if isinstance(self._space, Source):
+                self._drawer = Drawer(self._space, self._store, on_drawn=self._look_again, on_failure=self._fail)
             async with asyncio.TaskGroup() as slots:
                 await self._drive(slots)
                 self._closing = True
                 self._wake_slots(len(self._waiting))
+            if self._failure is not None:
+                raise self._failure
         except BaseExceptionGroup as group:
             # One thing went wrong; that it did so beside slots is nobody's business.
             raise group.exceptions[0] from group.exceptions[0].__cause__
         finally:
             try:
+                if self._drawer is not None:
+                    await self._drawer.stop()
                 await self._executor.close()
             finally:
                 await self._leave()
@@ -221,9 +247,11 @@ class Worker:
             ended, self._ended = self._ended, []
             released, self._released = self._released, []
             due = self._take_due()
-            idle, ahead = self._wanted()
             if self._lost:
                 await self._patiently_register()
+            if self._drawer is not None and (drawn := self._drawer.take()):
+                await self._extend(drawn)
+            idle, ahead = self._wanted()
             if ended or released or due or (idle and not self._dry) or self._news:
                 self._news = False
                 recorded = await self._record(ended, released, due, idle, ahead)
@@ -233,6 +261,8 @@ class Worker:
             elif self._is_finished():
                 return
             else:
+                if self._drawer is not None and not self._paused:
+                    self._drawer.ask(idle, ahead)
                 await self._rest()
 
     def _wanted(self) -> tuple[int, int]:
@@ -250,6 +280,8 @@ class Worker:
             return False
         if self._stopping:
             return True
+        if self._drawer is not None and not self._drawer.is_over:
+            return False
         if self._held or self._in_doubt or not self._dry:
             return False
         return not self._is_open or not (self._options.wait or self._paused)
@@ -320,6 +352,21 @@ class Worker:
             else:
                 self._lease.adopt(self._id)
                 self._lost = False  # only now: meanwhile the lease's thread may have told of the same loss
+                self._dry = False
+                return
+
+    async def _extend(self, drawn: Sequence[tuple[Key, str]]) -> None:
+        """Store what was drawn, with the patience of ``_record``."""
+        pause = 0.05
+        while not self._stopping:
+            try:
+                await self._store.extend(drawn, self._options.on_changed)
+            except (DatabaseLockedError, DatabaseUnavailableError):
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 5.0)
+            except SpevalError as error:
+                self._fail(error)
+            else:
                 self._dry = False
                 return
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
+import pty
+import re
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -16,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
 
 from speval.clock import Clock
@@ -173,3 +179,79 @@ def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     wait_for(lambda: not (our_threads() - before), "all threads to end", within=10)
     assert not [name for name in open_files() if ".db" in name]
+
+
+class Terminal:
+    """A program in a real terminal of its own, and what a person sees there."""
+
+    def __init__(self, command: list[str], folder: Path, *, columns: int = 100, lines: int = 30) -> None:
+        self.screen = pyte.HistoryScreen(columns, lines, history=10_000)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self._master = master
+        self._read = threading.Thread(target=self._follow, name="terminal", daemon=True)
+        # TERM is what pyte understands; a terminal inherited from whoever runs the tests would be another one.
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env | {"TERM": "xterm-256color"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self._read.start()
+
+    def _follow(self) -> None:
+        with suppress(OSError):  # the other end is closed
+            while data := os.read(self._master, 65536):
+                self.raw += data
+                self._stream.feed(data)
+
+    def text(self) -> str:
+        """Return what is on the screen and what has scrolled out of it."""
+        above = ["".join(line[x].data for x in range(self.screen.columns)).rstrip() for line in list(self.screen.history.top)]
+        return "\n".join([*above, *(line.rstrip() for line in list(self.screen.display))])
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Return where a pattern is on the screen, as soon as it is there."""
+        found: re.Match[str] = wait_for(lambda: re.search(pattern, self.text()), f"{pattern!r} in\n{self.text()}")
+        return found
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def resize(self, columns: int, lines: int) -> None:
+        self.screen.resize(lines, columns)
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def end(self) -> int:
+        """Return the exit code, when the program has ended and all it wrote is on the screen."""
+        code = self.process.wait(WAIT)
+        self._read.join(WAIT)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._read.join(5)
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*command: str, **options: Any) -> Terminal:
+        opened.append(Terminal(list(command), tmp_path, **options))
+        return opened[-1]
+
+    yield start
+    for terminal in opened:
+        terminal.close()

@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
@@ -84,7 +85,7 @@ def completed(db: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_every_example_says_what_it_shows_how_to_run_it_and_what_it_prints(name):
     assert list(parts(name)) == ["Shows", "Run", "Prints"]
-    assert f"$ python examples/{name}.py" in [line.removesuffix(" &") for line in parts(name)["Run"]]
+    assert f"$ python examples/{name}.py" in [line.removesuffix(" &") for line in parts(name)["Run"]], "on a line of its own"
     assert shown(name)
 
 
@@ -254,3 +255,16 @@ def test_executors_of_others_evaluate_all_and_a_second_run_evaluates_nothing(scr
         if recorded == 0:
             expected[0] = re.sub(r"\(\d+ by", "(0 by", expected[0])
         assert lines == expected, err
+
+
+def test_four_copies_share_an_optuna_study_that_chooses_by_what_all_have_recorded(examples: Examples, db: Path):
+    copies = [examples.start("09_optuna", db) for _ in range(4)]
+    best = [lines_of(copy)[-1] for copy in copies]
+    evaluations = load_evals(db)
+    assert sorted(int(e["name"]) for e in evaluations) == list(range(80))
+    assert {(e["status"], e["attempts"]) for e in evaluations} == {("completed", 1)}
+    assert len({e["worker"] for e in evaluations}) > 1
+    results = [e["result"] for e in sorted(evaluations, key=lambda e: int(e["name"]))]
+    assert median(results[40:]) < median(results[:10]) / 2  # the first ten are drawn at random
+    assert {f"best of 80: {min(results):.4f}" in line for line in best} == {True}
+    assert examples.run("09_optuna", db) == best[-1:]

@@ -96,6 +96,7 @@ SAMPLES = [
     errors.DatabaseUnavailableError("runs.db", "the disk is full"),
     errors.DriverMissingError("postgres", "psycopg"),
     errors.ForeignDatabaseError("runs.db", "some other kind of file"),
+    errors.MissingExtraError("library='pandas'", "pandas", "pandas"),
     errors.NewerSchemaError("runs.db", 9, 1, "2.3"),
     errors.InProgressError("runs.db", ["a", "b"]),
     errors.StoreClosedError("runs.db"),

@@ -24,13 +24,13 @@ from anyio import CancelScope
 from ..clock import Clock
 from ..errors import ArgsChangedError, StoreClosedError, UnknownNameError
 from ..host import this_process
-from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Status, Summary
+from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
 from . import sqlite_seed as seeding
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
-from .sqlite_rows import CODES, COLUMNS, STATUS, evaluation
+from .sqlite_rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 
 __all__ = ["SqliteStore"]
 
@@ -42,7 +42,6 @@ T = TypeVar("T")
 
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
 _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
-_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
@@ -328,7 +327,7 @@ class SqliteStore(Store):
         return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
 
     def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
-        pending, settings = self._any(c, _ANY_PENDING), _settings(c)
+        pending, settings = self._any(c, _ANY_PENDING), settings_of(c)
         failures = self._failures(c) if count_failures else None
         recorded = Recorded(open=pending or self._any(c, _ANY_HELD), failures=failures, settings=settings)
         return pending and not settings.paused, recorded
@@ -353,7 +352,7 @@ class SqliteStore(Store):
         count_failures: bool,
     ) -> Recorded:
         now = self._clock.wall()
-        recorded = Recorded(settings=_settings(c))
+        recorded = Recorded(settings=settings_of(c))
         if ended:
             recorded.refused = _end(c, ended, now)
         if released:
@@ -443,12 +442,6 @@ class SqliteStore(Store):
             return c.execute(_RETRY_NAMED, (now, CODES[status], keys)).rowcount
 
         return await self._write(put_back)
-
-
-def _settings(c: sqlite3.Connection) -> Settings:
-    found = dict(c.execute(_SETTINGS).fetchall())
-    concurrency = found.get("concurrency")
-    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)
 
 
 def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Claim]:

@@ -25,7 +25,6 @@ from ..model import (
     Health,
     Overview,
     Running,
-    Settings,
     Status,
     WorkerState,
     WorkerView,
@@ -34,7 +33,7 @@ from ..model import (
 from ..space import name_to_key
 from .base import Control, ControlMode
 from .sqlite_file import SCHEMA, SqliteFile, filesystem, is_network
-from .sqlite_rows import CODES, COLUMNS, STATUS, decoded, error_of, evaluation, worker_label
+from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
 
 __all__ = ["SqliteControl"]
 
@@ -46,12 +45,19 @@ _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
 _BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 
-_COUNTS = "SELECT status, count(*) FROM states GROUP BY status"
+# Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
+_COUNTS = """
+SELECT
+    (SELECT count(*) FROM states),
+    (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
+        + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
+    (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
+"""
 _CAUSES = """
 SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
 WHERE s.status = 3 GROUP BY a.outcome
 """
-_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
 WHERE ended_at IS NULL ORDER BY started_at, id
@@ -164,24 +170,23 @@ class SqliteControl(Control):
     # Looking
 
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
+        self._file.look_after()
         return self._file.read(self._overview, failures, runs)
 
     def _overview(self, c: sqlite3.Connection, failures: int, runs: int) -> Overview:
-        counts: dict[Status, int] = dict.fromkeys(STATUS.values(), 0)
-        for code, number in c.execute(_COUNTS):
-            counts[STATUS[code]] += number
+        total, pending, in_progress, failed = (int(count) for count in c.execute(_COUNTS).fetchone())
         now = self._clock.wall()
         workers = self._workers(c, now, runs)
         shown = c.execute(_FAILURES, (failures,)).fetchall()
         return Overview(
             at=now,
-            pending=counts["pending"],
-            in_progress=counts["in_progress"],
-            completed=counts["completed"],
-            failed=counts["failed"],
+            pending=pending,
+            in_progress=in_progress,
+            completed=total - pending - in_progress - failed,
+            failed=failed,
             causes=dict(c.execute(_CAUSES).fetchall()),
             rate=_rate(c, workers, now),
-            settings=_settings(c),
+            settings=settings_of(c),
             workers=workers,
             failures=tuple(
                 Failure(str(name), cause, type_ or "", message or "", attempts, ended_at, _label(worker))
@@ -430,12 +435,6 @@ def _nobodys(c: sqlite3.Connection, after: int, upto: int) -> list[int]:
 
 def _label(worker: Sequence[Any]) -> str | None:
     return None if worker[0] is None else worker_label(*worker)
-
-
-def _settings(c: sqlite3.Connection) -> Settings:
-    values = dict(c.execute(_SETTINGS).fetchall())
-    concurrency = values.get("concurrency")
-    return Settings(bool(values.get("paused")), None if concurrency is None else int(concurrency))
 
 
 def _rate(c: sqlite3.Connection, workers: Sequence[WorkerView], now: float) -> float | None:

@@ -119,6 +119,15 @@ class SqliteFile:
                 self.connection = copy
                 _migrate(copy)
 
+    def look_after(self) -> None:
+        """See that the name still leads to the file that is open, before a look that may be one of many.
+
+        Raises:
+            DatabaseError: it does not.
+        """
+        if how := self._taken_away():
+            raise DatabaseError(self.shown, f"was {how} while in use; start again with the file that is there now")
+
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
         with self._errors():
@@ -177,19 +186,24 @@ class SqliteFile:
 
     def _look_after_the_file(self) -> None:
         """See that the name still leads to the file that is open, since what is written to a deleted one is gone with us."""
+        if how := self._taken_away():
+            raise DatabaseError(self.shown, f"was {how} while in use; {self._rescue()}")
+
+    def _taken_away(self) -> str | None:
+        """Return what has happened to the file, None if it is there."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
             found = None
         except OSError:
-            return  # a folder or a server out of reach: SQLite will say
+            return None  # a folder or a server out of reach: SQLite will say
         else:
             found = status.st_dev, status.st_ino
         if self._identity is None:
             self._identity = found
-        if found is None or found != self._identity:
-            how = "deleted" if found is None else "replaced by another file"
-            raise DatabaseError(self.shown, f"was {how} while in use; {self._rescue()}")
+        if found is None:
+            return "deleted"
+        return "replaced by another file" if found != self._identity else None
 
     def _rescue(self) -> str:
         """Copy what the open file still holds beside the name it had, and say where to."""

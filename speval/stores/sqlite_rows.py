@@ -1,19 +1,20 @@
 """What rows of a SQLite database mean.
 
-Owns the codes of the statuses, and the way from a joined row to an ``Evaluation``. Invariant: a row that no speval has written
-is an error that names the evaluation, never a wrong value.
+Owns the codes of the statuses, and the ways from rows to an ``Evaluation`` and to ``Settings``. Invariant: a row that no
+speval has written is an error that names the evaluation, never a wrong value.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
 from ..codec import decode
 from ..errors import DatabaseError
-from ..model import Error, Evaluation, Status
+from ..model import Error, Evaluation, Settings, Status
 
-__all__ = ["CODES", "COLUMNS", "STATUS", "decoded", "error_of", "evaluation", "worker_label"]
+__all__ = ["CODES", "COLUMNS", "STATUS", "decoded", "error_of", "evaluation", "settings_of", "worker_label"]
 
 STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
 CODES: dict[Status | None, str] = {
@@ -25,6 +26,8 @@ COLUMNS = """
     e.name, s.status, s.updated_at, e.args, s.attempt - s.released, a.result, a.outcome,
     a.error_type, a.error_message, a.error_traceback, a.started_at, a.duration, w.id, w.host, w.pid
 """
+
+_SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 
 
 def worker_label(id: int, host: str, pid: int) -> str:
@@ -69,3 +72,10 @@ def decoded(db: str, name: object, text: str) -> Any:
         return decode(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise DatabaseError(db, f"what is stored of evaluation {str(name)!r} is no JSON ({error})") from error
+
+
+def settings_of(c: sqlite3.Connection) -> Settings:
+    """Return what is set for all workers."""
+    found = dict(c.execute(_SETTINGS).fetchall())
+    concurrency = found.get("concurrency")
+    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)

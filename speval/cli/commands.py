@@ -1,0 +1,74 @@
+"""All subcommands together.
+
+Owns the group they stand in, and the scripts for shells. Invariant: what a subcommand does stands in its own module.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from .. import __version__
+from .export import export
+from .look import best, doctor, ls, show, status
+from .run import run
+from .steer import drop, pause, resume, retry, set_, unset
+from .watch import watch
+
+__all__ = ["ClosedPipe", "speval"]
+
+
+class ClosedPipe(Exception):
+    """Whoever read the output has gone; click would exit with a code of its own."""
+
+
+class _Group(click.Group):
+    """Shows its subcommands in the order in which people need them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            code = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise ClosedPipe from error
+        return code
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="speval %(version)s")
+@click.pass_context
+def speval(context: click.Context) -> int:
+    """Evaluate a Python function over many arguments; look at, steer and read what comes of it.
+
+    DB is the database's file name.
+
+    Exit codes: 0 all is well; 1 evaluations failed or are unfinished; 2 the command could not be carried out; 130
+    interrupted.
+    """
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+        return 2
+    return 0
+
+
+@click.command(short_help="Print what makes a shell complete the command.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete the command: eval "$(speval completion bash)"."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    sys.stdout.write(kind(speval, {}, "speval", "_SPEVAL_COMPLETE").source() + "\n")
+
+
+for _command in (run, status, watch, ls, show, best, export, retry, pause, resume, set_, unset, drop, doctor, completion):
+    speval.add_command(_command)

@@ -1,0 +1,136 @@
+"""The subcommand that writes evaluations to files: export.
+
+Owns the formats. Invariant: a file stands under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import click
+
+from ..flat import flattened, needs, ordered, table, unmixed
+from ..model import Cause, Evaluation, Status
+from .params import database, filters, opened
+
+__all__ = ["export"]
+
+Format = Literal["csv", "jsonl", "parquet"]
+_SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+_SPOOL_IN_MEMORY = 8 * 2**20  # bytes
+
+
+@click.command(short_help="Write evaluations as CSV, JSON lines or Parquet.")
+@database
+@click.option(
+    "--format", "-f", "format_", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the file's name, or csv]"
+)
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="The file to write. [default: stdout]")
+@click.option("--flat", is_flag=True, help="Flat keys in JSON lines, too.")
+@filters
+def export(
+    db: str,
+    format_: Format | None,
+    output: Path | None,
+    flat: bool,
+    status: Status | None,
+    cause: Cause | None,
+    pattern: str | None,
+) -> None:
+    """Write evaluations as a table or as JSON lines, in eval-space order.
+
+    Tables (csv, parquet) have a column for each argument and each key of the result: args.lr, result.loss. JSON lines hold what
+    load_evals() returns.
+    """
+    chosen: Format = format_ or _SUFFIXES.get(output.suffix.lower() if output else "", "csv")
+    if chosen == "parquet":
+        needs("pyarrow", "parquet", "parquet")
+        if output is None and sys.stdout.isatty():
+            raise click.ClickException("parquet is nothing for a terminal; name a file with --output")
+    with opened(db) as control:
+        found = control.evaluations(status=status, cause=cause, pattern=pattern)
+        with _target(output) as file:
+            if chosen == "parquet":
+                _write_parquet(found, file)
+            elif chosen == "csv":
+                _write_csv(found, file)
+            else:
+                for evaluation in found:
+                    file.write(json.dumps(flattened(evaluation) if flat else evaluation).encode() + b"\n")
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[IO[bytes]]:
+    """Open what to write to; a file takes its name when it is complete."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and not path.is_file():  # a device or a pipe
+        with path.open("wb") as file:
+            yield file
+        return
+    path = path.resolve()
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise click.ClickException(f"{path} can't be written: {error.strerror}") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
+    # The columns are known only when all rows have been seen, and there may be more of them than fit in memory.
+    seen: dict[str, None] = {}
+    with tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY) as spool:
+        for evaluation in evaluations:
+            row = flattened(evaluation)
+            seen.update(dict.fromkeys(row))
+            spool.write(json.dumps(row).encode() + b"\n")
+        spool.seek(0)
+        columns = ordered(seen)
+        lines = _Encoded(file)
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(columns)
+        for line in spool:
+            row = json.loads(line)
+            writer.writerow([_cell(row.get(column)) for column in columns])
+
+
+class _Encoded:
+    """Takes text and writes UTF-8; a wrapper of io's would close what it wraps."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(text.encode("utf-8", "surrogatepass"))
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as a table holds it: nothing for None, true and false as JSON has them, lists as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
+
+
+def _write_parquet(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {column: pyarrow.array(unmixed(values)) for column, values in table(evaluations).items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)

@@ -1,0 +1,266 @@
+"""The subcommands that look: status, ls, show, best, doctor.
+
+Owns what they print. Invariant: none of them changes anything or keeps a worker waiting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+import math
+import platform
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..flat import flattened
+from ..model import Attempt, Cause, Evaluation, Overview, Status, counted
+from .params import as_json, database, filters, named, opened
+from .text import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, span, spelled
+
+__all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
+
+
+@click.command(short_help="Count evaluations, and say who runs what.")
+@database
+@click.option("--exit-code", is_flag=True, help="Exit with 1 unless every evaluation is completed.")
+@as_json
+def status(db: str, exit_code: bool, as_json: bool) -> int:
+    """Count evaluations by status, and say who runs what."""
+    with opened(db) as control:
+        seen = control.overview()
+    if as_json:
+        print_json(dataclasses.asdict(seen) | {"settings": seen.settings._asdict(), "eta": eta(seen)})
+    else:
+        line(*counts_text(seen))
+        line(*progress_text(seen))
+        for worker in seen.workers:
+            since = span(seen.at - worker.started_at)
+            runs = ", ".join(f"{shown(r.name)} ({span(max(0.0, seen.at - r.since))})" for r in worker.runs)
+            more = worker.running - len(worker.runs)
+            style = STYLES.get(worker.state, "")
+            line(
+                f"worker {shown(worker.worker)} ", (worker.state, style), f" for {since}, runs {runs or 'nothing'}",
+                f" and {more} more" if more > 0 else "",
+            )  # fmt: skip
+        for last in seen.failures:
+            line("failed ", (shown(last.name), STYLES["failed"]), f" {failure(last.cause, last.type, last.message)}")
+    return 1 if exit_code and seen.completed < seen.total else 0
+
+
+def eta(seen: Overview) -> float | None:
+    """Return in how many seconds everything will have ended if it goes on like this, or None if nobody can tell."""
+    return seen.open / seen.rate if seen.open and seen.rate and not seen.settings.paused else None
+
+
+def causes_text(seen: Overview) -> str:
+    """Return what the failed ones failed for."""
+    return ", ".join(f"{count} {cause}" for cause, count in sorted(seen.causes.items()))
+
+
+def counts_text(seen: Overview) -> list[Cell]:
+    """Return how many evaluations stand where."""
+    parts: list[Cell] = [f"{counted(seen.total)}: ", (f"{seen.completed} completed", STYLES["completed"])]
+    if seen.failed:
+        parts += [", ", (f"{seen.failed} failed ({causes_text(seen)})", STYLES["failed"])]
+    if seen.in_progress:
+        parts += [", ", (f"{seen.in_progress} in progress", STYLES["in_progress"])]
+    if seen.pending:
+        parts += [", ", (f"{seen.pending} pending", STYLES["pending"])]
+    return parts
+
+
+def progress_text(seen: Overview) -> list[Cell]:
+    """Return who is at work, how quick it is, how long it takes, and what is set."""
+    alive = sum(worker.state == "alive" for worker in seen.workers)
+    parts: list[Cell] = [counted(alive, "worker") if alive else "no worker"]
+    if seen.rate is not None:
+        rate = seen.rate
+        parts.append(
+            f", {rate:.3g} a second"
+            if rate >= 1
+            else f", {rate * 60:.3g} a minute"
+            if rate * 60 >= 1
+            else f", {rate * 3600:.3g} an hour"
+        )
+    if (left := eta(seen)) is not None:
+        parts.append(f", done in {span(left)}")
+    if seen.settings.paused:
+        parts += [", ", ("paused", STYLES["paused"])]
+    if seen.settings.concurrency is not None:
+        parts.append(f", concurrency set to {seen.settings.concurrency}")
+    return parts
+
+
+@click.command(short_help="List evaluations.")
+@database
+@filters
+@click.option("--limit", "-n", type=click.IntRange(min=0), help="At most so many. [default: all]")
+@click.option("--names", "only_names", is_flag=True, help="Print names only.")
+@as_json
+def ls(
+    db: str,
+    status: Status | None,
+    cause: Cause | None,
+    pattern: str | None,
+    limit: int | None,
+    only_names: bool,
+    as_json: bool,
+) -> None:
+    """List evaluations in eval-space order, a line each."""
+    with opened(db) as control:
+        found = control.evaluations(status=status, cause=cause, pattern=pattern, limit=limit)
+        if as_json:
+            for evaluation in found:
+                print_json(evaluation)
+        elif only_names:
+            for evaluation in found:
+                line(shown(evaluation["name"]))
+        else:
+            head = ("name", "status", "attempts", "took", "args", "result")
+            columns(head, (_row(e) for e in found), right=(2, 3), keep=(0, 1, 2, 3))
+
+
+def _row(e: Evaluation) -> tuple[Cell, ...]:
+    error = e["error"]
+    outcome = "" if e["status"] != "completed" else brief(e["result"])
+    if error is not None:
+        outcome = failure(error["cause"], error["type"], error["message"])
+    return (
+        shown(e["name"]),
+        (e["status"], STYLES[e["status"]]),
+        str(e["attempts"]),
+        span(e["duration"]),
+        brief(e["args"]),
+        (outcome, STYLES["failed"] if error else ""),
+    )
+
+
+@click.command(short_help="Show one evaluation with all its attempts.")
+@database
+@named(many=False)
+@as_json
+def show(db: str, name: str, as_json: bool) -> None:
+    """Show one evaluation: args, result, and every attempt with its worker, times, cause and traceback."""
+    with opened(db) as control:
+        evaluation = control.evaluation(name)
+        attempts = control.attempts(name)
+    if as_json:
+        print_json(dict(evaluation) | {"attempts": [dataclasses.asdict(attempt) for attempt in attempts]})
+        return
+    line(("name      ", "bold"), shown(evaluation["name"]))
+    line(("status    ", "bold"), (evaluation["status"], STYLES[evaluation["status"]]))
+    line(("updated   ", "bold"), instant(evaluation["updated"]))
+    _value("args", evaluation["args"])
+    if evaluation["status"] == "completed":
+        _value("result", evaluation["result"])
+    for attempt in attempts:
+        _attempt(attempt)
+
+
+def _value(name: str, value: Any) -> None:
+    written = spelled(value)
+    if len(written) > 100:
+        written = shown(json.dumps(value, ensure_ascii=False, indent=2), lines=True)
+    for i, part in enumerate(written.split("\n")):
+        line((f"{name if i == 0 else '':10}", "bold"), part)
+
+
+def _attempt(attempt: Attempt) -> None:
+    outcome = attempt.outcome or "in progress"
+    style = STYLES["completed" if outcome == "completed" else "failed" if attempt.outcome else "in_progress"]
+    line()
+    line((f"attempt {attempt.number} ", "bold"), (outcome, style))
+    line("  worker    ", shown(attempt.worker or "not known"))
+    line("  started   ", instant(attempt.started_at) or "never")
+    if attempt.ended_at is not None:
+        line(
+            "  ended     ", instant(attempt.ended_at), f", ran {span(attempt.duration)}" if attempt.duration is not None else ""
+        )
+    if attempt.error is not None:
+        error = attempt.error
+        told = error["traceback"].rstrip("\n") or (
+            f"{error['type']}: {error['message']}" if error["type"] else error["message"]
+        )
+        if error["message"].partition("\n")[0] not in told:
+            line("  message   ", failure("exception", error["type"], error["message"]))
+        for part in shown(told, lines=True).split("\n"):
+            line("    ", (part, STYLES["failed"]))
+
+
+@click.command(short_help="Print the best completed evaluations.")
+@database
+@click.argument("key")
+@click.option("--min", "order", flag_value="min", help="The smallest are the best.")
+@click.option("--max", "order", flag_value="max", help="The largest are the best.")
+@click.option("--number", "-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many to print.")
+@as_json
+def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> int:
+    """Print the completed evaluations that are best by KEY.
+
+    KEY is a key of the result (loss, scores.f1), "result" where that is a number itself, or a column as in `speval export`
+    (result.loss, duration).
+    """
+    if order is None:
+        raise click.UsageError("say --min or --max")
+    seen = 0
+    keys: dict[str, None] = {}
+
+    def numbers() -> Iterator[tuple[float, Evaluation]]:
+        nonlocal seen
+        with opened(db) as control:
+            for evaluation in control.evaluations(status="completed"):
+                seen += 1
+                row = flattened(evaluation)
+                value = row.get(f"result.{key}", row.get(key))
+                if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+                    yield value, evaluation
+                elif len(keys) < 50:
+                    keys.update(dict.fromkeys(k for k in row if k.startswith("result")))
+
+    choose = heapq.nsmallest if order == "min" else heapq.nlargest
+    found = choose(number, numbers(), key=lambda pair: pair[0])
+    if not found:
+        if not seen:
+            raise click.ClickException("nothing is completed yet")
+        there = f"; there are {', '.join(shown(k) for k in keys)}" if keys else ""
+        raise click.ClickException(f"none of {counted(seen, 'completed evaluation')} has a number {key!r}{there}")
+    if as_json:
+        for value, evaluation in found:
+            print_json({"value": value, **evaluation})
+    else:
+        rows = ((brief(value), shown(e["name"]), brief(e["args"]), brief(e["result"])) for value, e in found)
+        columns((shown(key), "name", "args", "result"), rows, right=(0,), keep=(0, 1))
+    return 0
+
+
+@click.command(short_help="Look for what is wrong.")
+@database
+@click.option("--quick", is_flag=True, help="Don't read the whole database for damage.")
+@as_json
+def doctor(db: str, quick: bool, as_json: bool) -> int:
+    """Look under the bonnet: filesystem, journal, schema, integrity, dead workers.
+
+    Exits with 1 if there is something that keeps speval from working or has cost data.
+    """
+    with opened(db) as control:
+        health = control.check(integrity=not quick)
+    facts = {"speval": __version__, "python": platform.python_version()} | dict(health.facts)
+    if as_json:
+        print_json({"facts": facts, "findings": [dataclasses.asdict(finding) for finding in health.findings]})
+    else:
+        for name, value in facts.items():
+            line((f"{name:14}", "bold"), "-" if value is None else shown(str(value)))
+        _findings((finding.is_error, finding.problem, finding.fix) for finding in health.findings)
+    return 1 if any(finding.is_error for finding in health.findings) else 0
+
+
+def _findings(findings: Iterable[tuple[bool, str, str]]) -> None:
+    found = list(findings)
+    if not found:
+        line(("nothing to complain about", STYLES["completed"]))
+    for is_error, problem, fix in found:
+        line(("error: " if is_error else "hint: ", STYLES["failed" if is_error else "paused"]), shown(f"{problem}; {fix}"))

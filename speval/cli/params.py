@@ -1,0 +1,97 @@
+"""The arguments that several subcommands take.
+
+Owns what they are called, what they accept and how a shell completes them. Invariant: what a subcommand is handed can name a
+database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+from click.shell_completion import CompletionItem
+
+from ..errors import SpevalError
+from ..model import Cause, Status
+from ..options import checked_database
+from ..stores import make_control
+from ..stores.base import Control, ControlMode
+
+__all__ = ["DB", "as_json", "cause", "database", "filters", "named", "names_of", "opened", "pattern", "status"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_COMPLETED = 100  # names a shell offers
+
+
+class _Database(click.Path):
+    """The path of a SQLite file, or the URL of a database."""
+
+    name = "database"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        checked_database(value)
+        return str(value)
+
+
+class _Name(click.ParamType):  # type: ignore[type-arg]
+    """The name of an evaluation in the database that stands before it."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        beginning = incomplete.replace("*", "?")  # a star that is part of a name fits a question mark as well
+        try:
+            with opened(ctx.params["db"]) as control:
+                found = [e["name"] for e in control.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
+        except (SpevalError, KeyError, OSError):
+            return []
+        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+
+
+DB = _Database()
+database = click.argument("db", type=DB, metavar="DB")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+status = click.option("--status", "-s", type=click.Choice(get_args(Status)), help="Only those of this status.")
+cause = click.option("--cause", "-c", type=click.Choice(get_args(Cause)), help="Only those that failed for this cause.")
+pattern = click.option(
+    "--match", "-m", "pattern", metavar="PATTERN", help="Only those whose name fits: * is any text, ? any character."
+)
+
+
+def opened(db: str, mode: ControlMode = "read") -> Control:
+    """Return what looks at a database, or with the mode ``write`` steers it.
+
+    Raises:
+        DatabaseError: it is not there, or can't be used.
+    """
+    return make_control(checked_database(db), mode)
+
+
+def named(*, many: bool) -> Callable[[F], F]:
+    """Return the argument for one name, or for any number of them."""
+    if many:
+        return click.argument("names", type=_Name(), metavar="[NAME]...", nargs=-1)
+    return click.argument("name", type=_Name(), metavar="NAME")
+
+
+def filters(command: F) -> F:
+    """Give a subcommand the options by which evaluations are chosen."""
+    return status(cause(pattern(command)))
+
+
+def names_of(db: str, names: tuple[str, ...], *, status: Status | None, cause: Cause | None, pattern: str | None) -> list[str]:
+    """Return the names that names and filters together choose, in eval-space order where filters are given.
+
+    Raises:
+        UnknownNameError: one of the names given is not in the database.
+    """
+    if status is None and cause is None and pattern is None:
+        return list(names)
+    with opened(db) as control:
+        for name in names:
+            control.evaluation(name)
+        chosen = set(names)
+        found = control.evaluations(status=status, cause=cause, pattern=pattern)
+        return [e["name"] for e in found if not chosen or e["name"] in chosen]

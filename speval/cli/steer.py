@@ -1,0 +1,125 @@
+"""The subcommands that change something: retry, pause, resume, set, unset, drop.
+
+Owns what they ask and answer. Invariant: they go through the database alone; no worker is spoken to.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ..model import Cause, Status, counted
+from ..sync import retry as put_back
+from .params import as_json, cause, database, filters, named, names_of, opened, pattern
+from .text import line, print_json
+
+__all__ = ["drop", "pause", "resume", "retry", "set_", "unset"]
+
+
+@click.command(short_help="Put evaluations back to pending.")
+@database
+@named(many=True)
+@click.option(
+    "--status", "-s", type=click.Choice(["failed", "completed"]), default="failed", show_default=True,
+    help="Put back those of this status; others stay as they are.",
+)  # fmt: skip
+@cause
+@pattern
+@as_json
+def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, pattern: str | None, as_json: bool) -> None:
+    """Put evaluations back to pending with a fresh budget of attempts: all failed ones, or those named."""
+    chosen: list[str] | None = list(names) or None
+    if cause is not None or pattern is not None:
+        chosen = names_of(db, names, status=status, cause=cause, pattern=pattern)
+    count = put_back(db, chosen, status=status)
+    if as_json:
+        print_json({"retried": count})
+    else:
+        line(f"{counted(count)} put back")
+
+
+@click.command(short_help="Let no worker claim anything more.")
+@database
+def pause(db: str) -> None:
+    """Let all workers claim nothing more; what runs goes on, and they wait for `speval resume`."""
+    with opened(db, "write") as control:
+        control.set_paused(True)
+        seen = control.overview(failures=0, runs=0)
+    line(f"paused; {counted(seen.in_progress)} still in progress, {seen.pending} pending until `speval resume`")
+
+
+@click.command(short_help="Let the workers go on.")
+@database
+def resume(db: str) -> None:
+    """Let the workers go on after `speval pause`."""
+    with opened(db, "write") as control:
+        control.set_paused(False)
+        seen = control.overview(failures=0, runs=0)
+    line(f"resumed; {counted(seen.pending)} pending, {counted(len(seen.workers), 'worker')}")
+
+
+_SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
+
+
+@click.command("set", short_help="Set the concurrency of all workers.")
+@database
+@_SETTING
+@click.argument("value", type=click.IntRange(min=1), metavar="N")
+def set_(db: str, setting: str, value: int) -> None:
+    """Have each worker run N evaluations at once, whatever its call was given, now and later."""
+    with opened(db, "write") as control:
+        control.set_concurrency(value)
+    line(f"{setting} set to {value} for every worker")
+
+
+@click.command(short_help="Leave the concurrency to each call.")
+@database
+@_SETTING
+def unset(db: str, setting: str) -> None:
+    """Have each worker run as many evaluations at once as its call was given."""
+    with opened(db, "write") as control:
+        control.set_concurrency(None)
+    line(f"{setting} as each call was given it")
+
+
+@click.command(short_help="Forget evaluations for good.")
+@database
+@named(many=True)
+@filters
+@click.option("--yes", "-y", is_flag=True, help="Don't ask.")
+@as_json
+def drop(
+    db: str,
+    names: tuple[str, ...],
+    status: Status | None,
+    cause: Cause | None,
+    pattern: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Forget evaluations with all their attempts and results, for good; what is in progress is not dropped.
+
+    A space that still has them brings them back as new ones.
+    """
+    is_whole_status = status is not None and not names and cause is None and pattern is None
+    if not names and status is None and cause is None and pattern is None:
+        raise click.UsageError("name what to drop, or choose with --status, --cause or --match")
+    chosen = [] if is_whole_status else names_of(db, names, status=status, cause=cause, pattern=pattern)
+    count = _count(db, status) if status is not None and is_whole_status else len(chosen)
+    if count and not yes:
+        if not sys.stdin.isatty():
+            raise click.ClickException(f"this drops {counted(count)} with what is recorded of them; say --yes to do so")
+        click.confirm(f"Drop {counted(count)} with all that is recorded of them?", abort=True, err=True)
+    with opened(db, "write") as control:
+        dropped = control.drop(status=status) if is_whole_status else control.drop(chosen)
+    if as_json:
+        print_json({"dropped": dropped})
+    else:
+        line(f"{counted(dropped)} dropped")
+
+
+def _count(db: str, status: Status) -> int:
+    with opened(db) as control:
+        seen = control.overview(failures=0, runs=0)
+    return int(getattr(seen, status))

@@ -1,0 +1,155 @@
+"""Evaluations as flat rows: a column for each argument and each key of the result.
+
+Owns how nested values become columns, for data frames and exported files alike. Invariant: nothing of args and results is lost
+on the way, and a column of one evaluation means the same in every other one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from .codec import encode
+from .errors import MissingExtraError, OptionError
+from .model import Evaluation, Status
+from .options import checked_database, checked_status
+from .stores import make_control
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
+__all__ = ["flattened", "needs", "table", "to_frame", "unmixed"]
+
+# Args and results stand between these.
+_BEFORE = ("name", "status")
+_AFTER = ("attempts", "started", "duration", "updated", "worker", "error.cause", "error.type", "error.message")
+
+
+def flattened(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as one flat row.
+
+    Dicts in args and result are taken apart: ``args.lr``, ``result.loss``, ``result.scores.f1``. Whatever is no dict, lists
+    included, is the value of one column; args or a result that are no dict have the column ``args`` or ``result``.
+    """
+    row: dict[str, Any] = {"name": evaluation["name"], "status": evaluation["status"]}
+    _flatten(row, "args", evaluation["args"])
+    if evaluation["status"] == "completed":
+        _flatten(row, "result", evaluation["result"])
+    for key in ("attempts", "started", "duration", "updated", "worker"):
+        row[key] = evaluation[key]
+    if error := evaluation["error"]:
+        # No traceback: its many lines are no value of a table.
+        row |= {"error.cause": error["cause"], "error.type": error["type"], "error.message": error["message"]}
+    return row
+
+
+def _flatten(row: dict[str, Any], column: str, value: Any) -> None:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            _flatten(row, f"{column}.{key}", item)
+        return
+    while column in row:  # {"a.b": 1, "a": {"b": 2}} has two values for one column
+        column += "'"
+    row[column] = value
+
+
+def table(evaluations: Iterable[Evaluation]) -> dict[str, list[Any]]:
+    """Return flat columns, all of one length, with None where an evaluation has no such value.
+
+    Name and status come first, then the args and the results in the order in which they first appear, then the rest.
+    """
+    columns: dict[str, list[Any]] = {}
+    count = 0
+    for evaluation in evaluations:
+        for column, value in flattened(evaluation).items():
+            values = columns.setdefault(column, [])
+            values.extend([None] * (count - len(values)))
+            values.append(value)
+        count += 1
+    for values in columns.values():
+        values.extend([None] * (count - len(values)))
+    return {column: columns.get(column) or [None] * count for column in ordered(columns)}
+
+
+def ordered(columns: Iterable[str]) -> list[str]:
+    """Return columns in the order in which people read them: args before results, the fixed ones around them."""
+    given = list(columns)
+    args = [column for column in given if column == "args" or column.startswith("args.")]
+    results = [column for column in given if column == "result" or column.startswith("result.")]
+    return [*_BEFORE, *args, *results, *_AFTER]
+
+
+def unmixed(values: list[Any]) -> list[Any]:
+    """Return a column as values of one kind, as files and frames of typed columns want it.
+
+    Whole numbers among floats become floats. Values that have no kind in common become JSON text, all of them.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        return [value if value is None else float(value) for value in values]
+    is_plain = len(kinds) <= 1 and dict not in kinds
+    if is_plain and (list not in kinds or _are_alike(values)) and (int not in kinds or _fit(values)):
+        return values
+    return [value if value is None else encode(value, "a value") for value in values]
+
+
+def _are_alike(lists: list[Any]) -> bool:
+    """Tell whether lists hold values of one kind, and no further lists."""
+    kinds = {type(item) for items in lists if items is not None for item in items if item is not None}
+    return len(kinds) <= 1 and not kinds & {dict, list} and (int not in kinds or all(_fit(items) for items in lists if items))
+
+
+def _fit(values: list[Any]) -> bool:
+    return all(value is None or -(2**63) <= value < 2**63 for value in values)
+
+
+def needs(module: str, what: str, extra: str) -> None:
+    """Refuse what wants a package that is not installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError(what, module, extra)
+
+
+@overload
+def to_frame(db: str | PathLike[str], *, status: Status | None = ..., library: Literal["pandas"] = ...) -> pandas.DataFrame: ...
+@overload
+def to_frame(db: str | PathLike[str], *, status: Status | None = ..., library: Literal["polars"]) -> polars.DataFrame: ...
+def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: Literal["pandas", "polars"] = "pandas") -> Any:
+    """Read evaluations into a data frame, a row for each, with a column for each argument and each key of the result.
+
+    The database is not changed, and nobody is kept waiting.
+
+    Args:
+        db: The database's file name.
+        status: Only those of this status. None: all.
+        library: Whose data frame: ``"pandas"`` or ``"polars"``; ``speval[pandas]`` and ``speval[polars]`` install them.
+
+    Returns:
+        A frame in eval-space order: ``name``, ``status``, ``args.*``, ``result.*``, ``attempts``, ``started``, ``duration``,
+        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are no dict are one
+        column, ``args`` or ``result``. With polars, a column whose values have no type in common holds JSON text.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+        DatabaseError: there is no such database, or it can't be read.
+    """
+    path = checked_database(db)
+    checked_status(status, (None, "pending", "in_progress", "completed", "failed"))
+    if library not in ("pandas", "polars"):
+        raise OptionError("library", repr(library), "'pandas' or 'polars'")
+    needs(library, f"library={library!r}", library)
+    with make_control(path) as control:
+        columns = table(control.evaluations(status=status))
+    if library == "polars":
+        import polars
+
+        return polars.DataFrame({column: polars.Series(column, unmixed(values)) for column, values in columns.items()})
+    import pandas
+
+    return pandas.DataFrame(columns)
