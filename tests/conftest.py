@@ -21,10 +21,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pyte
 import pytest
 
 from speval.clock import Clock
+from speval.url import PostgresUrl
 
 from .postgres_server import Server
 
@@ -45,13 +47,38 @@ def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT)
         time.sleep(0.01)
 
 
-def rows(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Return what a query brings, as anybody with the sqlite3 shell would see it."""
+def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Return what a query brings, as anybody with the sqlite3 shell, or psql, would see it."""
+    if isinstance(db, str):
+        with psycopg.connect(server_url(db)) as connection:
+            connection.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
+            return connection.execute(sql.replace("?", "%s"), parameters or None).fetchall()
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True, timeout=10)
     try:
         return connection.execute(sql, parameters).fetchall()
     finally:
         connection.close()
+
+
+def server_url(url: str) -> str:
+    """Return a URL without what only speval knows."""
+    return url.partition("?space=")[0]
+
+
+def exists(db: Path | str) -> bool:
+    """Tell whether a database has been made, as far as its tables."""
+    try:
+        return bool(rows(db, "SELECT count(*) FROM workers"))
+    except (sqlite3.Error, psycopg.Error):
+        return False
+
+
+def content(db: Path | str) -> object:
+    """Return all that is in a database."""
+    if isinstance(db, Path):
+        return db.read_bytes()
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 
 class MovableClock(Clock):
@@ -132,6 +159,14 @@ def space() -> str:
 @pytest.fixture
 def clock() -> MovableClock:
     return MovableClock()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def anywhere(request: pytest.FixtureRequest, db: Path) -> Path | str:
+    """A database of each kind, as a user names it."""
+    if request.param == "sqlite":
+        return db
+    return str(request.getfixturevalue("postgres").url(space=request.getfixturevalue("space")))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -136,6 +136,8 @@ class PostgresStore(Store):
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.finish(self._connection.close, self._connection.give_up)
+        else:
+            self._connection.close()
 
     def abandon(self) -> None:
         self._connection.give_up()
