@@ -104,11 +104,12 @@ class Scripts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.database = "runs.db"  # what "runs.db" in a script stands for
         self.processes: list[subprocess.Popen[str]] = []
 
     def write(self, code: str, name: str = "script.py") -> Path:
         path = self.folder / name
-        path.write_text(textwrap.dedent(code))
+        path.write_text(textwrap.dedent(code).replace('"runs.db"', repr(self.database)))
         return path
 
     def start(self, script: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
