@@ -17,6 +17,8 @@ from .errors import (
     ExecutorError,
     ForeignDatabaseError,
     FunctionError,
+    InProgressError,
+    MissingExtraError,
     NewerSchemaError,
     OptionError,
     SpaceError,
@@ -24,6 +26,7 @@ from .errors import (
     UnknownNameError,
     UnserializableError,
 )
+from .flat import to_frame
 from .model import Evaluation, Summary
 from .sync import as_completed, load_evals, retry, speval
 
@@ -39,6 +42,8 @@ __all__ = [
     "ExecutorError",
     "ForeignDatabaseError",
     "FunctionError",
+    "InProgressError",
+    "MissingExtraError",
     "NewerSchemaError",
     "OptionError",
     "SpaceError",
@@ -51,6 +56,7 @@ __all__ = [
     "load_evals",
     "retry",
     "speval",
+    "to_frame",
 ]
 
 __version__ = "1.0.0.dev0"

@@ -6,6 +6,8 @@ the values it hands to ``super().__init__`` and the text is built from them in `
 
 from __future__ import annotations
 
+from .text import visible
+
 TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +117,9 @@ class ArgsChangedError(SpevalError):
         self.db, self.count, self.examples = db, count, examples
 
     def __str__(self) -> str:
-        shown = "\n".join(f"  {name!r}: stored {stored}, now {given}" for name, stored, given in self.examples)
+        shown = "\n".join(
+            f"  {name!r}: stored {visible(stored)}, now {visible(given)}" for name, stored, given in self.examples
+        )
         more = "" if self.count <= len(self.examples) else f"\n  and {self.count - len(self.examples)} more"
         noun = "evaluation is" if self.count == 1 else "evaluations are"
         return (
@@ -134,7 +138,7 @@ class DatabaseError(SpevalError):
         self.db, self.problem = db, problem
 
     def __str__(self) -> str:
-        return f"{self.db}: {self.problem}"
+        return visible(f"{self.db}: {self.problem}")
 
 
 class DatabaseMissingError(DatabaseError, FileNotFoundError):

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from .clock import Clock
-from .errors import DatabaseError, SpevalError
+from .errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .model import counted
 from .stores.base import LeaseKeeping
 
@@ -36,8 +36,10 @@ class Lease:
         clock: Where the time comes from.
         on_doubt: Called when the lease can't be proven any more, and with False when it can again.
         on_lost: Called when the worker has been declared dead.
+        on_broken: Called with the error when the database has been unusable for most of a lease, and not for others' locks,
+            a full disk or the like, which pass.
 
-    Both callbacks are called in the lease's thread.
+    The callbacks are called in the lease's thread.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Lease:
         clock: Clock,
         on_doubt: Callable[[bool], object],
         on_lost: Callable[[int], object],
+        on_broken: Callable[[SpevalError], object],
     ) -> None:
         self._keeping = keeping
         self._worker = worker
@@ -57,6 +60,7 @@ class Lease:
         self._clock = clock
         self._on_doubt = on_doubt
         self._on_lost = on_lost
+        self._on_broken = on_broken
         self._tick = min(seconds / 6, _LONGEST_TICK)
         # Work must have stopped when others may begin to take it, so doubt begins a little earlier.
         self._doubt_after = seconds * 0.8
@@ -65,6 +69,7 @@ class Lease:
         self._in_doubt = False
         self._lost: int | None = None
         self._trouble: str | None = None
+        self._broken_since: float | None = None  # when nothing could be taken back for the first time, for good as it seems
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="speval lease", daemon=True)
 
@@ -122,7 +127,9 @@ class Lease:
             # Having to wait is no death: there is time to try again until the lease is nearly over.
             self._note(error)
             if self._clock.monotonic() - self._proven >= self._doubt_after:
-                self._doubt(True)
+                self._doubt(True, error)
+                if not _passes(error):
+                    self._on_broken(error)
             return
         self._trouble = None
         if alive:
@@ -134,11 +141,12 @@ class Lease:
             self._doubt(False)
             self._on_lost(worker)
 
-    def _doubt(self, in_doubt: bool) -> None:
+    def _doubt(self, in_doubt: bool, error: SpevalError | None = None) -> None:
         if in_doubt != self._in_doubt:
             self._in_doubt = in_doubt
             if in_doubt:
-                logger.warning("the lease could not be renewed for %.1f s: what can be stopped is stopped", self._doubt_after)
+                text = "the lease could not be renewed for %.1f s, what can be stopped is stopped: %s"
+                logger.warning(text, self._doubt_after, error)
             self._on_doubt(in_doubt)
 
     def _reclaim(self) -> None:
@@ -146,7 +154,14 @@ class Lease:
             reclaimed = self._keeping.reclaim(self._worker, self._max_attempts)
         except SpevalError as error:
             self._note(error)
+            if _passes(error):
+                return
+            now = self._clock.monotonic()
+            self._broken_since = now if self._broken_since is None else self._broken_since
+            if now - self._broken_since >= self._doubt_after:
+                self._on_broken(error)
             return
+        self._broken_since = None
         for worker in reclaimed.workers:
             logger.warning("worker %s is dead", worker)
         if reclaimed.pending:
@@ -164,3 +179,8 @@ class Lease:
     def _drift(self) -> float:
         """Return how long the machine has been suspended in all."""
         return self._clock.boottime() - self._clock.monotonic()
+
+
+def _passes(error: SpevalError) -> bool:
+    """Tell whether an error is one that passes: a lock of others, a full disk, a server out of reach."""
+    return not isinstance(error, DatabaseError) or isinstance(error, DatabaseLockedError | DatabaseUnavailableError)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from .errors import EvaluationsFailed
+from .text import visible
 
 __all__ = [
     "Attempt",
@@ -135,7 +136,7 @@ class Summary:
         return self.pending + self.in_progress + self.completed + self.failed
 
     def _causes_text(self) -> str:
-        return ", ".join(f"{count} {cause}" for cause, count in sorted(self.causes.items()))
+        return visible(", ".join(f"{count} {cause}" for cause, count in sorted(self.causes.items())))
 
     def raise_for_failures(self) -> None:
         """Raise ``EvaluationsFailed`` if an evaluation failed."""

@@ -29,6 +29,7 @@ from .options import Options
 from .source import Source
 from .space import Key, Space
 from .stores.base import Ended, Recorded, Store
+from .text import visible
 
 __all__ = ["Worker"]
 
@@ -209,6 +210,7 @@ class Worker:
                 self._clock,
                 on_doubt=partial(_tell, loop, self._on_doubt),
                 on_lost=partial(_tell, loop, self._on_lost),
+                on_broken=partial(_tell, loop, self._fail),
             )
             self._lease.start()
             if isinstance(self._space, Source):
@@ -416,7 +418,7 @@ class Worker:
 
     def _report(self, ended: Sequence[Ended], refused: Sequence[Claim]) -> None:
         """Log what was recorded, and note the backoff of what is to be tried again."""
-        stale = set(refused)
+        stale, is_shown = set(refused), logger.isEnabledFor(logging.DEBUG)
         for claim, outcome, again in ended:
             if claim in stale:
                 logger.warning(
@@ -427,16 +429,17 @@ class Worker:
                 continue
             self._recorded += not again
             if outcome.error is None:
-                logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
+                if is_shown:
+                    logger.debug("evaluation %r completed in %.3f s", claim.name, outcome.duration)
                 continue
             what = f"{outcome.error['type']}: {outcome.error['message']}".partition("\n")[0]
             if again:
                 pause = self._backoff(claim)
                 heapq.heappush(self._held, (self._clock.monotonic() + pause, claim.id, claim))
                 text = "evaluation %r will be tried again in %.1f s, after attempt %d: %s"
-                logger.warning(text, claim.name, pause, claim.charged, _visible(what))
+                logger.warning(text, claim.name, pause, claim.charged, visible(what))
             else:
-                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, _visible(what))
+                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, visible(what))
 
     def _backoff(self, claim: Claim) -> float:
         doubled = self._options.backoff * 2.0 ** min(claim.charged - 1, 30)
@@ -466,7 +469,10 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        options = self._options
+        # Made once: with a thousand slots, the garbage collector takes its time for whatever there is of each.
+        running: list[Claim] = []
+        entry, timeout, takes_many = (running, task), self._options.timeout, self._executor.takes_many
+        take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
         try:
             while not self._closing:
                 # Those already made are too many when the concurrency has been lowered since.
@@ -475,13 +481,13 @@ class Worker:
                     self._waiting.append(waiter)
                     await waiter
                     continue
-                claims = [self._ready.popleft() for _ in range(self._batch())]
-                running = list(claims)
-                self._running[number] = running, task
+                claims = [self._ready.popleft()]
+                if takes_many:
+                    claims += [self._ready.popleft() for _ in range(self._batch() - 1)]
+                running[:] = claims
+                self._running[number] = entry
                 try:
-                    await slot.run(
-                        claims, options.timeout, partial(self._take_outcome, running), partial(self._take_unstarted, running)
-                    )
+                    await slot.run(claims, timeout, take, take_unstarted)
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
@@ -500,9 +506,7 @@ class Worker:
 
     def _batch(self) -> int:
         """Return how many evaluations to hand to a slot at once."""
-        if not self._executor.takes_many:
-            return 1
-        share = -(-len(self._ready) // self._concurrency)
+        share = -(-(len(self._ready) + 1) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
@@ -558,8 +562,3 @@ def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[T], None], value:
     """Call back in the event loop, unless it is over."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(partial(callback, value))
-
-
-def _visible(text: str) -> str:
-    """Show control characters instead of sending them to a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -364,7 +364,7 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
         import time
         from speval import speval
         def f(args):
-            time.sleep(0.02)
+            time.sleep(0.3)
             return args
         speval(f, range(10_000), "runs.db", concurrency=2, executor="thread")
         """, "go.py"
@@ -383,8 +383,9 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
     assert lines(call("set", "runs.db", "concurrency", "7")) == ["concurrency set to 7 for every worker"]
     assert seen()["completed"] == completed
     assert lines(call("resume", "runs.db"))[0].startswith("resumed; ")
-    wait_for(lambda: seen()["workers"][0]["running"] > 2)
+    wait_for(lambda: seen()["workers"][0]["running"] == 7)
     call("unset", "runs.db", "concurrency")
+    wait_for(lambda: seen()["workers"][0]["running"] <= 2)
     assert seen()["settings"] == {"paused": False, "concurrency": None}
     assert "0 is not in the range" in complaint(call("set", "runs.db", "concurrency", "0", code=2))
     running.kill()

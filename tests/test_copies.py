@@ -168,6 +168,53 @@ def test_copies_started_one_after_the_other_share_what_is_left(scripts, db):
     assert min(len(outs[0]), len(outs[1])) >= 5
 
 
+HELD_BACK = """
+import os, sys, time
+from speval import speval
+
+def function(args):
+    while args >= 300 and not os.path.exists(f"release {args}"):
+        time.sleep(0.01)
+
+speval(function, range(312), "runs.db", executor=sys.argv[1], concurrency=2)
+"""
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_a_late_copy_gets_its_share_of_long_evaluations_also_when_short_ones_came_before(scripts, db, tmp_path, executor):
+    def held() -> dict[int, list[int]]:
+        """Return what each copy holds, claimed ahead or running, by process number."""
+        by_copy: dict[int, list[int]] = {}
+        sql = "SELECT w.pid, e.name FROM states s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
+        for pid, name in rows(db, sql):
+            by_copy.setdefault(pid, []).append(name)
+        return by_copy
+
+    def two_each() -> bool:
+        now = held()
+        return [len(names) for names in now.values()] == [2, 2] and not released & {
+            name for names in now.values() for name in names
+        }
+
+    script = scripts.write(HELD_BACK)
+    first = scripts.start(script, executor)
+    wait_for(lambda: db.exists() and len(load_evals(db, status="completed")) == 300)
+    wait_for(lambda: len(held()[first.pid]) == 2)  # what had been claimed ahead is given back
+    late = scripts.start(script, executor)
+    released: set[int] = set()
+    shares = {first.pid: 0, late.pid: 0}
+    for _ in range(3):
+        wait_for(two_each)
+        for pid, names in held().items():
+            shares[pid] += len(names)
+            for name in names:
+                released.add(name)
+                (tmp_path / f"release {name}").touch()
+    for copy in (first, late):
+        assert copy.communicate(timeout=100)[1] == ""
+    assert shares == {first.pid: 6, late.pid: 6}
+
+
 def test_a_reader_beside_many_writers_waits_for_nobody_and_stops_nobody(scripts, db):
     copies = start(scripts, 3, 0.001, 600)
     wait_for(lambda: running(db))

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from speval import aio, load_evals, speval
+from speval import DatabaseError, aio, load_evals, speval
 from speval.host import this_process
 from speval.stores.sqlite_file import SqliteFile
 from speval.stores.sqlite_lease import SqliteLeaseKeeping
@@ -133,6 +133,48 @@ def test_looking_for_what_nobody_holds_costs_the_same_whatever_is_held(db):
         assert steps() < before + 50
     finally:
         keeping.close()
+
+
+def behind_the_index(db, index, statement):
+    """Execute a statement that the index does not hear of."""
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        (sql,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (index,)).fetchone()
+
+    def set_sql(text):
+        with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (text, index))
+
+    set_sql(sql.partition(" WHERE ")[0] + " WHERE status = 77")
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        connection.execute(statement)
+    set_sql(sql)
+
+
+def test_an_index_that_names_what_is_not_there_is_an_error_that_says_what_to_do(db):
+    held_by(db, "UPDATE states SET status = 0")
+    behind_the_index(db, "states_pending", "DELETE FROM states WHERE id = 5")
+    with pytest.raises(DatabaseError, match=r"runs\.db: damaged.* REINDEX` "):
+        speval(str, range(10), db)
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("REINDEX")
+    assert speval(str, range(10), db).completed == 9
+
+
+def test_a_pending_evaluation_without_args_is_an_error_and_not_an_endless_wait(db):
+    held_by(db, "UPDATE states SET status = 0")
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("DELETE FROM evaluations WHERE id = 5")
+        connection.execute("DELETE FROM meta WHERE key = 'space'")
+        connection.commit()
+    with pytest.raises(DatabaseError, match=r"runs\.db: damaged: what it says is pending is not there to be had"):
+        speval(str, lambda ended: iter(()), db)
+
+
+def test_an_index_that_says_one_is_held_that_has_ended_makes_nobody_wait(db):
+    held_by(db, "UPDATE states SET status = 1, worker = 42 WHERE id = 2")
+    behind_the_index(db, "states_held", "UPDATE states SET status = 2, worker = NULL WHERE id = 2")
+    assert speval(str, range(10), db).completed == 10
 
 
 async def test_one_whose_own_row_is_gone_goes_on_as_another_worker(db, caplog):

@@ -8,23 +8,29 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 
 from speval import aio, speval
 from speval.model import Cause, Status
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REPOSITORY = re.compile(r"https://github\.com/speval/speval/(?:blob|tree)/main/")
 WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.
-NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "srun ")
+NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "source ")
+CELL = 'title="In a notebook"'  # what marks a block as the cell of a notebook
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
 
@@ -35,10 +41,15 @@ class Block(NamedTuple):
     page: str
     line: int
     language: str
+    options: str
     lines: list[str]
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
+
+
+def title(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path) -> list[Block]:
@@ -46,9 +57,10 @@ def blocks(page: Path) -> list[Block]:
     opened: Block | None = None
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.lstrip().startswith("```"):
-            assert line.startswith("```"), f"{page.name}:{number}: a block inside a list is not run; put it at the margin"
+            assert line.startswith("```"), f"{title(page)}:{number}: a block inside a list is not run; put it at the margin"
             if opened is None:
-                opened = Block(page.name, number, line[3:].strip(), [])
+                language, _, options = line[3:].strip().partition(" ")
+                opened = Block(title(page), number, language, options, [])
             else:
                 found.append(opened)
                 opened = None
@@ -71,8 +83,9 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
 
 
 def plain(line: str) -> str:
-    """Return a line without what differs from run to run: seconds and the ids of workers."""
+    """Return a line without what differs from run to run: seconds, ports and the ids of workers."""
     line = re.sub(r"\b\d+(\.\d+)? s\b", "# s", line.rstrip())
+    line = re.sub(r"\b127\.0\.0\.1:\d+", "127.0.0.1:port", line)
     return re.sub(r"\b[\w.-]+:\d+:[0-9a-f]{12}\b", "host:pid:id", line)
 
 
@@ -97,19 +110,42 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.saved: set[str] = set()  # scripts that no command has run yet
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        # The page shows a terminal, where every line is printed as soon as it is complete.
-        self.env = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+        self.saved: set[str] = set()  # files that nothing has used yet
+        self._background: list[subprocess.Popen[str]] = []
+        self._notebook: NotebookClient | None = None
+        path = os.pathsep.join([str(Path(sys.executable).parent), str(ROOT / "tests" / "slurm"), os.environ.get("PATH", "")])
+        # The page shows a terminal, where every line is printed as soon as it is complete. Its servers listen where PORT says.
+        self.env = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "PORT": str(free_port())}
 
-    def python(self, block: Block) -> list[str] | None:
-        """Run a block as a script of its own; one whose first line names a file is saved, for the transcripts below it."""
-        name = re.match(r"# (\w+\.py)$", block.lines[0])
-        script = self.folder / (name[1] if name else f"line_{block.line}.py")
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._background:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        if self._notebook is not None:
+            self._leave.close()
+
+    def save(self, block: Block) -> bool:
+        """Save a block whose first line names a file, for the blocks below it."""
+        first = block.lines[1 if block.lines[0].startswith("#!") else 0]
+        if not (name := re.fullmatch(r"# ([\w-]+\.\w+)", first)):
+            return False
+        (self.folder / name[1]).write_text("\n".join(block.lines) + "\n", encoding="utf-8")
+        self.saved.add(name[1])
+        return True
+
+    def _use(self, text: str) -> None:
+        self.saved -= {name for name in self.saved if re.search(rf"\b{name}\b", text)}
+
+    def python(self, block: Block) -> list[str]:
+        """Run a block as a script of its own."""
+        script = self.folder / f"line_{block.line}.py"
         script.write_text("\n".join(block.lines) + "\n", encoding="utf-8")
-        if name:
-            self.saved.add(name[1])
-            return None
+        self._use(
+            "".join(f"{module}.py " for module in re.findall(r"^(?:from|import) (\w+)", script.read_text(), re.MULTILINE))
+        )
         process = subprocess.run(
             [sys.executable, "-W", "error", script.name],
             cwd=self.folder,
@@ -121,11 +157,31 @@ class Reader:
         assert process.returncode == 0, f"{block}\n{process.stderr}"
         return process.stdout.splitlines()
 
+    def cell(self, block: Block) -> list[str]:
+        """Run a block as the next cell of the page's notebook, in a real kernel, and return what appears below it."""
+        if self._notebook is None:
+            self._notebook = NotebookClient(new_notebook(), timeout=WAIT, resources={"metadata": {"path": str(self.folder)}})
+            self._leave = ExitStack()
+            self._leave.enter_context(self._notebook.setup_kernel())
+        cells = self._notebook.nb.cells
+        cells.append(new_code_cell("\n".join(block.lines)))
+        self._notebook.execute_cell(cells[-1], len(cells) - 1)
+        # Standard error is left out: a progress bar writes there.
+        texts = [
+            output.get("text") or output.data["text/plain"] for output in cells[-1].outputs if output.get("name") != "stderr"
+        ]
+        return [line for text in texts for line in text.splitlines()]
+
     def shell(self, command: str, expected: list[str]) -> list[str]:
         """Run a command and return what it prints, errors included."""
-        self.saved -= set(re.findall(r"\bpython (\w+\.py)", command))
+        self._use(command)
         if killed := re.fullmatch(r"\(python (\w+\.py) & sleep [\d.]+; kill -9 \$!\)", command):
             return self._killed(killed[1], len(expected))
+        if command.endswith(" &"):
+            return self._start(command.removesuffix(" &"), expected[-1] if expected else None)
+        if number := re.fullmatch(r"kill -9 %(\d)", command):
+            self._background[int(number[1]) - 1].kill()
+            return []
         process = subprocess.run(
             ["bash", "-c", command], cwd=self.folder, env=self.env, timeout=WAIT, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -143,30 +199,54 @@ class Reader:
             finally:
                 process.send_signal(signal.SIGKILL)
 
+    def _start(self, command: str, last: str | None) -> list[str]:
+        """Start a command that goes on until the page ends, and return what it prints up to a given line."""
+        process = subprocess.Popen(
+            ["bash", "-c", command], cwd=self.folder, env=self.env, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self._background.append(process)
+        assert process.stdout is not None
+        printed: list[str] = []
+        while last is not None and plain(last) not in map(plain, printed):
+            line = process.stdout.readline()
+            assert line, f"{command} has ended after:\n" + "\n".join(printed)
+            printed.append(line.rstrip("\n"))
+        return printed
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path):
     # One test for a page, because its blocks go on where the ones before left the folder.
-    reader = Reader(tmp_path)
-    printed: list[str] | None = None
-    for block in blocks(page):
-        if block.language == "python":
-            printed = reader.python(block)
-        elif block.language == "text":
-            assert printed is not None, f"{block}: nothing has been printed that it could show"
-            assert shows(block.lines, printed, in_order=True), f"{block} shows other lines than these:\n" + "\n".join(printed)
-            printed = None
-        elif block.language == "console":
-            for command, expected in commands(block):
-                if command.startswith(NOT_RUN) or (command.startswith("sqlite3 ") and not shutil.which("sqlite3")):
-                    continue
-                printed = reader.shell(command, expected)
-                # What several processes, or a thread that logs, print at once has no order of its own.
-                assert shows(expected, printed, in_order=False), f"{block}: {command}\n" + "\n".join(printed)
+    with Reader(tmp_path) as reader:
+        printed: list[str] | None = None
+        for block in blocks(page):
+            if block.language in ("python", "bash") and reader.save(block):
+                continue
+            if block.language == "python":
+                printed = reader.cell(block) if block.options == CELL else reader.python(block)
+            elif block.language == "text":
+                assert printed is not None, f"{block}: nothing has been printed that it could show"
+                assert shows(block.lines, printed, in_order=True), f"{block} shows other lines than these:\n" + "\n".join(
+                    printed
+                )
                 printed = None
-        else:
-            assert block.language in ("", "sql"), f"{block}: nobody knows what to do with {block.language!r}"
-    assert not reader.saved, "saved, but never run"
+            elif block.language == "console":
+                for command, expected in commands(block):
+                    if command.startswith(NOT_RUN) or (command.startswith("sqlite3 ") and not shutil.which("sqlite3")):
+                        continue
+                    printed = reader.shell(command, expected)
+                    # What several processes, or a thread that logs, print at once has no order of its own.
+                    assert shows(expected, printed, in_order=False), f"{block}: {command}\n" + "\n".join(printed)
+                    printed = None
+            else:
+                assert block.language in ("", "sql"), f"{block}: nobody knows what to do with {block.language!r}"
+        assert not reader.saved, f"saved, but never used: {reader.saved}"
 
 
 def test_a_page_that_shows_something_else_is_noticed():
@@ -217,22 +297,28 @@ def test_the_table_of_options_is_complete(function):
 
 
 def slugs(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them, with those of a page that it includes."""
     inside = {line for block in blocks(page) for line in block.lines}
     headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#") and line not in inside]
-    return {re.sub(r"[^\w -]", "", h.lstrip("#").strip().lower()).replace(" ", "-") for h in headings}
+    found = {re.sub(r"[^\w -]", "", h.lstrip("#").strip().lower()).replace(" ", "-") for h in headings}
+    for name in re.findall(r'include-markdown "([^"]+)"', page.read_text(encoding="utf-8")):
+        found |= slugs((page.parent / name).resolve())
+    return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if "://" in target:
-            continue
         name, _, anchor = target.partition("#")
-        linked = (page.parent / name).resolve() if name else page
-        assert linked.exists(), f"{page.name}: {target}"
+        if in_repository := REPOSITORY.match(name):
+            linked = ROOT / name[in_repository.end() :]
+        elif "://" in target:
+            continue
+        else:
+            linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{title(page)}: {target}"
         if anchor:
-            assert anchor in slugs(linked), f"{page.name}: {target}"
+            assert anchor in slugs(linked), f"{title(page)}: {target}"
 
 
 def names_of_tests(file: Path) -> set[str]:
@@ -240,11 +326,11 @@ def names_of_tests(file: Path) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_test_a_page_names_exists(page):
     for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text(encoding="utf-8")):
-        assert (ROOT / file).is_file(), f"{page.name}: {file}"
-        assert name in names_of_tests(ROOT / file), f"{page.name}: {file}::{name}"
+        assert (ROOT / file).is_file(), f"{title(page)}: {file}"
+        assert name in names_of_tests(ROOT / file), f"{title(page)}: {file}::{name}"
 
 
 def test_every_promise_names_its_tests_or_says_that_it_has_none():

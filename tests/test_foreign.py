@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from speval.clock import Clock
 from speval.executors import make_executor
 from speval.options import Options
 
-from .conftest import rows
+from .conftest import Scripts, rows
 
 
 def make_process_pool():
@@ -144,6 +145,90 @@ def test_a_dask_worker_that_dies_loses_nothing(cluster, db, tmp_path):
     assert [e["result"] for e in load_evals(db)] == list(range(20))
 
 
+LOSES_ITS_SCHEDULER = """
+import subprocess, sys, time, warnings
+warnings.simplefilter("ignore")
+from distributed import Client
+from speval import ExecutorError, load_evals, speval
+
+command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+scheduler = subprocess.Popen([*command, "--scheduler-file", "scheduler.json"])
+command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", "scheduler.json", "--no-nanny"]
+worker = subprocess.Popen([*command, "--nthreads", "2", "--no-dashboard"])
+
+def function(args):
+    if args >= 5:
+        open(f"started {args}", "w").close()
+        time.sleep(600)
+    return args
+
+try:
+    client = Client(scheduler_file="scheduler.json", timeout=2)
+    client.wait_for_workers(1)
+    def kill():
+        import os
+        while not os.path.exists("started 6"):
+            time.sleep(0.01)
+        scheduler.kill()
+    import threading
+    threading.Thread(target=kill).start()
+    # In the time in which the client hopes to find its scheduler again, some use up their attempts.
+    speval(function, range(1000), "runs.db", executor=client.get_executor(), concurrency=2, backoff=0, progress=False)
+except ExecutorError as error:
+    print(error)
+finally:
+    scheduler.kill()
+    worker.kill()
+evaluations = load_evals("runs.db")
+print(len([e for e in evaluations if e["status"] == "completed"]), {e["status"] for e in evaluations})
+"""
+
+
+def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiting_for_ever(scripts: Scripts):
+    done = scripts.run(LOSES_ITS_SCHEDULER)
+    assert "executor=ClientExecutor takes no more calls" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("5 {"), done.stdout
+    assert "'in_progress'" not in done.stdout
+
+
+def test_what_waits_for_its_turn_in_a_pool_is_not_timed_out(db):
+    with ThreadPoolExecutor(1) as pool:
+        summary = speval(time.sleep, [0.4] * 5, db, executor=pool, concurrency=5, timeout=1.5, max_attempts=1)
+    assert summary.completed == 5
+    assert all(e["duration"] < 1.5 for e in load_evals(db))
+
+
+def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_nobody_who_never_began(db):
+    release = threading.Event()
+
+    def function(args):
+        if args < 2:
+            release.wait(600)
+        return args
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            with pytest.raises(ExecutorError, match=r"2 calls that ran longer than 0\.3 s still occupy it"):
+                speval(ByReference(function), range(10), db, executor=pool, concurrency=4, timeout=0.3, max_attempts=1)
+        finally:
+            release.set()
+    found = [(e["status"], e["attempts"]) for e in load_evals(db)]
+    assert found == [("failed", 1)] * 2 + [("pending", 0)] * 8
+    assert speval(function, range(10), db).completed == 8
+
+
+class ByReference:
+    """Takes a function to a thread of the same process as it is; pickled, its event would be another one."""
+
+    kept = None
+
+    def __init__(self, function):
+        type(self).kept = staticmethod(function)
+
+    def __call__(self, args):
+        return type(self).kept(args)
+
+
 def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -160,8 +245,6 @@ def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, t
 
 
 def test_what_can_not_be_pickled_is_refused_before_anything_is_claimed(db):
-    import threading
-
     lock = threading.Lock()
     with ThreadPoolExecutor(1) as pool, pytest.raises(FunctionError, match="'lock'"):
         speval(lambda args: lock, [1], db, executor=pool)

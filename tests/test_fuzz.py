@@ -151,7 +151,7 @@ def test_whatever_a_stranger_has_written_into_a_column_is_used_or_refused_by_nam
 
 
 def again(db, space):
-    return aio.speval(failing, space, db, executor="thread", on_changed="keep", wait=False, progress=False, max_attempts=1)
+    return aio.speval(failing, space, db, executor="thread", on_changed="keep", lease=1.0, progress=False, max_attempts=1)
 
 
 # Values

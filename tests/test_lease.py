@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from speval.errors import DatabaseLockedError
+from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, StoreClosedError
 from speval.host import Process, is_gone, this_process
 from speval.lease import Lease
 from speval.stores.base import LeaseKeeping, Reclaimed
@@ -130,6 +130,7 @@ class Keeping(LeaseKeeping):
 
     def __init__(self) -> None:
         self.answer: bool | Exception = True
+        self.trouble: Exception | None = None  # with taking back
         self.renewed: list[int] = []
         self.calls: list[str] = []
         self.closed = threading.Event()
@@ -143,6 +144,8 @@ class Keeping(LeaseKeeping):
 
     def reclaim(self, worker, max_attempts):
         self.calls.append("reclaim")
+        if self.trouble is not None:
+            raise self.trouble
         return Reclaimed()
 
     def forget(self):
@@ -165,7 +168,14 @@ def lease(keeping, clock):
     """A lease of 30 s whose thread is not started: the test beats for it."""
     told = []
     lease = Lease(
-        keeping, 1, 30.0, 3, clock, on_doubt=lambda d: told.append(("doubt", d)), on_lost=lambda w: told.append(("lost", w))
+        keeping,
+        1,
+        30.0,
+        3,
+        clock,
+        on_doubt=lambda d: told.append(("doubt", d)),
+        on_lost=lambda w: told.append(("lost", w)),
+        on_broken=lambda e: told.append(("broken", e)),
     )
     lease.told = told
     return lease
@@ -208,6 +218,48 @@ def test_in_doubt_nobody_elses_work_is_taken_back(lease, keeping, clock):
     assert "reclaim" not in keeping.calls
 
 
+def test_a_database_that_is_damaged_for_most_of_a_lease_is_told_and_one_that_is_locked_or_full_is_not(lease, keeping, clock):
+    keeping.answer = DatabaseError("runs.db", "damaged")
+    clock.now += 11
+    lease._beat()
+    assert lease.told == []
+    clock.now += 14
+    lease._beat()
+    assert lease.told == [("doubt", True), ("broken", keeping.answer)]
+    lease.told.clear()
+    for passing in (
+        DatabaseLockedError("runs.db", 60),
+        DatabaseUnavailableError("runs.db", "full"),
+        StoreClosedError("runs.db"),
+    ):
+        keeping.answer = passing
+        clock.now += 600
+        lease._beat()
+    assert lease.told == []
+
+
+def test_a_database_from_which_nothing_can_be_taken_back_is_told_after_most_of_a_lease(lease, keeping, clock):
+    keeping.trouble = DatabaseError("runs.db", "damaged")
+    lease._beat()
+    clock.now += 20
+    lease._beat()
+    keeping.trouble = None
+    lease._beat()  # it has passed
+    keeping.trouble = DatabaseError("runs.db", "damaged")
+    lease._beat()
+    clock.now += 20
+    lease._beat()
+    assert lease.told == []
+    clock.now += 5
+    lease._beat()
+    assert lease.told == [("broken", keeping.trouble)]
+    lease.told.clear()
+    keeping.trouble = DatabaseLockedError("runs.db", 60)
+    clock.now += 600
+    lease._beat()
+    assert lease.told == []
+
+
 def test_a_lost_lease_is_told_once_and_goes_on_as_another_worker(lease, keeping, clock):
     keeping.answer = False
     clock.now += 11
@@ -234,7 +286,7 @@ def test_after_a_suspend_it_renews_first_and_watches_anew(lease, keeping, clock)
 def test_something_unforeseen_does_not_end_its_thread(keeping, clock, caplog):
     keeping.answer = OSError("unforeseen")
     clock.slept = 0
-    lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print)
+    lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print, on_broken=print)
     clock.now += 11
     lease.start()
     wait_for(lambda: "something unforeseen" in caplog.text)
@@ -244,7 +296,7 @@ def test_something_unforeseen_does_not_end_its_thread(keeping, clock, caplog):
 
 
 def test_its_thread_ends_with_it_and_closes_the_connection(keeping, clock):
-    lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print)
+    lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print, on_broken=print)
     lease.start()
     wait_for(lambda: keeping.calls)
     started = time.monotonic()

@@ -173,6 +173,45 @@ def test_the_function_sees_the_callers_path_arguments_and_folder(scripts: Script
     assert done.stdout == f"['helped', ['some', 'arguments'], '{scripts.folder}', '__main__', True]\n", done.stderr
 
 
+def test_a_traceback_names_the_file_of_the_script_and_shows_its_line(scripts: Scripts):
+    done = scripts.run(
+        """
+        from speval import speval, load_evals
+        def function(args):
+            return sorted(1 / arg for arg in args)
+        speval(function, [[0]], "runs.db", executor="process", progress=False)
+        print(load_evals("runs.db")[0]["error"]["traceback"])
+        """
+    )
+    start = f'File "{scripts.folder}/script.py", line 4, in '
+    assert f"{start}function\n    return sorted(1 / arg for arg in args)\n" in done.stdout
+    assert f"{start}<genexpr>\n" in done.stdout
+
+
+def test_a_cached_function_of_the_script_travels_and_caches_in_each_process(scripts: Scripts):
+    done = scripts.run(
+        """
+        import functools, textwrap
+        from speval import speval, load_evals
+        calls = []
+        @functools.cache
+        def model(name):
+            calls.append(name)
+            return len(calls)
+        @functools.lru_cache(maxsize=2, typed=True)
+        def fib(n):
+            return n if n < 2 else fib(n - 1) + fib(n - 2)
+        dedent = functools.cache(textwrap.dedent)
+        def function(args):
+            return [model("a"), fib(args), fib.cache_parameters()["maxsize"], dedent("  x")]
+        fib(30)
+        speval(function, [10, 20], "runs.db", executor="process", progress=False)
+        print([e["result"] or e["error"]["traceback"] for e in load_evals("runs.db")])
+        """
+    )
+    assert done.stdout == "[[1, 55, 2, 'x'], [1, 6765, 2, 'x']]\n", done.stderr
+
+
 def test_the_function_may_import_speval_itself(db):
     def function(args):
         from speval import load_evals, speval
@@ -451,6 +490,29 @@ def test_when_the_parent_is_killed_its_workers_and_their_children_die(scripts: S
 
 
 # Ctrl-C
+
+
+def test_an_interrupt_sent_to_every_process_is_the_parents_alone_to_act_on(scripts: Scripts, pids, db):
+    # As Slurm sends it to a job step.
+    script = scripts.write(
+        f"""
+        import os, pathlib, time
+        from speval import speval
+        def function(args):
+            pathlib.Path({str(pids)!r}, str(os.getpid())).touch()
+            time.sleep(60)
+        speval(function, range(8), {str(db)!r}, concurrency=4, progress=False)
+        """
+    )
+    # Of what a shell has put into the background, SIGINT is ignored, and that would be inherited.
+    program = scripts.start(script, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(lambda: len(noted(pids)) == 4)
+    for pid in [*noted(pids), program.pid]:
+        os.kill(pid, signal.SIGINT)
+    _, err = program.communicate(timeout=30)
+    assert err.count("KeyboardInterrupt") == 1
+    assert rows(db, "SELECT count(*) FROM attempts") == [(0,)]
+    assert [e["status"] for e in load_evals(db)] == ["pending"] * 8
 
 
 def test_ctrl_c_kills_the_workers_quietly_and_releases_the_claims(terminal, db, pids):  # noqa: F811

@@ -26,6 +26,8 @@ def test_the_public_names_are_these():
         "ExecutorError",
         "ForeignDatabaseError",
         "FunctionError",
+        "InProgressError",
+        "MissingExtraError",
         "NewerSchemaError",
         "OptionError",
         "SpaceError",
@@ -38,6 +40,7 @@ def test_the_public_names_are_these():
         "load_evals",
         "retry",
         "speval",
+        "to_frame",
     ]
     for name in speval.__all__:
         assert getattr(speval, name) is not None
@@ -126,6 +129,7 @@ def test_errors_are_builtin_ones_where_that_fits():
     assert issubclass(speval.DatabaseLockedError, TimeoutError)
     assert issubclass(speval.UnserializableError, TypeError)
     assert issubclass(speval.UnknownNameError, KeyError)
+    assert issubclass(speval.MissingExtraError, ImportError)
 
 
 def test_a_summary_reads_as_one_line_and_can_be_pickled():

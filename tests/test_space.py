@@ -100,14 +100,6 @@ def test_what_is_no_space_is_refused(space):
         rows_of(space)
 
 
-def test_an_async_iterator_is_refused_with_the_way_out():
-    async def space():
-        yield 1
-
-    with pytest.raises(OptionError, match="gathered into a list"):
-        rows_of(space())
-
-
 def test_unserializable_args_are_named():
     with pytest.raises(UnserializableError, match="the args of evaluation 'second'"):
         rows_of({"first": 1, "second": object()})

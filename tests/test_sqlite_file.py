@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import stat
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from speval.errors import (
     ForeignDatabaseError,
     NewerSchemaError,
     OptionError,
+    SpevalError,
 )
 from speval.stores.sqlite_file import APPLICATION_ID, SCHEMA, SqliteFile
 
@@ -427,6 +429,67 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
     assert not tripped.exists()
 
 
+async def test_a_strangers_triggers_may_not_reach_outside_of_the_database(db):
+    await aio.speval(double, range(3), db)
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON states BEGIN SELECT load_extension('x'); END")
+    with pytest.raises(DatabaseError, match=r"runs\.db: unsafe use of load_extension\(\)"):
+        await aio.speval(double, range(5), db)
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\r\x7f"
+
+
+async def test_what_a_stranger_has_written_reaches_the_terminal_as_something_to_read(db, tmp_path, caplog):
+    caplog.set_level("DEBUG")
+    texts = []
+
+    async def refused(call):
+        with pytest.raises(SpevalError) as caught:
+            await call
+        texts.append(str(caught.value))
+        assert "owned" in texts[-1]
+
+    def write(path, *statements):
+        with closing(sqlite3.connect(path)) as connection:
+            for statement in statements:
+                connection.execute(statement, {"it": HOSTILE} if ":it" in statement else {})
+            connection.commit()
+
+    async def make(name):
+        await aio.speval(double, {"a": 1}, tmp_path / name)
+        return tmp_path / name
+
+    write(tmp_path / "foreign.db", f'CREATE TABLE "{HOSTILE}" (x)')
+    await refused(aio.load_evals(tmp_path / "foreign.db"))
+    write(newer := await make("newer.db"), "UPDATE meta SET value = :it WHERE key = 'release'", "PRAGMA user_version = 99")
+    await refused(aio.load_evals(newer))
+    # JSON allows these two.
+    write(changed := await make("changed.db"), """UPDATE evaluations SET args = '"' || char(0x9b, 0x7f) || 'owned"'""")
+    await refused(aio.speval(double, {"a": 2}, changed))
+    write(no_json := await make("no json.db"), "UPDATE attempts SET result = :it", "UPDATE evaluations SET name = :it")
+    await refused(aio.load_evals(no_json))
+    write(no_text := await make("no text.db"), "UPDATE attempts SET result = CAST(x'22ff1b5b326a' AS TEXT)")
+    with pytest.raises(DatabaseError, match="damaged: what should be text in it is none"):
+        await aio.load_evals(no_text)
+
+    def dead(path):
+        write(
+            path,
+            "UPDATE workers SET host = :it, ended_at = NULL, dead = 1",
+            "UPDATE states SET status = 1, worker = (SELECT id FROM workers)",
+        )
+
+    dead(held := await make("held.db"))
+    texts.append(str((await aio.load_evals(held))[0]["worker"]))
+    assert (await aio.speval(double, {"a": 1}, held, executor="coroutine")).completed == 1
+    write(held, "UPDATE states SET status = 3, last = 1", "UPDATE attempts SET outcome = :it")
+    texts.append(str(await aio.speval(double, {"a": 1}, held)))
+    texts += [record.getMessage() for record in caplog.records]
+    assert sum("owned" in text for text in texts) >= 8
+    assert [text for text in texts if not text.replace("\n", "").isprintable()] == []
+
+
 # The file under us
 
 
@@ -449,13 +512,14 @@ async def test_a_symbolic_link_is_followed_to_a_database_and_to_nothing_else(tmp
 async def test_a_file_deleted_or_replaced_under_a_run_ends_it_and_keeps_what_was_recorded(db, how):
     async def function(args):
         if args == 60:
-            other = db.with_name("other")
-            other.write_text("something else")
-            other.replace(db)
-            for name in ("-wal", "-shm"):
-                Path(f"{db}{name}").unlink()
             if how == "deleted":
                 db.unlink()
+            else:
+                other = db.with_name("other")
+                other.write_text("something else")
+                other.replace(db)
+            for name in ("-wal", "-shm"):
+                Path(f"{db}{name}").unlink()
         return args
 
     with pytest.raises(DatabaseError, match=f"was {how} while in use; all that was recorded is in .*rescued: rename it"):

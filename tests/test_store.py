@@ -688,8 +688,8 @@ async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, m
     (claim,) = (await store.record(worker, idle=1)).claims
     keeping, its_keeping = keeping_of(store), keeping_of(other)
     told = []
-    lease = Lease(keeping, worker, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append)
-    its_lease = Lease(its_keeping, its, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append)
+    lease = Lease(keeping, worker, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append, on_broken=told.append)
+    its_lease = Lease(its_keeping, its, 10, 3, database.clock, on_doubt=told.append, on_lost=told.append, on_broken=told.append)
     try:
         for one in (lease, its_lease):
             one._beat()

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -43,21 +45,15 @@ STYLES = {
 
 
 def shown(value: str, *, lines: bool = False) -> str:
-    """Return a text in which whatever is not printable is spelled out as in Python, the escape character as x1b.
+    """Return a text with whatever is not printable spelled out, as in Python.
 
     Args:
         value: Any text.
         lines: Whether line breaks and tabs stay.
     """
-    if value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else _spelled_out(c, lines) for c in value)
-
-
-def _spelled_out(character: str, lines: bool) -> str:
-    if lines and character in "\n\t":
-        return character.expandtabs(4)
-    return "\\n" if character == "\n" else character.encode("unicode_escape").decode()
+    if lines:
+        return "\n".join(visible(line) for line in value.expandtabs(4).split("\n"))
+    return visible(value)
 
 
 def spelled(value: Any, limit: int | None = None) -> str:

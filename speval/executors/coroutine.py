@@ -12,6 +12,8 @@ import logging
 import os
 import threading
 import traceback
+from functools import partial
+from types import CoroutineType
 
 from ..clock import Clock
 from ..codec import decode
@@ -54,11 +56,7 @@ class _CoroutineSlot(Slot):
         task = loop.create_task(evaluation.run(), name=f"speval evaluation {name}")
         # Not simply ``await task``: that would wait for ever for one that swallows its cancellation.
         waiter: asyncio.Future[None] = loop.create_future()
-
-        def wake(_: object = None) -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
+        wake = partial(_wake, waiter)
         task.add_done_callback(wake)
         alarm = None if timeout is None else loop.call_later(timeout, wake)
         try:
@@ -83,7 +81,9 @@ class _CoroutineSlot(Slot):
 
 
 class _Evaluation:
-    """One call of the function."""
+    """One call of the function; a thousand may be under way, so the garbage collector has little of each to look at."""
+
+    __slots__ = ("_args", "_executor", "name", "started", "started_at", "stopped")
 
     def __init__(self, executor: CoroutineExecutor, name: str, args: str) -> None:
         self._executor = executor
@@ -97,7 +97,7 @@ class _Evaluation:
         clock, pid = self._executor.clock, os.getpid()
         try:
             result = self._executor.function(decode(self._args))
-            if inspect.isawaitable(result):
+            if type(result) is CoroutineType or inspect.isawaitable(result):
                 result = await result
         except BaseException as error:
             leave_if_forked(pid, error)
@@ -110,6 +110,11 @@ class _Evaluation:
             return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
         leave_if_forked(pid, None)
         return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
+
+
+def _wake(waiter: asyncio.Future[None], _: object = None) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:

@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from concurrent.futures import Executor as FutureExecutor
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +25,9 @@ from .payload import pickled
 __all__ = ["ForeignExecutor"]
 
 logger = logging.getLogger("speval.executor")
+
+_LOOK = 2.0  # seconds between looks whether the pool is still there
+_TURN = (0.001, 0.05)  # seconds between looks whether a call has begun: at first, and in the long run
 
 
 class ForeignExecutor(Executor):
@@ -46,7 +49,11 @@ class ForeignExecutor(Executor):
         self.pool = pool
         self.clock = clock
         self.payload = pickled(function, retry_on)
+        # Others, as Dask's, say of a call that it is pending until it has ended.
+        self.tells_beginnings = isinstance(pool, ThreadPoolExecutor | ProcessPoolExecutor) or _is_loky(pool)
         self._has_warned = False
+        self._left_behind: set[Future[Result]] = set()
+        self._news = clock.monotonic()  # when a call began or ended for the last time
 
     def slot(self, number: int) -> Slot:
         return _ForeignSlot(self)
@@ -64,8 +71,27 @@ class ForeignExecutor(Executor):
         except Exception as error:
             raise ExecutorError(type(self.pool).__qualname__, f"{type(error).__name__}: {error}") from error
 
-    def warn_of_abandoned(self, name: str, timeout: float) -> None:
-        """Say once what a timeout means here."""
+    def note(self) -> None:
+        """Note that a call has begun or ended."""
+        self._news = self.clock.monotonic()
+
+    def look_after(self, timeout: float | None = None) -> None:
+        """See that the pool can still bring what is waited for; what never begins is waited for no longer than the timeout.
+
+        Raises:
+            ExecutorError: it can't.
+        """
+        # A Dask client that has lost its scheduler says so to none of its futures.
+        if getattr(getattr(self.pool, "_client", None), "status", None) == "closed":
+            raise ExecutorError(type(self.pool).__qualname__, "its client is closed")
+        if self._left_behind and timeout is not None and self.clock.monotonic() - self._news > timeout:
+            problem = f"{len(self._left_behind)} calls that ran longer than {timeout:g} s still occupy it"
+            raise ExecutorError(type(self.pool).__qualname__, problem)
+
+    def leave_behind(self, future: Future[Result], name: str, timeout: float) -> None:
+        """Wait no longer for a call that can't be stopped, and say once what a timeout means here."""
+        self._left_behind.add(future)
+        future.add_done_callback(self._left_behind.discard)
         if not self._has_warned:
             self._has_warned = True
             pool = type(self.pool).__qualname__
@@ -81,35 +107,63 @@ class _ForeignSlot(Slot):
         self._executor = executor
 
     async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        clock = self._executor.clock
+        executor, clock = self._executor, self._executor.clock
         started_at, started = clock.wall(), clock.monotonic()
-        future = self._executor.submit(name, args)
+        future = executor.submit(name, args)
         ended = asyncio.Event()
         future.add_done_callback(_told(asyncio.get_running_loop(), ended.set))
         try:
+            if timeout is not None and executor.tells_beginnings:
+                await self._wait_for_its_turn(future, ended, timeout)
+                started_at, started = clock.wall(), clock.monotonic()
             async with asyncio.timeout(timeout):
-                await ended.wait()
+                while not await _is_set(ended, _LOOK):
+                    executor.look_after()
         except TimeoutError:
             if not future.done():
                 assert timeout is not None
                 if not _cancel(future):
-                    self._executor.warn_of_abandoned(name, timeout)
+                    executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or nothing is to be had from this pool any more
             if not future.done():
                 _cancel(future)
                 raise
+        executor.note()
         try:
             return as_outcome(future.result())
         except BaseException as error:  # not the function's: those come back as results
+            executor.look_after()
             message = f"{type(error).__qualname__}: {error}"
             trouble = outcome(
                 "crash", type(error).__qualname__, message, "", started_at, clock.monotonic() - started, again=True
             )
             return as_outcome(trouble)
 
+    async def _wait_for_its_turn(self, future: Future[Result], ended: asyncio.Event, timeout: float) -> None:
+        """Return when the call has begun, or is over."""
+        pause, longest = _TURN
+        while not (future.running() or future.done()):
+            await _is_set(ended, pause)
+            self._executor.look_after(timeout)
+            pause = min(pause * 2, longest)
+        self._executor.note()
+
     async def close(self) -> None:
         pass
+
+
+async def _is_set(event: asyncio.Event, within: float) -> bool:
+    try:
+        async with asyncio.timeout(within):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _is_loky(pool: FutureExecutor) -> bool:
+    return type(pool).__module__.partition(".")[0] == "loky"
 
 
 def _told(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> Callable[[Any], None]:

@@ -6,14 +6,17 @@ import by name travels by value, and what can't travel at all is refused by name
 
 from __future__ import annotations
 
+import functools
 import inspect
+import io
 import marshal
+import operator
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -23,6 +26,8 @@ from ..model import Function, RetryOn
 
 __all__ = ["pickled", "write_payload"]
 
+_NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
+_Cached = type(functools.cache(len))
 _ALIGNMENT = 64  # bytes; what NumPy likes for its arrays
 
 
@@ -65,10 +70,47 @@ def pickled(
     """
     with _by_value(function):
         try:
-            data: bytes = cloudpickle.dumps((function, retry_on), protocol=5, buffer_callback=buffer_callback)
+            _Pickler(file := io.BytesIO(), protocol=5, buffer_callback=buffer_callback).dump((function, retry_on))
         except Exception as error:
             raise FunctionError(_name(function), _culprit(function) or f"{type(error).__name__}: {error}") from error
-    return data
+    return file.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Sends two things otherwise than cloudpickle does.
+
+    1. Code keeps the name of its file, by which a traceback shows the lines of a script.
+    2. A function with ``functools.cache`` goes by value where a function without would, with an empty cache.
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is CodeType:
+            make, parts = self.dispatch_table[CodeType](obj)
+            return make, tuple(obj.co_filename if isinstance(part, str) and part == _NO_FILE else part for part in parts)
+        if type(obj) is _Cached and hasattr(obj, "cache_parameters") and not _can_be_named(obj):
+            return operator.call, (_Decorator(**obj.cache_parameters()), obj.__wrapped__)
+        return super().reducer_override(obj)
+
+
+class _Decorator:
+    """What is lru_cache(...) in the worker process."""
+
+    def __init__(self, maxsize: int | None, typed: bool) -> None:
+        self.parameters = maxsize, typed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.lru_cache, self.parameters
+
+
+def _can_be_named(function: Any) -> bool:
+    """Tell whether a function goes by name: importing its module brings the same one."""
+    module = function.__module__
+    if module == "__main__" or module in cloudpickle.list_registry_pickle_by_value():
+        return False
+    try:
+        return operator.attrgetter(function.__qualname__)(sys.modules[module]) is function
+    except (AttributeError, KeyError):
+        return False
 
 
 def _head(spans: list[tuple[int, int]]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # Each of these is compiled in, or loaded already when an interpreter starts: importing socket, signal, threading, typing and
 # pickle instead would double the time a worker takes to start.
+import _signal  # type: ignore[import-not-found]  # what the module signal is made of
 import _thread
 import fcntl
 import marshal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 _F_SETSIG = 10  # Linux
+_SIGINT = 2
 _SIGKILL = 9
 
 
@@ -40,6 +42,9 @@ def serve(calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int) -> N
     for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
         os.set_inheritable(fd, False)
     _die_with_the_parent(lifeline_fd)
+    # Ctrl-C does not reach this session, but Slurm sends SIGINT to all processes of a job step. What to do then is for the
+    # parent to say. A handler, because what is ignored would be so in every program the function starts.
+    _signal.signal(_SIGINT, lambda *_: None)
     # What is printed before a crash is on the terminal; and a line is one write, or those of several workers would mix.
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

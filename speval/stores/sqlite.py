@@ -15,6 +15,9 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -22,7 +25,7 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..errors import ArgsChangedError, StoreClosedError, UnknownNameError
+from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
@@ -39,32 +42,34 @@ logger = logging.getLogger("speval.store")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_AT_ONCE = (512, 64, 8, 1)  # rows of one statement
 
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
 _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
 _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
-_CLAIM = """
-UPDATE states SET status = 1, attempt = attempt + 1, ahead = ahead & 2, worker = :worker, updated_at = :now
-WHERE id IN (
-    SELECT id FROM states INDEXED BY states_pending
-    WHERE status = 0 AND id <= :last AND id NOT IN strangers ORDER BY id LIMIT :limit
-)
-RETURNING id, attempt, attempt - released - forgiven
+_FIND = """
+SELECT s.id, s.attempt + 1, s.attempt + 1 - s.released - s.forgiven, e.name, e.args
+FROM states AS s INDEXED BY states_pending CROSS JOIN evaluations AS e ON e.id = s.id
+WHERE s.status = 0 AND s.id <= :last AND s.id NOT IN strangers ORDER BY s.id LIMIT :limit
 """
-_CLAIM_AHEAD = _CLAIM.replace("ahead & 2", "1").replace("ORDER BY", "AND attempt = released + forgiven AND ahead = 0 ORDER BY")
-_ARGS = "SELECT name, args FROM evaluations WHERE id = ?"
+_FIND_FRESH = _FIND.replace("ORDER BY", "AND s.attempt = s.released + s.forgiven AND s.ahead = 0 ORDER BY")
+_CLAIM = """
+UPDATE states SET status = 1, attempt = attempt + 1, ahead = ahead & 2 | :ahead, worker = :worker, updated_at = :now
+WHERE id IN (SELECT value FROM json_each(:ids))
+"""
 
 # Guarded by the whole token: a stale attempt changes no row, and the count of changed rows tells.
 _END = """
-UPDATE states SET status = ?, worker = ?, ahead = ahead & 2, last = ?, updated_at = ?
-WHERE id = ? AND attempt = ? AND worker = ? AND status = 1
+UPDATE states SET status = e.column1, worker = e.column2, ahead = ahead & 2, last = e.column3, updated_at = e.column4
+FROM (VALUES {rows}) AS e
+WHERE states.id = e.column5 AND states.attempt = e.column6 AND states.worker = e.column7 AND states.status = 1
 """
 _ADD_ATTEMPT = """
 INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result,
     error_type, error_message, error_traceback)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+VALUES {rows}
 """
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 _RELEASE = """
@@ -83,9 +88,11 @@ SELECT EXISTS (
     SELECT 1 FROM states INDEXED BY states_pending WHERE status = 0 AND id <= :last AND id NOT IN strangers
 )
 """
+# The index finds them, the table says so: an index that is damaged must not make anybody wait for nobody.
 _ANY_HELD = """
 SELECT EXISTS (
-    SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND id <= :last AND id NOT IN strangers
+    SELECT 1 FROM states AS i INDEXED BY states_held CROSS JOIN states AS s ON s.id = i.id
+    WHERE i.status IN (1, 4) AND s.status IN (1, 4) AND i.id <= :last AND i.id NOT IN strangers
 )
 """
 _FAILURES = """
@@ -129,8 +136,9 @@ WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN s
 
 _COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
 _CAUSES = """
-SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY a.outcome
+SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
+FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY 1
 """
 
 _UNKNOWN_NAMES = """
@@ -366,22 +374,28 @@ class SqliteStore(Store):
             if not recorded.settings.paused:
                 recorded.claims = self._claim(c, worker, idle, ahead, now)
             if len(recorded.claims) < idle:
-                recorded.open = bool(recorded.claims) or self._any(c, _ANY_HELD) or self._any(c, _ANY_PENDING)
+                pending = self._any(c, _ANY_PENDING)
+                if pending and not (recorded.settings.paused or ended or released or due):
+                    # To be raised once there is nothing to be written with it.
+                    problem = "damaged: what it says is pending is not there to be had; `sqlite3 {} REINDEX` may mend it"
+                    raise DatabaseError(self._shown, problem.format(self._shown))
+                recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
         if count_failures:
             recorded.failures = self._failures(c)
         return recorded
 
     def _claim(self, c: sqlite3.Connection, worker: int, idle: int, ahead: int, now: float) -> list[Claim]:
         values = {"worker": worker, "now": now, "last": self._last}
-        rows = c.execute(_CLAIM, values | {"limit": idle}).fetchall() if idle else []
-        if ahead and len(rows) == idle:
-            rows += c.execute(_CLAIM_AHEAD, values | {"limit": ahead}).fetchall()
-        rows.sort()  # RETURNING promises no order
-        claims = []
-        for id, attempt, charged in rows:
-            name, args = c.execute(_ARGS, (id,)).fetchone()
-            claims.append(Claim(id, attempt, charged, str(name), args, worker))
-        return claims
+        found = c.execute(_FIND, values | {"limit": idle}).fetchall() if idle else []
+        if found:
+            c.execute(_CLAIM, values | {"ahead": 0, "ids": json.dumps([row[0] for row in found])})
+        if ahead and len(found) == idle:
+            fresh = c.execute(_FIND_FRESH, values | {"limit": ahead}).fetchall()
+            if fresh:
+                c.execute(_CLAIM, values | {"ahead": 1, "ids": json.dumps([row[0] for row in fresh])})
+                found += fresh
+                found.sort(key=itemgetter(0))
+        return [Claim(id, attempt, charged, str(name), args, worker) for id, attempt, charged, name, args in found]
 
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:
@@ -444,6 +458,26 @@ class SqliteStore(Store):
         return await self._write(put_back)
 
 
+def _for_rows(c: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    """Execute a statement for rows, many at once, and return how many rows of the table it has changed.
+
+    Each execution gives the GIL away, and has to wait for it afterwards where the event loop is busy.
+    """
+    changed, start = 0, 0
+    for size in _AT_ONCE:
+        one = f"({', '.join('?' * len(rows[0]))})"
+        while len(rows) - start >= size:
+            statement = _statement(sql, one, size)
+            changed += c.execute(statement, tuple(chain.from_iterable(rows[start : start + size]))).rowcount
+            start += size
+    return changed
+
+
+@lru_cache
+def _statement(sql: str, row: str, count: int) -> str:
+    return sql.format(rows=", ".join([row] * count))
+
+
 def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Claim]:
     """Record the attempts whose tokens are good and return the claims of the others."""
     (newest,) = c.execute(_MAX_SEQ).fetchone()
@@ -452,15 +486,15 @@ def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Clai
         status = 2 if outcome.cause is None else 4 if again else 3
         holder = claim.worker if again else None
         updates.append((status, holder, seq, now, claim.id, claim.attempt, claim.worker))
-    if c.executemany(_END, updates).rowcount == len(updates):
-        c.executemany(_ADD_ATTEMPT, [_attempt(u[2], e, now) for u, e in zip(updates, ended, strict=True)])
+    if _for_rows(c, _END, updates) == len(updates):
+        _for_rows(c, _ADD_ATTEMPT, [_attempt(u[2], e, now) for u, e in zip(updates, ended, strict=True)])
         return []
     # Some are stale, and only their own rows tell which: a good one now points to its row in attempts.
     refused = []
     for update, e in zip(updates, ended, strict=True):
         row = c.execute("SELECT attempt, last FROM states WHERE id = ?", (e.claim.id,)).fetchone()
         if row == (e.claim.attempt, update[2]):
-            c.execute(_ADD_ATTEMPT, _attempt(update[2], e, now))
+            _for_rows(c, _ADD_ATTEMPT, [_attempt(update[2], e, now)])
         else:
             refused.append(e.claim)
     return refused

@@ -72,6 +72,7 @@ class SqliteFile:
         given_up: threading.Event | None = None,
     ) -> None:
         self.path = path
+        self._log_path = Path(f"{path}-wal")
         self.shown = shown_path(path)
         self.patience = _PATIENCE if patience is None else patience
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
@@ -79,6 +80,9 @@ class SqliteFile:
         self.network: str | None = None  # the kind of network filesystem it is on
         self._is_current = False
         self._identity: tuple[int, int] | None = None
+        self._log: tuple[int, int] | None = None  # the same of the -wal, where there is one
+        self._was_filled = False
+        self._rescued = ""  # what was said of it
         self._given_up = given_up or threading.Event()
         self._closed = False
         _check_path(path, self.shown, mode)
@@ -126,10 +130,11 @@ class SqliteFile:
             DatabaseError: it does not.
         """
         if how := self._taken_away():
-            raise DatabaseError(self.shown, f"was {how} while in use; start again with the file that is there now")
+            raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
 
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
+        self._look_after_the_file()  # who waits would not notice for long
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
@@ -185,25 +190,29 @@ class SqliteFile:
             raise DatabaseError(self.shown, problem) from error
 
     def _look_after_the_file(self) -> None:
-        """See that the name still leads to the file that is open, since what is written to a deleted one is gone with us."""
+        """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
         if how := self._taken_away():
-            raise DatabaseError(self.shown, f"was {how} while in use; {self._rescue()}")
+            self._rescued = self._rescued or self._rescue()
+            raise DatabaseError(self.shown, f"{how} while in use; {self._rescued}")
 
     def _taken_away(self) -> str | None:
-        """Return what has happened to the file, None if it is there."""
+        """Return what has happened to the files, None if they are there."""
+        how = None
         try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            found = None
+            found, size = _identity(self.path)
+            if self._identity is None:
+                self._identity = found
+            if found != self._identity:
+                how = "was deleted" if found is None else "was replaced by another file"
+            elif self._was_filled and not size:
+                how = "was emptied"
+            # SQLite itself deletes it only when the last one closes the database, and it holds what is not in the database yet.
+            elif self._log is not None and _identity(self._log_path)[0] != self._log:
+                how = "has lost its -wal file, which was deleted or replaced"
         except OSError:
             return None  # a folder or a server out of reach: SQLite will say
-        else:
-            found = status.st_dev, status.st_ino
-        if self._identity is None:
-            self._identity = found
-        if found is None:
-            return "deleted"
-        return "replaced by another file" if found != self._identity else None
+        self._was_filled = self._was_filled or size > 0
+        return how
 
     def _rescue(self) -> str:
         """Copy what the open file still holds beside the name it had, and say where to."""
@@ -242,11 +251,13 @@ class SqliteFile:
         # mode=ro for reading: a reader that may write cleans up behind itself.
         uri = f"file:{quote(str(self.path))}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
+        # What a stranger's triggers and views may call: nothing that reaches outside of the database.
+        connection.execute("PRAGMA trusted_schema = OFF")
         if mode != "read" or not _is_unreadable(connection):
             return connection
         connection.close()
         # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
-        if Path(f"{self.path}-wal").exists():
+        if self._log_path.exists():
             raise DatabaseError(self.shown, "its folder can't be written to and its -wal file has to be merged; copy both")
         return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
 
@@ -288,6 +299,9 @@ class SqliteFile:
         # All have to agree, also those for whom the disk is a local one: the file server's own programs.
         stored = self.read(_stored_journal_mode) if self._is_current else None
         mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
+        if mode == "wal":
+            self.read(_describe)  # makes the -wal
+            self._log, _ = _identity(self._log_path)
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"
         connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
@@ -330,7 +344,10 @@ class SqliteFile:
             if code == sqlite3.SQLITE_NOTADB:
                 raise ForeignDatabaseError(db, "some other kind of file") from error
             if code == sqlite3.SQLITE_CORRUPT:
-                raise DatabaseError(db, f"damaged ({error}); `sqlite3 {db} .recover` saves what can be saved") from error
+                fix = f"`sqlite3 {db} REINDEX` mends an index, `sqlite3 {db} .recover` saves what can be saved"
+                raise DatabaseError(db, f"damaged ({error}); {fix}") from error
+            if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
+                raise DatabaseError(db, "damaged: what should be text in it is none") from None
             if code == sqlite3.SQLITE_READONLY:
                 raise DatabaseError(db, f"can't be written to ({error}); check the permissions of file and folder") from error
             if code in _BUSY:
@@ -348,6 +365,15 @@ def shown_path(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
+
+
+def _identity(path: Path) -> tuple[tuple[int, int] | None, int]:
+    """Return what tells a file from every other one, None if there is none of that name, and its size."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None, 0
+    return (status.st_dev, status.st_ino), status.st_size
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from ..codec import decode
 from ..errors import DatabaseError
 from ..model import Error, Evaluation, Settings, Status
+from ..text import visible
 
 __all__ = ["CODES", "COLUMNS", "STATUS", "decoded", "error_of", "evaluation", "settings_of", "worker_label"]
 
@@ -32,7 +33,7 @@ _SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 
 def worker_label(id: int, host: str, pid: int) -> str:
     """Return how a worker is shown to people."""
-    return f"{host}:{pid}:{id:012x}"
+    return visible(f"{host}:{pid}:{id:012x}")
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
