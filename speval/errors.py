@@ -19,6 +19,7 @@ __all__ = [
     "DatabaseLockedError",
     "DatabaseMissingError",
     "DatabaseUnavailableError",
+    "DriverMissingError",
     "EvaluationsFailed",
     "ExecutorError",
     "ForeignDatabaseError",
@@ -158,6 +159,17 @@ class DatabaseLockedError(DatabaseError, TimeoutError):
 
 class DatabaseUnavailableError(DatabaseError):
     """The database can't be read or written just now: a full disk, an input or output error."""
+
+
+class DriverMissingError(SpevalError, ImportError):
+    """A package that this kind of database needs is not installed."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(extra, package)
+        self.extra, self.package = extra, package
+
+    def __str__(self) -> str:
+        return f"a database of this kind needs {self.package}: pip install 'speval[{self.extra}]'"
 
 
 class ForeignDatabaseError(DatabaseError):
