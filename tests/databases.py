@@ -38,6 +38,12 @@ class Place(ABC):
     def control(self, mode="read") -> Control:
         return make_control(self.checked, mode, self.clock)
 
+    state_tables: tuple[str, ...]  # those that say how evaluations stand
+
+    def everything(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Return all rows that say how evaluations stand, by table."""
+        return {table: sorted(self.query(f"SELECT * FROM {table}"), key=repr) for table in self.state_tables}
+
     @abstractmethod
     def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Return what a query brings; tables go by the names that both kinds have."""
@@ -65,6 +71,7 @@ class Place(ABC):
 
 class SqlitePlace(Place):
     control_module = "speval.stores.sqlite_control"
+    state_tables = ("states", "attempts")
 
     def __init__(self, path: Path, clock: MovableClock) -> None:
         self.argument = self.path = path
@@ -115,6 +122,7 @@ class PostgresPlace(Place):
     """An eval space of its own in the database of all tests."""
 
     control_module = "speval.stores.postgres_control"
+    state_tables = ("queue", "running", "attempts")
 
     def __init__(self, server: Server, space: str, clock: ServerClock | None = None) -> None:
         self.argument = server.url(space=space)

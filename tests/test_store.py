@@ -157,30 +157,6 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
 
 
-@pytest.mark.parametrize("on_changed", ["error", "keep"])
-async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(database, monkeypatch, on_changed):
-    first, second = await database.open(), await database.open()
-    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
-    write, calls = second._write, []
-
-    async def write_and_be_overtaken(work, *args):
-        result = await write(work, *args)
-        calls.append(work.__name__)
-        if calls == ["fill"]:
-            await database.seed(first, [1, 2, 30, 40, 50])
-        return result
-
-    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
-    if on_changed == "error":
-        with pytest.raises(ArgsChangedError, match="'2'"):
-            await database.seed(second, [1, 2, 3, 40])
-    else:
-        seeded = await database.seed(second, [1, 2, 3, 40], on_changed)
-        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
-    assert calls[:2] == ["fill", "fill"]
-    assert [e["args"] for e in (await database.all()).values()] == [1, 2, 30, 40, 50]
-
-
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
     await database.open([1, 2, 3])
     first, second = await database.open(), await database.open()
@@ -368,7 +344,7 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
 
 @pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
 async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -483,10 +459,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
             (anew,) = (await other.record(its, idle=1)).claims
             tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
 
-    def stored():
-        return rows(database.path, "SELECT * FROM states"), rows(database.path, "SELECT * FROM attempts")
-
-    before = stored()
+    before = database.place.everything()
     for token in tokens:
         assert (await store.record(worker, [done(token, '"late"')])).refused == [token]
         await store.record(worker, released=[token])
@@ -496,7 +469,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
         await store.record(worker, released=[claim])
     elif state == "in progress":  # it is not held
         await store.record(worker, due=[claim])
-    assert stored() == before
+    assert database.place.everything() == before
 
 
 async def test_one_refused_among_many_keeps_none_of_the_others_from_being_recorded(database):
