@@ -544,7 +544,7 @@ def test_a_missing_driver_names_the_extra(scripts):
             print(error)
     """
     ran = scripts.run(code)
-    assert ran.stdout == "a database of this kind needs psycopg: pip install 'speval[postgres]'\n", ran.stderr
+    assert ran.stdout == "a PostgreSQL database needs psycopg: pip install 'speval[postgres]'\n", ran.stderr
 
 
 @pytest.mark.parametrize("wrong", ["refused", "database", "login"])
