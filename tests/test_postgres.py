@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -591,3 +592,25 @@ def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
         with pytest.raises(OptionError) as caught:
             speval(abs, [1], url)
         assert "same" not in str(caught.value), url
+
+
+COMMANDS = [["status"], ["show", "0"], ["set", "concurrency", "2"], ["drop", "0", "--yes"], ["doctor"], ["ls", "--json"]]
+
+
+def test_the_command_takes_a_url_and_shows_no_password(postgres, url, terminal, tmp_path):
+    url = url.replace("postgres@", "postgres:sesame@")
+    speval(abs, [1, 2], url)
+    command = str(Path(sys.executable).with_name("speval"))
+    for name, *rest in COMMANDS:
+        done = subprocess.run([command, name, url, *rest], capture_output=True, text=True, timeout=WAIT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sesame" not in done.stdout + done.stderr
+    live = terminal(command, "watch", url)
+    assert live.end() == 0
+    assert "sesame" not in live.text()
+    assert PostgresUrl.parse(url).shown[:30] in live.text()
+    done = subprocess.run([command, "copy", url, tmp_path / "copy.db"], capture_output=True, text=True, timeout=WAIT)
+    assert done.stdout.startswith("1 evaluation and 1 attempt copied to ")
+    wrong = subprocess.run([command, "status", url.replace("@127", "@here@127")], capture_output=True, text=True, timeout=WAIT)
+    assert wrong.returncode == 2
+    assert "sesame" not in wrong.stderr
