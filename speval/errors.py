@@ -124,7 +124,7 @@ class ArgsChangedError(SpevalError):
         noun = "evaluation is" if self.count == 1 else "evaluations are"
         return (
             f"{self.db}: {self.count} {noun} stored with other args than the eval space has now; nothing was changed:\n"
-            f"{shown}{more}\nA random space needs a fixed seed. Otherwise, "
+            f"{shown}{more}\nA random space needs a fixed seed; a list may grow at its end only, a dict anywhere. Otherwise, "
             'pass on_changed="keep" to go on with the stored args, on_changed="rerun" to evaluate these again with the new '
             "ones, or use another database."
         )

@@ -191,10 +191,8 @@ def test_a_late_copy_gets_its_share_of_long_evaluations_also_when_short_ones_cam
         return by_copy
 
     def two_each() -> bool:
-        now = held()
-        return [len(names) for names in now.values()] == [2, 2] and not released & {
-            name for names in now.values() for name in names
-        }
+        now = held().values()
+        return [len(names) for names in now] == [2, 2] and all(map(released.isdisjoint, now))
 
     script = scripts.write(HELD_BACK)
     first = scripts.start(script, executor)

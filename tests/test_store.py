@@ -157,6 +157,30 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
 
 
+@pytest.mark.parametrize("on_changed", ["error", "keep"])
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(database, monkeypatch, on_changed):
+    first, second = await database.open(), await database.open()
+    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    write, calls = second._write, []
+
+    async def write_and_be_overtaken(work, *args):
+        result = await write(work, *args)
+        calls.append(work.__name__)
+        if calls == ["fill"]:
+            await database.seed(first, [1, 2, 30, 40, 50])
+        return result
+
+    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
+    if on_changed == "error":
+        with pytest.raises(ArgsChangedError, match="'2'"):
+            await database.seed(second, [1, 2, 3, 40])
+    else:
+        seeded = await database.seed(second, [1, 2, 3, 40], on_changed)
+        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
+    assert calls[:2] == ["fill", "fill"]
+    assert [e["args"] for e in (await database.all()).values()] == [1, 2, 30, 40, 50]
+
+
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
     await database.open([1, 2, 3])
     first, second = await database.open(), await database.open()
@@ -342,6 +366,36 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
         keeping.close()
 
 
+@pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
+async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
+    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    other, its = await database.worker([1, 2])
+    keeping = keeping_of(other)
+    try:
+        store, worker = await database.worker([1, 2])
+        assert len((await store.record(worker, ahead=2)).claims) == 2
+        assert keeping.reclaim(its, 3).pending == 2
+        store, worker = await database.worker([1, 2])
+        (claim,) = (await store.record(worker, idle=1)).claims
+        if then == "released":
+            await store.record(worker, released=[claim])
+        elif then == "left":
+            await store.leave(worker)
+        elif then == "failed and put back":
+            await store.record(worker, [broken(claim)])
+            assert await store.retry(None, "failed") == 1
+        else:
+            await store.record(worker, [broken(claim, "timeout", again=True)])
+            (claim,) = (await store.record(worker, due=[claim], idle=1)).claims
+            await store.record(worker, [done(claim)])
+            assert await store.retry(None, "completed") == 1
+        assert await database.statuses() == ["pending"] * 2
+        assert (await other.record(its, ahead=2)).claims == []
+        assert len((await other.record(its, idle=2)).claims) == 2
+    finally:
+        keeping.close()
+
+
 async def test_open_tells_whether_something_is_left_to_end(database):
     store, worker = await database.worker([1, 2])
     recorded = await store.record(worker, idle=3)
@@ -407,6 +461,42 @@ async def test_a_stale_attempt_cannot_complete(database):
     assert recorded.refused == [stale, foreign]
     assert await database.statuses() == ["completed", "in_progress", "in_progress"]
     assert database.query("SELECT evaluation FROM attempts") == [(claims[0].id,)]
+
+
+@pytest.mark.parametrize("state", ["in progress", "held", "released", "completed", "put back", "claimed by another"])
+async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with_it(database, state):
+    store, worker = await database.worker([1])
+    other, its = await database.worker([1])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    tokens = [claim._replace(attempt=0), claim._replace(attempt=2), claim._replace(worker=its)]
+    if state == "held":
+        await store.record(worker, [broken(claim, "timeout", again=True)])
+    elif state in ("completed", "put back"):
+        await store.record(worker, [done(claim)])
+        tokens.append(claim)
+        if state == "put back":
+            await store.retry(None, "completed")
+    elif state != "in progress":
+        await store.record(worker, released=[claim])
+        tokens.append(claim)
+        if state == "claimed by another":
+            (anew,) = (await other.record(its, idle=1)).claims
+            tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
+
+    def stored():
+        return rows(database.path, "SELECT * FROM states"), rows(database.path, "SELECT * FROM attempts")
+
+    before = stored()
+    for token in tokens:
+        assert (await store.record(worker, [done(token, '"late"')])).refused == [token]
+        await store.record(worker, released=[token])
+        await store.record(worker, due=[token])
+    if state == "held":  # it has ended already
+        assert (await store.record(worker, [done(claim, '"late"')])).refused == [claim]
+        await store.record(worker, released=[claim])
+    elif state == "in progress":  # it is not held
+        await store.record(worker, due=[claim])
+    assert stored() == before
 
 
 async def test_one_refused_among_many_keeps_none_of_the_others_from_being_recorded(database):
