@@ -26,6 +26,7 @@ class Place(ABC):
 
     argument: str | Path  # as a user gives it
     control_module: str
+    state_tables: tuple[str, ...]  # what a record may change
     clock: MovableClock
 
     @property
@@ -65,6 +66,7 @@ class Place(ABC):
 
 class SqlitePlace(Place):
     control_module = "speval.stores.sqlite_control"
+    state_tables = ("states", "attempts")
 
     def __init__(self, path: Path, clock: MovableClock) -> None:
         self.argument = self.path = path
@@ -115,6 +117,7 @@ class PostgresPlace(Place):
     """An eval space of its own in the database of all tests."""
 
     control_module = "speval.stores.postgres_control"
+    state_tables = ("queue", "running", "attempts")
 
     def __init__(self, server: Server, space: str, clock: ServerClock | None = None) -> None:
         self.argument = server.url(space=space)

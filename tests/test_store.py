@@ -12,7 +12,7 @@ from speval.space import Space
 from speval.stores.base import Ended, Store
 
 from .conftest import WAIT, MovableClock
-from .databases import Place
+from .databases import Place, SqlitePlace
 
 
 def space_of(eval_space) -> Space:
@@ -64,6 +64,12 @@ class Database:
         store = await self.open(eval_space)
         return store, await store.register(lease)
 
+    async def close(self):
+        for store in self.stores:
+            await store.close()
+        for space in self.spaces:
+            space.close()
+
     async def all(self) -> dict[str, dict]:
         _, evaluations = await self.stores[0].load(None, 0, 100_000)
         return {e["name"]: e for e in evaluations}
@@ -76,10 +82,14 @@ class Database:
 async def database(place: Place) -> AsyncIterator[Database]:
     database = Database(place)
     yield database
-    for store in database.stores:
-        await store.close()
-    for space in database.spaces:
-        space.close()
+    await database.close()
+
+
+@pytest.fixture
+async def file_database(db, clock) -> AsyncIterator[Database]:
+    database = Database(SqlitePlace(db, clock))
+    yield database
+    await database.close()
 
 
 # Seeding
@@ -158,8 +168,10 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
 
 
 @pytest.mark.parametrize("on_changed", ["error", "keep"])
-async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(database, monkeypatch, on_changed):
-    first, second = await database.open(), await database.open()
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(
+    file_database, monkeypatch, on_changed
+):
+    first, second = await file_database.open(), await file_database.open()
     monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
     write, calls = second._write, []
 
@@ -167,18 +179,18 @@ async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_
         result = await write(work, *args)
         calls.append(work.__name__)
         if calls == ["fill"]:
-            await database.seed(first, [1, 2, 30, 40, 50])
+            await file_database.seed(first, [1, 2, 30, 40, 50])
         return result
 
     monkeypatch.setattr(second, "_write", write_and_be_overtaken)
     if on_changed == "error":
         with pytest.raises(ArgsChangedError, match="'2'"):
-            await database.seed(second, [1, 2, 3, 40])
+            await file_database.seed(second, [1, 2, 3, 40])
     else:
-        seeded = await database.seed(second, [1, 2, 3, 40], on_changed)
+        seeded = await file_database.seed(second, [1, 2, 3, 40], on_changed)
         assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
     assert calls[:2] == ["fill", "fill"]
-    assert [e["args"] for e in (await database.all()).values()] == [1, 2, 30, 40, 50]
+    assert [e["args"] for e in (await file_database.all()).values()] == [1, 2, 30, 40, 50]
 
 
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
@@ -368,7 +380,7 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
 
 @pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
 async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -484,7 +496,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
             tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
 
     def stored():
-        return rows(database.path, "SELECT * FROM states"), rows(database.path, "SELECT * FROM attempts")
+        return [database.query(f"SELECT * FROM {table}") for table in database.place.state_tables]
 
     before = stored()
     for token in tokens:
