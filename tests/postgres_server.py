@@ -72,6 +72,11 @@ class Server:
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.writelines(f"{key} = {value}\n" for key, value in (lines | settings).items())
 
+    def trust(self, network: str) -> None:
+        """Let everybody of a network in."""
+        with (self.data / "pg_hba.conf").open("a") as hba:
+            hba.write(f"host all all {network} trust\n")
+
     def _is_readable(self) -> bool:
         """Tell whether the user the server runs as may execute the binaries where they are."""
         return subprocess.run([self._bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0

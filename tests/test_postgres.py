@@ -387,6 +387,32 @@ def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scr
         pooler.communicate()
 
 
+def may_make_namespaces() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "speval-try"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "speval-try"], capture_output=True)
+    return made
+
+
+@pytest.mark.skipif(not may_make_namespaces(), reason="needs to make network namespaces")
+def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
+    server = Server(listen_addresses="'*'")
+    try:
+        server.trust("10.91.0.0/24")
+        server.start()
+        url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        command = [sys.executable, "examples/10_four_hosts.py", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+        assert "all 240 completed as they should be: True" in done.stdout, done.stdout + done.stderr
+        assert "ended well: ['ada', 'barbara', 'frances']" in done.stdout, done.stdout + done.stderr
+        assert "evaluated by all: True" in done.stdout
+        assert "could not be renewed" in done.stderr
+        assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+    finally:
+        server.close()
+
+
 # Starting
 
 
