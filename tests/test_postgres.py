@@ -25,10 +25,12 @@ from speval.errors import (
     NewerSchemaError,
     OptionError,
 )
+from speval.host import Process
 from speval.model import Claim, Outcome
 from speval.space import Space
 from speval.stores import make_store
 from speval.stores.base import Ended
+from speval.stores.watch import WorkerRow
 from speval.url import PostgresUrl
 
 from .conftest import WAIT, rows, server_url, wait_for
@@ -154,6 +156,28 @@ async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url)
     await asyncio.to_thread(store._connection.run_once, 10, store._record, worker, late, [done(claim)], (), (), 5, 5, None)
     assert rows(url, "SELECT count(*) FROM running") == [(2,)]
     assert rows(url, "SELECT count(*) FROM attempts") == [(0,)]
+
+
+@pytest.mark.parametrize("verb", ["record", "take back"])
+async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, url, verb):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    other = await stores(url, range(10))
+    its = await other.register(30)
+    keeping = other.lease_keeping()
+    with psycopg.connect(server_url(url)) as late:
+        # As an earlier call of the worker does, that is still under way when the next one is sent.
+        late.execute("SELECT pg_advisory_xact_lock(%s)", (worker,))
+        if verb == "record":
+            waits = asyncio.create_task(store.record(worker, idle=1))
+        else:
+            row = WorkerRow(worker, Process("host", 1, "elsewhere", "1"), 30, 0, True)
+            waits = asyncio.create_task(asyncio.to_thread(keeping.take_back, row, 3, 100))
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        await until(lambda: rows(url, waiting) == [(1,)])
+        assert not waits.done()
+    assert await waits is not None
+    assert (await other.record(its, idle=1)).lost is False
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
