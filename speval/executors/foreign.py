@@ -17,7 +17,7 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import ExecutorError
-from ..model import Function, Outcome, Result, RetryOn
+from ..model import Function, Outcome, Result, RetryOn, counted
 from .base import Executor, Slot, as_outcome, timed_out
 from .call import evaluate, outcome
 from .payload import pickled
@@ -85,11 +85,12 @@ class ForeignExecutor(Executor):
         if getattr(getattr(self.pool, "_client", None), "status", None) == "closed":
             raise ExecutorError(type(self.pool).__qualname__, "its client is closed")
         if self._left_behind and timeout is not None and self.clock.monotonic() - self._news > timeout:
-            problem = f"{len(self._left_behind)} calls that ran longer than {timeout:g} s still occupy it"
+            problem = f"still occupied by {counted(len(self._left_behind), 'call')} that ran longer than {timeout:g} s"
             raise ExecutorError(type(self.pool).__qualname__, problem)
 
     def leave_behind(self, future: Future[Result], name: str, timeout: float) -> None:
         """Wait no longer for a call that can't be stopped, and say once what a timeout means here."""
+        self.note()  # others have a whole timeout from now on to begin
         self._left_behind.add(future)
         future.add_done_callback(self._left_behind.discard)
         if not self._has_warned:
