@@ -226,7 +226,7 @@ async def test_a_wall_clock_that_jumps_by_hours_costs_no_attempt_no_duration_and
         return args
 
     summaries = await asyncio.gather(
-        *(aio.speval(function, range(100), db, concurrency=2, lease=1.0, retry_on=OSError, backoff=0.05) for _ in range(2))
+        *(aio.speval(function, range(100), db, concurrency=2, retry_on=OSError, backoff=0.05) for _ in range(2))
     )
     assert {s.completed for s in summaries} == {100}
     assert sum(s.recorded for s in summaries) == 100

@@ -252,12 +252,17 @@ async def test_any_file_name_is_taken_as_it_is(tmp_path, name):
 
 
 async def test_a_database_is_private_whatever_the_umask(db):
+    modes = {}
+
+    async def function(args):
+        modes.update({path.name: stat.S_IMODE(path.stat().st_mode) for path in db.parent.iterdir()})
+
     before = os.umask(0)
     try:
-        await aio.speval(double, [1], db)
+        await aio.speval(function, [1], db)
     finally:
         os.umask(before)
-    assert stat.S_IMODE(db.stat().st_mode) == 0o600
+    assert modes == dict.fromkeys(("runs.db", "runs.db-wal", "runs.db-shm"), 0o600)
 
 
 def test_the_file_says_whose_it_is(db):
