@@ -96,8 +96,13 @@ class ForeignExecutor(Executor):
         if not self._has_warned:
             self._has_warned = True
             pool = type(self.pool).__qualname__
-            text = "evaluation %r ran longer than %g s in a %s, which can't stop it: it runs on, and its result is dropped"
-            logger.warning(text, name, timeout, pool)
+            logger.warning(
+                "evaluation %r took longer than %g s in a %s, which stops nothing that has begun: it may run on, and its result "
+                "is dropped",
+                name,
+                timeout,
+                pool,
+            )
 
     async def close(self) -> None:
         pass
@@ -123,7 +128,7 @@ class _ForeignSlot(Slot):
         except TimeoutError:
             if not future.done():
                 assert timeout is not None
-                if not _cancel(future):
+                if not _cancel(future) or not executor.tells_beginnings:  # Dask's say yes in any case
                     executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
         except BaseException:  # cancelled, or nothing is to be had from this pool any more
