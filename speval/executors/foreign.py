@@ -97,8 +97,8 @@ class ForeignExecutor(Executor):
             self._has_warned = True
             pool = type(self.pool).__qualname__
             logger.warning(
-                "evaluation %r took longer than %g s in a %s, which stops nothing that has begun: it may run on, and its result "
-                "is dropped",
+                "evaluation %r took longer than %g s in a %s, which stops nothing that has begun: it may run on, and its "
+                "result is dropped",
                 name,
                 timeout,
                 pool,
