@@ -67,7 +67,8 @@ def on_page(page: str, tables: dict[str, str], about: str) -> str:
 def about_machine(found: Figures) -> str:
     (m, *others) = found.values()
     dates = ", ".join(sorted({one["at"] for one in (m, *others)}))
-    return f"{m['cores']} cores, {m['system']}, Python {m['python']}, SQLite {m['sqlite']}, {dates}."
+    kind = f"{m['cores']} cores, {m['system']}, Python {m['python']}, SQLite {m['sqlite']}, {dates}"
+    return f"{kind}; the load average was {m['load']} when it began."
 
 
 def main() -> None:
