@@ -30,7 +30,6 @@ __all__ = [
     "line",
     "print_json",
     "shown",
-    "span",
     "spelled",
     "text",
 ]
@@ -79,22 +78,6 @@ def failure(cause: str, type_: str, message: str) -> str:
     if cause in ("exception", "unserializable"):
         return shown(f"{type_}: {first}" if first else type_)
     return shown(f"{cause}: {first}")
-
-
-def span(seconds: float | None) -> str:
-    """Return a duration as people say it."""
-    if seconds is None:
-        return ""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s" if seconds >= 0.05 or seconds <= 0 else f"{seconds * 1000:.3g} ms"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{round(whole / 60)} min"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole / 86400:.1f} d"
 
 
 def instant(moment: float | None) -> str:

@@ -15,9 +15,10 @@ import click
 
 from ..model import Failure, Overview, WorkerView
 from ..stores.base import Control
+from ..text import span
 from .look import counts_text, eta, progress_text
 from .params import as_json, database, opened
-from .text import STYLES, console, failure, instant, print_json, shown, span, text
+from .text import STYLES, console, failure, instant, print_json, shown, text
 
 if TYPE_CHECKING:
     from rich.console import Group
