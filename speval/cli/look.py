@@ -62,11 +62,12 @@ def causes_text(seen: Overview) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(seen.causes.items()))
 
 
-def counts_text(seen: Overview) -> list[Cell]:
+def counts_text(seen: Overview, *, with_causes: bool = True) -> list[Cell]:
     """Return how many evaluations stand where."""
     parts: list[Cell] = [f"{counted(seen.total)}: ", (f"{seen.completed} completed", STYLES["completed"])]
     if seen.failed:
-        parts += [", ", (f"{seen.failed} failed ({causes_text(seen)})", STYLES["failed"])]
+        causes = f" ({causes_text(seen)})" if with_causes else ""
+        parts += [", ", (f"{seen.failed} failed{causes}", STYLES["failed"])]
     if seen.in_progress:
         parts += [", ", (f"{seen.in_progress} in progress", STYLES["in_progress"])]
     if seen.pending:

@@ -125,7 +125,10 @@ def picture(db: str, seen: Overview, width: int, height: int) -> Group:
     """Return the picture of a moment, as large as there is room for."""
     from rich.console import Group
 
-    lines = [_title(db, seen, width), _bar(seen, width), text(" ", *counts_text(seen)), text(" ", *progress_text(seen))]
+    counts = text(" ", *counts_text(seen))
+    if counts.cell_len > width:
+        counts = text(" ", *counts_text(seen, with_causes=False))
+    lines = [_title(db, seen, width), _bar(seen, width), counts, text(" ", *progress_text(seen))]
     # The workers have two thirds of the room, if they want it.
     failures = _failures(seen.failures[: max(1, height // 3 - len(lines) + 1)], seen.at)
     room = height - 1 - len(lines) - (len(failures) + 1 if failures else 0)
