@@ -28,6 +28,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "coroutines": Scenario(300, {"executor": "coroutine", "concurrency": 4} | plain),
         "threads": Scenario(300, {"executor": "thread", "concurrency": 2} | plain),
         "processes": Scenario(100, {"executor": "process", "concurrency": 2} | plain),
+        "a pool": Scenario(100, {"executor": "pool", "concurrency": 2} | plain),
         "migrating": Scenario(300, {"executor": "thread", "concurrency": 1} | plain, begin_with=old),
         "taking back": Scenario(300, {"executor": "coroutine", "concurrency": 4} | plain, begin_with=held),
     }

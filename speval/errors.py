@@ -19,6 +19,7 @@ __all__ = [
     "DatabaseLockedError",
     "DatabaseMissingError",
     "DatabaseUnavailableError",
+    "DriverMissingError",
     "EvaluationsFailed",
     "ExecutorError",
     "ForeignDatabaseError",
@@ -123,7 +124,7 @@ class ArgsChangedError(SpevalError):
         noun = "evaluation is" if self.count == 1 else "evaluations are"
         return (
             f"{self.db}: {self.count} {noun} stored with other args than the eval space has now; nothing was changed:\n"
-            f"{shown}{more}\nA random space needs a fixed seed. Otherwise, "
+            f"{shown}{more}\nA random space needs a fixed seed; a list may grow at its end only, a dict anywhere. Otherwise, "
             'pass on_changed="keep" to go on with the stored args, on_changed="rerun" to evaluate these again with the new '
             "ones, or use another database."
         )
@@ -158,6 +159,17 @@ class DatabaseLockedError(DatabaseError, TimeoutError):
 
 class DatabaseUnavailableError(DatabaseError):
     """The database can't be read or written just now: a full disk, an input or output error."""
+
+
+class DriverMissingError(SpevalError, ImportError):
+    """A package that this kind of database needs is not installed."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(extra, package)
+        self.extra, self.package = extra, package
+
+    def __str__(self) -> str:
+        return f"a database of this kind needs {self.package}: pip install 'speval[{self.extra}]'"
 
 
 class ForeignDatabaseError(DatabaseError):

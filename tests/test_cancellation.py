@@ -1,17 +1,20 @@
 """Cancelling at any moment: no lock left, no claim kept, no thread alive, nothing charged."""
 
 import asyncio
+import gc
 import os
 import sqlite3
 import sys
+import threading
 from contextlib import suppress
 
 import anyio
 import pytest
 
-from speval import aio
+from speval import ArgsChangedError, aio, as_completed, speval
 
-from .conftest import rows
+from .conftest import open_files, rows
+from .test_process import children
 
 
 async def quick(args):
@@ -53,9 +56,24 @@ def steps_until_cancelled(db, make, step):
     return asyncio.run(main())
 
 
+async def drawn():
+    for number in range(10):
+        yield number
+        await asyncio.sleep(0)
+
+
+async def follow(db):
+    async for _ in aio.as_completed(quick, range(30), db, concurrency=4):
+        await asyncio.sleep(0)
+
+
 CALLS = {
-    "speval": lambda db: aio.speval(quick, range(30), db, concurrency=4),
-    "load_evals": lambda db: aio.load_evals(db),
+    "coroutines": lambda db: aio.speval(quick, range(30), db, concurrency=4),
+    "threads": lambda db: aio.speval(abs, range(30), db, concurrency=4, executor="thread"),
+    "processes": lambda db: aio.speval(abs, range(10), db, concurrency=2, executor="process"),
+    "as_completed": follow,
+    "drawn": lambda db: aio.speval(quick, drawn(), db, concurrency=4),
+    "load_evals": aio.load_evals,
     "retry": lambda db: aio.retry(db, status="completed"),
 }
 
@@ -64,13 +82,16 @@ CALLS = {
 def test_cancelled_at_every_step_nothing_is_held(tmp_path, call):
     # A step of the loop is not always the same moment, as the store's thread runs at its own pace: hence so many.
     db = tmp_path / "runs.db"
-    if call != "speval":
+    steps = [*range(60), *range(60, 400, 7)] if call != "processes" else [*range(20), *range(20, 400, 15)]
+    before = children(os.getpid())
+    if call in ("load_evals", "retry"):
         asyncio.run(aio.speval(quick, range(3000), db, concurrency=100))
-    for step in [*range(60), *range(60, 400, 7)]:
-        if call == "speval":
+    for step in steps:
+        if call not in ("load_evals", "retry"):
             db = tmp_path / f"{step}.db"
         steps_until_cancelled(db, lambda: CALLS[call](db), step)
         assert_nothing_held(db)
+        assert children(os.getpid()) == before
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.1])
@@ -175,8 +196,6 @@ async def test_a_second_cancellation_lets_go_at_once(db):
 
 
 async def test_a_function_in_a_thread_does_not_delay_cancellation(db):
-    import threading
-
     started, release = threading.Event(), threading.Event()
 
     def function(args):
@@ -241,8 +260,6 @@ async def test_a_worker_that_can_not_register_leaves_no_process(db, monkeypatch)
     from speval import DatabaseLockedError
     from speval.stores.sqlite import SqliteStore
 
-    from .test_process import children
-
     before = children(os.getpid())
 
     async def register(self, lease):
@@ -255,15 +272,33 @@ async def test_a_worker_that_can_not_register_leaves_no_process(db, monkeypatch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
-async def test_a_thousand_calls_leave_no_descriptor_and_no_thread(db):
-    import threading
-    from pathlib import Path
+def test_a_thousand_calls_leave_no_descriptor_no_thread_and_no_process(db):
+    """Whatever is not closed would also be a ResourceWarning, and that an error."""
 
     def left():
-        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+        gc.collect()
+        return sorted(open_files()), threading.active_count(), children(os.getpid())
 
-    await aio.speval(quick, [1], db)
+    def fails_on_two(args):
+        if args == 2:
+            raise ValueError
+
+    def call(i):
+        if i % 100 == 0:
+            speval(abs, [1, 2], f"{db}.{i}", executor="process", timeout=60)
+        elif i % 5 == 0:
+            for _ in as_completed(abs, range(20), f"{db}.{i}"):
+                break
+        elif i % 5 == 1:
+            asyncio.run(aio.speval(quick, [1, 2], db))
+        elif i % 5 == 2:
+            with suppress(ArgsChangedError):
+                speval(abs, [1, 3], db)
+        else:
+            speval(fails_on_two, [1, 2], db)
+
+    call(0)
     before = left()
     for i in range(1000):
-        await aio.speval(quick, [1, 2] if i % 100 else [1], db)
+        call(i)
     assert left() == before

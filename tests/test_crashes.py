@@ -50,7 +50,7 @@ def test_copies_stopped_past_their_lease_at_random_come_back_and_record_nothing_
 
 
 @pytest.mark.parametrize(
-    ("executor", "concurrency", "count"), [("coroutine", 4, 20), ("thread", 2, 10), ("process", 2, 6)], ids=str
+    ("executor", "concurrency", "count"), [("coroutine", 4, 20), ("thread", 2, 10), ("process", 2, 6), ("pool", 2, 6)], ids=str
 )
 def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(tmp_path, executor, concurrency, count):
     scenario = Scenario(count, {"executor": executor, "concurrency": concurrency, "lease": 1.0})

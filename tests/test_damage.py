@@ -89,7 +89,7 @@ def test_a_worker_described_as_no_worker_would_is_not_waited_for(db, damage, mon
 
 
 def test_a_file_that_never_had_the_worker_is_healed_in_pieces_while_others_work(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", 3)
+    monkeypatch.setattr("speval.stores.watch._BOUND", 3)
     held_by(db, DAMAGE["a worker that is not there"] + "; UPDATE states SET worker = NULL WHERE id > 7")
     keeping = SqliteLeaseKeeping(db, MovableClock())
     writes = []
@@ -151,14 +151,17 @@ def behind_the_index(db, index, statement):
     set_sql(sql)
 
 
-def test_an_index_that_names_what_is_not_there_is_an_error_that_says_what_to_do(db):
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM states WHERE id = 5", "UPDATE states SET status = 2 WHERE id = 5"], ids=["gone", "completed"]
+)
+def test_an_index_that_says_one_is_pending_that_is_not_is_an_error_that_says_what_to_do(db, statement):
     held_by(db, "UPDATE states SET status = 0")
-    behind_the_index(db, "states_pending", "DELETE FROM states WHERE id = 5")
+    behind_the_index(db, "states_pending", statement)
     with pytest.raises(DatabaseError, match=r"runs\.db: damaged.* REINDEX` "):
         speval(str, range(10), db)
     with closing(sqlite3.connect(db)) as connection:
         connection.execute("REINDEX")
-    assert speval(str, range(10), db).completed == 9
+    assert speval(str, range(10), db).total == 9 + ("UPDATE" in statement)
 
 
 def test_a_pending_evaluation_without_args_is_an_error_and_not_an_endless_wait(db):

@@ -30,6 +30,7 @@ WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.
 NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "source ")
+TOOLS = ("curl", "sqlite3")  # commands that need one of these are passed over where it is missing
 CELL = 'title="In a notebook"'  # what marks a block as the cell of a notebook
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
@@ -238,7 +239,7 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path):
                 printed = None
             elif block.language == "console":
                 for command, expected in commands(block):
-                    if command.startswith(NOT_RUN) or (command.startswith("sqlite3 ") and not shutil.which("sqlite3")):
+                    if command.startswith(NOT_RUN) or any(tool in command.split() and not shutil.which(tool) for tool in TOOLS):
                         continue
                     printed = reader.shell(command, expected)
                     # What several processes, or a thread that logs, print at once has no order of its own.

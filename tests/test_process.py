@@ -3,9 +3,11 @@
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy
@@ -274,6 +276,39 @@ async def test_a_crash_fails_one_evaluation_and_touches_no_other(db, capfd, how,
     assert f"before {how}\n" in capfd.readouterr().out
 
 
+@pytest.fixture
+def little_memory():
+    """A control group whose processes may have 64 MB; whoever writes its number into the file belongs to it."""
+    for folder, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(folder, f"speval-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(64 << 20))
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+            continue
+        yield group / "cgroup.procs"
+        wait_for(lambda: not (group / "cgroup.procs").read_text(), "the group to be empty")
+        group.rmdir()
+        return
+    pytest.skip("may not limit the memory of others")
+
+
+async def test_who_runs_out_of_memory_is_killed_and_fails_alone(db, little_memory):
+    def function(args):
+        if args == 3:
+            little_memory.write_text(str(os.getpid()))
+            while True:
+                bytearray(256 << 20)[:: 1 << 12] = b"x" * (1 << 16)
+        return args
+
+    summary = await aio.speval(function, range(10), db, concurrency=2, max_attempts=1)
+    assert (summary.completed, summary.causes) == (9, {"crash": 1})
+    (failed,) = await aio.load_evals(db, status="failed")
+    assert (failed["name"], failed["error"]["message"]) == ("3", "its process was killed by SIGKILL (Killed)")
+
+
 async def test_killed_from_outside_it_is_this_evaluations_crash_and_is_tried_again(db, pids):
     def function(args):
         (pids / str(os.getpid())).touch()
@@ -537,10 +572,70 @@ def test_ctrl_c_kills_the_workers_quietly_and_releases_the_claims(terminal, db, 
     assert speval(lambda args: args, range(5), db).completed == 5
 
 
+def test_a_second_ctrl_c_while_the_first_one_cleans_up_leaves_at_once_and_no_process(terminal, db, pids):  # noqa: F811
+    program = terminal(
+        f"""
+        import os, time
+        import speval.worker
+        speval.worker._STOP_WITHIN = 600  # the clean-up takes as long as the database is locked
+        def function(args):
+            open("{pids}/" + str(os.getpid()), "w").close()
+            time.sleep(600)
+        speval.speval(function, range(5), "runs.db", concurrency=2, progress=False)
+        """
+    )
+    wait_for(lambda: len(noted(pids)) == 2)
+    with closing(sqlite3.connect(db, isolation_level=None, timeout=30)) as blocker:
+        blocker.execute("BEGIN IMMEDIATE")
+        program.interrupt()
+        wait_for(lambda: not [pid for pid in noted(pids) if is_alive(pid)])
+        assert not program.has_ended()
+        program.interrupt()
+        wait_for(program.has_ended)
+        assert program.status == -signal.SIGINT
+    assert {(e["status"], e["attempts"]) for e in load_evals(db)} == {("pending", 0), ("in_progress", 1)}
+    started = time.monotonic()
+    assert speval(lambda args: args, range(5), db).completed == 5
+    assert time.monotonic() - started < 20  # the lease is 30 s
+
+
+def test_what_was_printed_before_a_crash_is_on_the_terminal(terminal, db):  # noqa: F811
+    program = terminal(
+        """
+        import ctypes, subprocess, sys
+        from speval import speval
+        def function(args):
+            print("printed")
+            print("to stderr", file=sys.stderr)
+            subprocess.run(["echo", "by a child"])
+            ctypes.string_at(0)
+        print(speval(function, [1], "runs.db", executor="process", max_attempts=1, progress=False).causes)
+        """
+    )
+    wait_for(program.has_ended)
+    for line in ("printed", "to stderr", "by a child", "{'crash': 1}"):
+        assert line in program.read().splitlines()
+
+
 # The function travels once
 
 
-def test_a_large_closure_is_written_once_and_mapped_by_all(db):
+def test_a_large_closure_is_written_once_mapped_by_all_and_not_sent_again(db, monkeypatch):
+    from speval.executors import payload, process
+
+    written, sent = [], []
+    write_payload, frame = payload.write_payload, process._frame
+
+    def write(fd, *args):
+        write_payload(fd, *args)
+        written.append(os.fstat(fd).st_size)
+
+    def counted(message):
+        sent.append(len(frame(message)))
+        return frame(message)
+
+    monkeypatch.setattr(payload, "write_payload", write)
+    monkeypatch.setattr(process, "_frame", counted)
     weights = numpy.ones(13_000_000)  # 104 MB
     weights[17] = 4.5
 
@@ -556,6 +651,9 @@ def test_a_large_closure_is_written_once_and_mapped_by_all(db):
     results = [e["result"] for e in load_evals(db)]
     assert {result[0] for result in results} == {4.5}
     assert max(result[1] for result in results) < 60  # MiB; a copy of its own would be 104
+    assert len(written) == 1
+    assert 104e6 <= written[0] < 105e6
+    assert max(sent) < 5000  # bytes; the first call of a worker is as small as any other
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 20, 50, 200])
@@ -617,12 +715,13 @@ async def test_what_waits_behind_a_slow_call_is_given_to_others():
         None,
         lambda c, o: (ended.append(c.id), order.append("ended")),
         lambda cs: (back.extend(cs), order.append("back")),
+        lambda: None,
     )
     assert ended == [0, 1]
     assert [c.id for c in back] == [2, 3, 4, 5]
     assert order == ["ended", "back", "ended"]
     ended.clear()
-    await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail)
+    await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail, lambda: None)
     assert ended == [2, 3, 4, 5]
     await slot.close()
     await executor.close()

@@ -97,6 +97,7 @@ SAMPLES = [
     errors.DatabaseMissingError("runs.db"),
     errors.DatabaseLockedError("runs.db", 60.0),
     errors.DatabaseUnavailableError("runs.db", "the disk is full"),
+    errors.DriverMissingError("postgres", "psycopg"),
     errors.ForeignDatabaseError("runs.db", "some other kind of file"),
     errors.MissingExtraError("library='pandas'", "pandas", "pandas"),
     errors.NewerSchemaError("runs.db", 9, 1, "2.3"),

@@ -12,6 +12,7 @@ import pytest
 
 from speval import aio
 from speval.errors import (
+    ArgsChangedError,
     DatabaseError,
     DatabaseLockedError,
     DatabaseMissingError,
@@ -23,6 +24,8 @@ from speval.errors import (
 from speval.stores.sqlite_file import APPLICATION_ID, SCHEMA, SqliteFile
 
 from .conftest import Scripts, rows
+from .databases import SqlitePlace
+from .test_store import space_of
 
 
 def double(args):
@@ -580,3 +583,35 @@ async def test_a_disk_full_while_seeding_is_an_error_and_what_was_there_stays(db
     monkeypatch.undo()
     assert [e["result"] for e in (await aio.load_evals(db))[:10]] == [2 * i for i in range(10)]
     assert (await aio.speval(double, range(20), db)).recorded == 10
+
+
+@pytest.mark.parametrize("on_changed", ["error", "keep"])
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(db, clock, monkeypatch, on_changed):
+    place = SqlitePlace(db, clock)
+    first, second = place.store(), place.store()
+    await first.open()
+    await second.open()
+    long, short = space_of([1, 2, 30, 40, 50]), space_of([1, 2, 3, 40])
+    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    write, calls = second._write, []
+
+    async def write_and_be_overtaken(work, *args):
+        result = await write(work, *args)
+        calls.append(work.__name__)
+        if calls == ["fill"]:
+            await first.seed(long, "error")
+        return result
+
+    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
+    if on_changed == "error":
+        with pytest.raises(ArgsChangedError, match="'2'"):
+            await second.seed(short, "error")
+    else:
+        seeded = await second.seed(short, on_changed)
+        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
+    assert calls[:2] == ["fill", "fill"]
+    assert [e["args"] for e in (await second.load(None, 0, 10))[1]] == [1, 2, 30, 40, 50]
+    for store in (first, second):
+        await store.close()
+    for space in (long, short):
+        space.close()

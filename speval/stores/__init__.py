@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..clock import Clock
 from ..model import Durability
 from ..options import Database
+from ..url import PostgresUrl
 from .base import Control, ControlMode, Store, StoreMode
 
 __all__ = ["make_control", "make_store"]
@@ -18,6 +19,10 @@ def make_store(
     db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
     """Return a store for a checked database, not opened yet."""
+    if isinstance(db, PostgresUrl):
+        from .postgres import PostgresStore
+
+        return PostgresStore(db, mode, durability, clock)
     from .sqlite import SqliteStore
 
     return SqliteStore(db, mode, durability, clock)
@@ -29,6 +34,10 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     Raises:
         DatabaseError: it is not there, or can't be used.
     """
+    if isinstance(db, PostgresUrl):
+        from .postgres_control import PostgresControl
+
+        return PostgresControl(db, mode, clock)
     from .sqlite_control import SqliteControl
 
     return SqliteControl(db, mode, clock)

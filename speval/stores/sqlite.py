@@ -57,7 +57,7 @@ WHERE s.status = 0 AND s.id <= :last AND s.id NOT IN strangers ORDER BY s.id LIM
 _FIND_FRESH = _FIND.replace("ORDER BY", "AND s.attempt = s.released + s.forgiven AND s.ahead = 0 ORDER BY")
 _CLAIM = """
 UPDATE states SET status = 1, attempt = attempt + 1, ahead = ahead & 2 | :ahead, worker = :worker, updated_at = :now
-WHERE id IN (SELECT value FROM json_each(:ids))
+WHERE id IN (SELECT value FROM json_each(:ids)) AND status = 0
 """
 
 # Guarded by the whole token: a stale attempt changes no row, and the count of changed rows tells.
@@ -277,6 +277,8 @@ class SqliteStore(Store):
         (self._since, self._last, is_known) = await self._read(seeding.is_known, space)
         if is_known:
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
+        if space.count and not self._last and await self._fill(space):
+            return Seeded(new=space.count, unchanged=0, changed=0, gone=0)
         # Left behind when cancelled or broken off: the connection is closed then, and its TEMP tables go with it.
         await self._read(seeding.load, space.rows())
         try:
@@ -299,6 +301,17 @@ class SqliteStore(Store):
         await self._read(seeding.unload)
         gone, self._last = settled
         return comparison.seeded(space.count, gone)
+
+    async def _fill(self, space: Space) -> bool:
+        """Seed a database without evaluations, where there is nothing to compare; False if somebody else does so too."""
+        rows, filled = space.rows(), 0
+        while filled < space.count:
+            added = await self._write(seeding.fill, space, rows, filled, self._clock.wall())
+            if not added:
+                return False
+            filled += added
+        self._last = filled
+        return True
 
     async def follow(self) -> None:
         self._since = await self._read(seeding.follow)
@@ -376,9 +389,7 @@ class SqliteStore(Store):
             if len(recorded.claims) < idle:
                 pending = self._any(c, _ANY_PENDING)
                 if pending and not (recorded.settings.paused or ended or released or due):
-                    # To be raised once there is nothing to be written with it.
-                    problem = "damaged: what it says is pending is not there to be had; `sqlite3 {} REINDEX` may mend it"
-                    raise DatabaseError(self._shown, problem.format(self._shown))
+                    raise self._damaged()  # once there is nothing to be written with it
                 recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
         if count_failures:
             recorded.failures = self._failures(c)
@@ -387,15 +398,21 @@ class SqliteStore(Store):
     def _claim(self, c: sqlite3.Connection, worker: int, idle: int, ahead: int, now: float) -> list[Claim]:
         values = {"worker": worker, "now": now, "last": self._last}
         found = c.execute(_FIND, values | {"limit": idle}).fetchall() if idle else []
-        if found:
-            c.execute(_CLAIM, values | {"ahead": 0, "ids": json.dumps([row[0] for row in found])})
+        self._take(c, found, values | {"ahead": 0})
         if ahead and len(found) == idle:
             fresh = c.execute(_FIND_FRESH, values | {"limit": ahead}).fetchall()
-            if fresh:
-                c.execute(_CLAIM, values | {"ahead": 1, "ids": json.dumps([row[0] for row in fresh])})
-                found += fresh
-                found.sort(key=itemgetter(0))
+            self._take(c, fresh, values | {"ahead": 1})
+            found = sorted(found + fresh, key=itemgetter(0))
         return [Claim(id, attempt, charged, str(name), args, worker) for id, attempt, charged, name, args in found]
+
+    def _take(self, c: sqlite3.Connection, found: list[Any], values: dict[str, Any]) -> None:
+        taken = c.execute(_CLAIM, values | {"ids": json.dumps([row[0] for row in found])}).rowcount if found else 0
+        if taken != len(found):
+            raise self._damaged()
+
+    def _damaged(self) -> DatabaseError:
+        fix = f"`sqlite3 {self._shown} REINDEX` may mend it"
+        return DatabaseError(self._shown, f"damaged: what it says is pending is not there to be had; {fix}")
 
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:

@@ -8,7 +8,8 @@ function is the whole work of one transaction.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from ..codec import same
@@ -17,7 +18,20 @@ from ..model import OnChanged
 from ..space import Key, Space
 from .base import Seeded
 
-__all__ = ["CHUNK", "Comparison", "add", "compare", "count_missing", "extend", "follow", "is_known", "load", "settle", "unload"]
+__all__ = [
+    "CHUNK",
+    "Comparison",
+    "add",
+    "compare",
+    "count_missing",
+    "extend",
+    "fill",
+    "follow",
+    "is_known",
+    "load",
+    "settle",
+    "unload",
+]
 
 CHUNK = 10_000  # rows added in one transaction: holds the lock for some 30 ms
 _EXAMPLES = 3
@@ -54,6 +68,7 @@ _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_LAST_GIVEN = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'evaluations'"
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 
 
@@ -88,6 +103,23 @@ def follow(c: sqlite3.Connection) -> int:
     c.execute("DELETE FROM strangers")
     (since,) = c.execute(_MAX_SEQ).fetchone()
     return int(since)
+
+
+def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], filled: int, now: float) -> int:
+    """Add the next rows of a space to a database that holds those before them and nothing else.
+
+    Returns:
+        How many; 0 if it holds something else by now, and has to be compared.
+    """
+    # The last id that was ever given: where all has been dropped, they do not begin with 1.
+    (last,) = c.execute(_LAST_GIVEN).fetchone()
+    if last != filled or _args_version(c):
+        return 0
+    added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
+    c.execute(_ADD_STATES, (now, last))
+    if filled + added == space.count:
+        c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
+    return added
 
 
 def load(c: sqlite3.Connection, rows: Iterable[tuple[Key, str]]) -> None:

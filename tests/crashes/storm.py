@@ -61,7 +61,7 @@ class Round:
         *,
         count: int = 600,
         copies: int = 4,
-        executors: tuple[str, ...] = ("coroutine", "thread", "process"),
+        executors: tuple[str, ...] = ("coroutine", "thread", "process", "pool"),
         stops: float = 0.3,
     ) -> None:
         self.folder = folder

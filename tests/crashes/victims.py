@@ -3,6 +3,7 @@
 # One copy. What it has been given goes to its output line by line; each execution of its function to a log that all share.
 COPY = """
 import asyncio, json, os, secrets, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from speval import as_completed
 
 options = json.loads(sys.argv[1])
@@ -28,6 +29,8 @@ async def waiting(args):
     return result
 
 function = waiting if options["executor"] == "coroutine" else blocking
+if options["executor"] == "pool":
+    options["executor"] = ThreadPoolExecutor(options["concurrency"])
 space = [{"number": n, "seconds": lengths[n * 31 % 97 % 7]} for n in range(count)]
 for e in as_completed(function, space, "runs.db", max_attempts=100_000, progress=False, **options):
     print(json.dumps([e["name"], e["status"], e["result"], e["attempts"]]), flush=True)
@@ -36,6 +39,7 @@ for e in as_completed(function, space, "runs.db", max_attempts=100_000, progress
 # Forks a child for each kill, since an interpreter that has imported everything already is soon at its first commit.
 POINTS = """
 import functools, itertools, json, logging, os, shutil, signal, sqlite3, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from speval import speval
 from speval.stores.sqlite_file import SqliteFile
 
@@ -92,8 +96,10 @@ def run(db):
     async def waiting(args):
         return note(db, args)
 
-    options = scenario["options"]
+    options = dict(scenario["options"])
     function = waiting if options["executor"] == "coroutine" else functools.partial(note, db)
+    if options["executor"] == "pool":
+        options["executor"] = ThreadPoolExecutor(options["concurrency"])
     speval(function, range(scenario["count"]), db, max_attempts=100_000, progress=False, **options)
 
 def kill_at(kind, point):
