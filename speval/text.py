@@ -6,6 +6,8 @@ has put it there.
 
 from __future__ import annotations
 
+import math
+
 __all__ = ["rate", "span", "visible"]
 
 
@@ -18,6 +20,8 @@ def span(seconds: float | None) -> str:
     """Return a duration as people say it."""
     if seconds is None:
         return ""
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):  # in a file that somebody has tinkered with
+        return visible(str(seconds))
     if seconds < 9.95:
         return f"{seconds:.1f} s" if seconds >= 0.05 or seconds <= 0 else f"{seconds * 1000:.3g} ms"
     whole = round(seconds)

@@ -7,6 +7,7 @@ database.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -18,7 +19,19 @@ from ..options import checked_database
 from ..stores import make_control
 from ..stores.base import Control, ControlMode
 
-__all__ = ["DB", "as_json", "cause", "database", "filters", "named", "names_of", "opened", "pattern", "status"]
+__all__ = [
+    "DB",
+    "as_json",
+    "cause",
+    "database",
+    "filters",
+    "named",
+    "named_for_people",
+    "names_of",
+    "opened",
+    "pattern",
+    "status",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,6 +80,12 @@ def opened(db: str, mode: ControlMode = "read") -> Control:
         DatabaseError: it is not there, or can't be used.
     """
     return make_control(checked_database(db), mode)
+
+
+def named_for_people(db: str) -> str:
+    """Return a database as it is shown: a URL without its password."""
+    checked = checked_database(db)
+    return db if isinstance(checked, Path) else str(checked)
 
 
 def named(*, many: bool) -> Callable[[F], F]:

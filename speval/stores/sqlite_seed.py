@@ -117,7 +117,8 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
         return 0
     added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
     c.execute(_ADD_STATES, (now, last))
-    if filled + added == space.count:
+    # Unless somebody has dropped some of them meanwhile: the next start is to find out.
+    if filled + added == space.count == c.execute("SELECT count(*) FROM evaluations").fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
 
