@@ -1,8 +1,8 @@
 """Let the workers of ``tests/model`` loose on a store, as long as one wants, with other random numbers each time.
 
-Run: ``python -m benchmarks.soak --minutes 10``, with ``--postgres`` on a PostgreSQL server of its own. It needs pytest and
-hypothesis. It prints how many steps were done and how often what happened, and ends with the shortest way to the first step
-that brought anything else than the model says.
+Run: ``python -m benchmarks.soak --minutes 10``, on PostgreSQL with ``--postgres``. It needs pytest and hypothesis. It prints
+how many steps were done and how often what happened, and ends with the shortest way to the first step that brought anything
+else than the model says.
 """
 
 import argparse

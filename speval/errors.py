@@ -18,8 +18,8 @@ __all__ = [
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",
+    "DatabaseNotEmptyError",
     "DatabaseUnavailableError",
-    "DriverMissingError",
     "EvaluationsFailed",
     "ExecutorError",
     "ForeignDatabaseError",
@@ -157,19 +157,16 @@ class DatabaseLockedError(DatabaseError, TimeoutError):
         self.args = (db, seconds)
 
 
+class DatabaseNotEmptyError(DatabaseError):
+    """Something was to be copied to a database that has evaluations already."""
+
+    def __init__(self, db: str) -> None:
+        super().__init__(db, "has evaluations already, and was left as it is; copy to a new one")
+        self.args = (db,)
+
+
 class DatabaseUnavailableError(DatabaseError):
     """The database can't be read or written just now: a full disk, an input or output error."""
-
-
-class DriverMissingError(SpevalError, ImportError):
-    """A package that this kind of database needs is not installed."""
-
-    def __init__(self, extra: str, package: str) -> None:
-        super().__init__(extra, package)
-        self.extra, self.package = extra, package
-
-    def __str__(self) -> str:
-        return f"a database of this kind needs {self.package}: pip install 'speval[{self.extra}]'"
 
 
 class ForeignDatabaseError(DatabaseError):

@@ -26,6 +26,7 @@ class Place(ABC):
 
     argument: str | Path  # as a user gives it
     control_module: str
+    state_tables: tuple[str, ...]  # what a record may change
     clock: MovableClock
 
     @property
@@ -37,12 +38,6 @@ class Place(ABC):
 
     def control(self, mode="read") -> Control:
         return make_control(self.checked, mode, self.clock)
-
-    state_tables: tuple[str, ...]  # those that say how evaluations stand
-
-    def everything(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Return all rows that say how evaluations stand, by table."""
-        return {table: sorted(self.query(f"SELECT * FROM {table}"), key=repr) for table in self.state_tables}
 
     @abstractmethod
     def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:

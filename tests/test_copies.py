@@ -39,14 +39,18 @@ def start(scripts: Scripts, copies: int, seconds: float, count: int, lease: floa
     return [scripts.start(script, str(seconds), str(count), str(lease)) for _ in range(copies)]
 
 
+def held_by(db) -> str:
+    """Return the query for what is held: process numbers and names."""
+    states = "running" if isinstance(db, str) else "states"
+    return f"SELECT w.pid, e.name FROM {states} s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
+
+
 def running(db) -> dict[int, str]:
     """Return what runs now: evaluation names by process number."""
     if not exists(db):
         return {}
-    states = "running" if isinstance(db, str) else "states"
-    sql = f"SELECT w.pid, e.name FROM {states} s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
     try:
-        return {pid: str(name) for pid, name in rows(db, sql)}
+        return {pid: str(name) for pid, name in rows(db, held_by(db))}
     except Exception:  # the tables are not there yet
         return {}
 
@@ -185,9 +189,8 @@ def test_a_late_copy_gets_its_share_of_long_evaluations_also_when_short_ones_cam
     def held() -> dict[int, list[int]]:
         """Return what each copy holds, claimed ahead or running, by process number."""
         by_copy: dict[int, list[int]] = {}
-        sql = "SELECT w.pid, e.name FROM states s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
-        for pid, name in rows(db, sql):
-            by_copy.setdefault(pid, []).append(name)
+        for pid, name in rows(db, held_by(db)):
+            by_copy.setdefault(pid, []).append(int(name))
         return by_copy
 
     def two_each() -> bool:
@@ -196,7 +199,7 @@ def test_a_late_copy_gets_its_share_of_long_evaluations_also_when_short_ones_cam
 
     script = scripts.write(HELD_BACK)
     first = scripts.start(script, executor)
-    wait_for(lambda: db.exists() and len(load_evals(db, status="completed")) == 300)
+    wait_for(lambda: exists(db) and len(load_evals(db, status="completed")) == 300)
     wait_for(lambda: len(held()[first.pid]) == 2)  # what had been claimed ahead is given back
     late = scripts.start(script, executor)
     released: set[int] = set()

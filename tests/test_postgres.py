@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -24,10 +25,12 @@ from speval.errors import (
     NewerSchemaError,
     OptionError,
 )
+from speval.host import Process
 from speval.model import Claim, Outcome
 from speval.space import Space
 from speval.stores import make_store
 from speval.stores.base import Ended
+from speval.stores.watch import WorkerRow
 from speval.url import PostgresUrl
 
 from .conftest import WAIT, rows, server_url, wait_for
@@ -153,6 +156,28 @@ async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url)
     await asyncio.to_thread(store._connection.run_once, 10, store._record, worker, late, [done(claim)], (), (), 5, 5, None)
     assert rows(url, "SELECT count(*) FROM running") == [(2,)]
     assert rows(url, "SELECT count(*) FROM attempts") == [(0,)]
+
+
+@pytest.mark.parametrize("verb", ["record", "take back"])
+async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, url, verb):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    other = await stores(url, range(10))
+    its = await other.register(30)
+    keeping = other.lease_keeping()
+    with psycopg.connect(server_url(url)) as late:
+        # As an earlier call of the worker does, that is still under way when the next one is sent.
+        late.execute("SELECT pg_advisory_xact_lock(%s)", (worker,))
+        if verb == "record":
+            waits = asyncio.create_task(store.record(worker, idle=1))
+        else:
+            row = WorkerRow(worker, Process("host", 1, "elsewhere", "1"), 30, 0, True)
+            waits = asyncio.create_task(asyncio.to_thread(keeping.take_back, row, 3, 100))
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        await until(lambda: rows(url, waiting) == [(1,)])
+        assert not waits.done()
+    assert await waits is not None
+    assert (await other.record(its, idle=1)).lost is False
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
@@ -386,6 +411,32 @@ def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scr
         pooler.communicate()
 
 
+def may_make_namespaces() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "speval-try"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "speval-try"], capture_output=True)
+    return made
+
+
+@pytest.mark.skipif(not may_make_namespaces(), reason="needs to make network namespaces")
+def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
+    server = Server(listen_addresses="'*'")
+    try:
+        server.trust("10.91.0.0/24")
+        server.start()
+        url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        command = [sys.executable, "examples/10_four_hosts.py", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+        assert "all 240 completed as they should be: True" in done.stdout, done.stdout + done.stderr
+        assert "ended well: ['ada', 'barbara', 'frances']" in done.stdout, done.stdout + done.stderr
+        assert "evaluated by all: True" in done.stdout
+        assert "could not be renewed" in done.stderr
+        assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+    finally:
+        server.close()
+
+
 # Starting
 
 
@@ -544,7 +595,7 @@ def test_a_missing_driver_names_the_extra(scripts):
             print(error)
     """
     ran = scripts.run(code)
-    assert ran.stdout == "a database of this kind needs psycopg: pip install 'speval[postgres]'\n", ran.stderr
+    assert ran.stdout == "a PostgreSQL database needs psycopg: pip install 'speval[postgres]'\n", ran.stderr
 
 
 @pytest.mark.parametrize("wrong", ["refused", "database", "login"])
@@ -591,3 +642,25 @@ def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
         with pytest.raises(OptionError) as caught:
             speval(abs, [1], url)
         assert "same" not in str(caught.value), url
+
+
+COMMANDS = [["status"], ["show", "0"], ["set", "concurrency", "2"], ["drop", "0", "--yes"], ["doctor"], ["ls", "--json"]]
+
+
+def test_the_command_takes_a_url_and_shows_no_password(postgres, url, terminal, tmp_path):
+    url = url.replace("postgres@", "postgres:sesame@")
+    speval(abs, [1, 2], url)
+    command = str(Path(sys.executable).with_name("speval"))
+    for name, *rest in COMMANDS:
+        done = subprocess.run([command, name, url, *rest], capture_output=True, text=True, timeout=WAIT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sesame" not in done.stdout + done.stderr
+    live = terminal(command, "watch", url)
+    assert live.end() == 0
+    assert "sesame" not in live.text()
+    assert PostgresUrl.parse(url).shown[:30] in live.text()
+    done = subprocess.run([command, "copy", url, tmp_path / "copy.db"], capture_output=True, text=True, timeout=WAIT)
+    assert done.stdout.startswith("1 evaluation and 1 attempt copied to ")
+    wrong = subprocess.run([command, "status", url.replace("@127", "@here@127")], capture_output=True, text=True, timeout=WAIT)
+    assert wrong.returncode == 2
+    assert "sesame" not in wrong.stderr

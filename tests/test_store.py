@@ -12,7 +12,7 @@ from speval.space import Space
 from speval.stores.base import Ended, Store
 
 from .conftest import WAIT, MovableClock
-from .databases import Place
+from .databases import Place, SqlitePlace
 
 
 def space_of(eval_space) -> Space:
@@ -64,6 +64,12 @@ class Database:
         store = await self.open(eval_space)
         return store, await store.register(lease)
 
+    async def close(self):
+        for store in self.stores:
+            await store.close()
+        for space in self.spaces:
+            space.close()
+
     async def all(self) -> dict[str, dict]:
         _, evaluations = await self.stores[0].load(None, 0, 100_000)
         return {e["name"]: e for e in evaluations}
@@ -76,10 +82,14 @@ class Database:
 async def database(place: Place) -> AsyncIterator[Database]:
     database = Database(place)
     yield database
-    for store in database.stores:
-        await store.close()
-    for space in database.spaces:
-        space.close()
+    await database.close()
+
+
+@pytest.fixture
+async def file_database(db, clock) -> AsyncIterator[Database]:
+    database = Database(SqlitePlace(db, clock))
+    yield database
+    await database.close()
 
 
 # Seeding
@@ -155,6 +165,32 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert await database.statuses() == ["completed", "pending", "pending"]
     assert [e["args"] for e in (await database.all()).values()] == [1, 20, 30]
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
+
+
+@pytest.mark.parametrize("on_changed", ["error", "keep"])
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(
+    file_database, monkeypatch, on_changed
+):
+    first, second = await file_database.open(), await file_database.open()
+    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    write, calls = second._write, []
+
+    async def write_and_be_overtaken(work, *args):
+        result = await write(work, *args)
+        calls.append(work.__name__)
+        if calls == ["fill"]:
+            await file_database.seed(first, [1, 2, 30, 40, 50])
+        return result
+
+    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
+    if on_changed == "error":
+        with pytest.raises(ArgsChangedError, match="'2'"):
+            await file_database.seed(second, [1, 2, 3, 40])
+    else:
+        seeded = await file_database.seed(second, [1, 2, 3, 40], on_changed)
+        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
+    assert calls[:2] == ["fill", "fill"]
+    assert [e["args"] for e in (await file_database.all()).values()] == [1, 2, 30, 40, 50]
 
 
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
@@ -459,7 +495,10 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
             (anew,) = (await other.record(its, idle=1)).claims
             tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
 
-    before = database.place.everything()
+    def stored():
+        return [database.query(f"SELECT * FROM {table}") for table in database.place.state_tables]
+
+    before = stored()
     for token in tokens:
         assert (await store.record(worker, [done(token, '"late"')])).refused == [token]
         await store.record(worker, released=[token])
@@ -469,7 +508,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
         await store.record(worker, released=[claim])
     elif state == "in progress":  # it is not held
         await store.record(worker, due=[claim])
-    assert database.place.everything() == before
+    assert stored() == before
 
 
 async def test_one_refused_among_many_keeps_none_of_the_others_from_being_recorded(database):

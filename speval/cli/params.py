@@ -7,7 +7,6 @@ database.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -18,20 +17,9 @@ from ..model import Cause, Status
 from ..options import checked_database
 from ..stores import make_control
 from ..stores.base import Control, ControlMode
+from ..url import PostgresUrl
 
-__all__ = [
-    "DB",
-    "as_json",
-    "cause",
-    "database",
-    "filters",
-    "named",
-    "named_for_people",
-    "names_of",
-    "opened",
-    "pattern",
-    "status",
-]
+__all__ = ["DB", "as_json", "cause", "database", "database_name", "filters", "named", "names_of", "opened", "pattern", "status"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +61,12 @@ pattern = click.option(
 )
 
 
+def database_name(db: str) -> str:
+    """Return what a database is called on the screen: as it was given, but for what nobody should see."""
+    checked = checked_database(db)
+    return checked.shown if isinstance(checked, PostgresUrl) else db
+
+
 def opened(db: str, mode: ControlMode = "read") -> Control:
     """Return what looks at a database, or with the mode ``write`` steers it.
 
@@ -80,12 +74,6 @@ def opened(db: str, mode: ControlMode = "read") -> Control:
         DatabaseError: it is not there, or can't be used.
     """
     return make_control(checked_database(db), mode)
-
-
-def named_for_people(db: str) -> str:
-    """Return a database as it is shown: a URL without its password."""
-    checked = checked_database(db)
-    return db if isinstance(checked, Path) else str(checked)
 
 
 def named(*, many: bool) -> Callable[[F], F]:

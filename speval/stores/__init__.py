@@ -10,9 +10,10 @@ from ..clock import Clock
 from ..model import Durability
 from ..options import Database
 from ..url import PostgresUrl
+from .archive import Archive
 from .base import Control, ControlMode, Store, StoreMode
 
-__all__ = ["make_control", "make_store"]
+__all__ = ["make_archive", "make_control", "make_store"]
 
 
 def make_store(
@@ -41,3 +42,18 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     from .sqlite_control import SqliteControl
 
     return SqliteControl(db, mode, clock)
+
+
+def make_archive(db: Database, mode: StoreMode) -> Archive:
+    """Return what a checked database is read or filled as a whole with, opened.
+
+    Raises:
+        DatabaseError: it is not there and was to be read, or can't be used.
+    """
+    if isinstance(db, PostgresUrl):
+        from .postgres_archive import PostgresArchive
+
+        return PostgresArchive(db, mode)
+    from .sqlite_archive import SqliteArchive
+
+    return SqliteArchive(db, mode)

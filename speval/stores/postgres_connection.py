@@ -20,14 +20,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from anyio import CancelScope
 
-from ..errors import DatabaseError, DatabaseUnavailableError, DriverMissingError, SpevalError, StoreClosedError
+from ..errors import DatabaseError, DatabaseUnavailableError, MissingExtraError, SpevalError, StoreClosedError
 from ..url import PostgresUrl
 
 try:
     import psycopg
     from psycopg import errors as states
 except ImportError as error:
-    raise DriverMissingError("postgres", "psycopg") from error
+    raise MissingExtraError("a PostgreSQL database", "psycopg", "postgres") from error
 
 __all__ = ["Connection", "PostgresConnection", "WorkThread", "numbers", "texts"]
 

@@ -22,7 +22,6 @@ from ..model import (
     Health,
     Overview,
     Running,
-    Settings,
     Status,
     WorkerState,
     WorkerView,
@@ -31,7 +30,7 @@ from ..model import (
 from ..url import PostgresUrl
 from .base import Control, ControlMode
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
-from .postgres_rows import COLUMNS, STATES, evaluation, loading
+from .postgres_rows import COLUMNS, STATES, evaluation, loading, settings_of
 from .postgres_schema import SCHEMA, Names, prepare, stored_name, true_name
 from .sqlite_rows import decoded, error_of, worker_label
 
@@ -54,7 +53,6 @@ FROM speval.running AS r
 _CAUSES = """
 SELECT a.outcome, count(*) FROM speval.attempts AS a WHERE a.final AND a.outcome <> 'completed' GROUP BY a.outcome
 """
-_SETTINGS = "SELECT key, value FROM speval.meta WHERE key IN ('paused', 'concurrency')"
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen, expires_at < speval.clock() FROM speval.workers
 WHERE ended_at IS NULL ORDER BY started_at, id
@@ -220,7 +218,7 @@ class PostgresControl(Control):
                 failed=failed,
                 causes=causes,
                 rate=self._rate(c, workers, now),
-                settings=self._settings(c),
+                settings=settings_of(c, self._names),
                 workers=workers,
                 failures=tuple(
                     Failure(
@@ -265,11 +263,6 @@ class PostgresControl(Control):
                 )
             )
         return tuple(views)
-
-    def _settings(self, c: Connection) -> Settings:
-        values = dict(self._execute(c, _SETTINGS).fetchall())
-        concurrency = values.get("concurrency")
-        return Settings(values.get("paused", "0") != "0", None if concurrency is None else int(concurrency))
 
     def _rate(self, c: Connection, workers: Sequence[WorkerView], now: float) -> float | None:
         """Return how many attempts end per second; attempts are nearly in the order of their ends, so a few of them tell."""

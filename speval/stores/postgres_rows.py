@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..model import Evaluation, Status
-from .postgres_schema import true_name
+from ..model import Evaluation, Settings, Status
+from .postgres_connection import Connection
+from .postgres_schema import Names, true_name
 from .sqlite_rows import evaluation as shown_evaluation
 
-__all__ = ["COLUMNS", "FINAL", "STATES", "evaluation", "in_space", "loading"]
+__all__ = ["COLUMNS", "FINAL", "STATES", "evaluation", "in_space", "loading", "settings_of"]
 
 # Of evaluations (e), queue (q), running (r), attempts (a) and workers (w); the codes are those of the SQLite store.
 COLUMNS = """
@@ -54,6 +55,16 @@ _WHERE: dict[Status | None, str] = {
     "completed": "a.final AND a.outcome = 'completed'",
     "failed": "a.final AND a.outcome <> 'completed'",
 }
+
+
+_SETTINGS = "SELECT key, value FROM speval.meta WHERE key IN ('paused', 'concurrency')"
+
+
+def settings_of(c: Connection, names: Names) -> Settings:
+    """Return what people have set for all workers."""
+    values = dict(c.execute(names(_SETTINGS)).fetchall())
+    concurrency = values.get("concurrency")
+    return Settings(values.get("paused", "0") != "0", None if concurrency is None else int(concurrency))
 
 
 def loading(status: Status | None) -> str:
