@@ -53,6 +53,8 @@ def goals(found: Figures) -> Iterator[Goal]:
         yield from _of_size(found["sizes"])
     if "start" in found:
         yield Goal("import speval", 1000 * found["start"]["import"]["seconds"], 80, False, " ms")
+        first, bare = (found["start"][what]["seconds"] for what in ("first_result", "bare"))
+        yield Goal("a process executor's first result beside a bare interpreter's start", _ratio(first, bare), 2.0, False)
 
 
 def _beside_peers(found: Figures) -> Iterator[Goal]:

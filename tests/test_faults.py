@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from itertools import cycle
 from pathlib import Path
 
@@ -26,6 +26,8 @@ def elsewhere(code: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-c", f"import os, sys; {code}", *map(str, arguments)], check=True)
 
 
+LOOKED_INTO = "import sqlite3; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM evals').fetchall(); c.close()"
+MAINTAINED = "import sqlite3; c = sqlite3.connect(sys.argv[1], timeout=60); c.execute('VACUUM'); c.execute({}); c.close()"
 DELETED = "os.unlink(sys.argv[1])"
 REPLACED = "open(sys.argv[1] + '.new', 'wb').close(); os.replace(sys.argv[1] + '.new', sys.argv[1])"
 
@@ -52,6 +54,36 @@ async def test_a_wal_file_that_is_deleted_or_replaced_under_a_run_ends_it_and_al
     called = []
     summary = await aio.speval(lambda args: called.append(args), range(5000), again, executor="thread")
     assert (summary.completed, len(called)) == (5000, 5000 - len(stored))
+
+
+async def test_a_plain_copy_made_in_this_process_drops_its_locks_and_what_comes_of_it_is_noticed(db):
+    """As ``shutil.copy`` makes it: the next one that closes the database, in whatever program, believes itself the last."""
+    seen = set()
+
+    async def function(args):
+        if args == 60:
+            db.read_bytes()
+            elsewhere(LOOKED_INTO, db)
+        return args
+
+    with pytest.raises(DatabaseError, match=r"has lost its -wal file.* all that was recorded is in .*rescued: rename it"):
+        async with aclosing(aio.as_completed(function, range(5000), db)) as evaluations:
+            async for e in evaluations:
+                seen.add(e["name"])
+    assert seen <= {e["name"] for e in await aio.load_evals(f"{db}.rescued", status="completed")}
+
+
+@pytest.mark.parametrize("pragma", ["wal_checkpoint(TRUNCATE)", "optimize", "journal_mode = delete"])
+async def test_a_look_a_vacuum_or_a_checkpoint_from_elsewhere_is_no_fault(db, pragma):
+    async def function(args):
+        if args == 60:
+            elsewhere(LOOKED_INTO, db)
+            with suppress(subprocess.CalledProcessError):  # the journal mode is refused
+                elsewhere(MAINTAINED.format(repr(f"PRAGMA {pragma}")), db)
+        return args
+
+    assert (await aio.speval(function, range(500), db)).completed == 500
+    assert rows(db, "PRAGMA journal_mode") == [("wal",)]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +258,7 @@ async def test_a_wall_clock_that_jumps_by_hours_costs_no_attempt_no_duration_and
         return args
 
     summaries = await asyncio.gather(
-        *(aio.speval(function, range(100), db, concurrency=2, lease=1.0, retry_on=OSError, backoff=0.05) for _ in range(2))
+        *(aio.speval(function, range(100), db, concurrency=2, retry_on=OSError, backoff=0.05) for _ in range(2))
     )
     assert {s.completed for s in summaries} == {100}
     assert sum(s.recorded for s in summaries) == 100

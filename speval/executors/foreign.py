@@ -17,7 +17,7 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import ExecutorError
-from ..model import Function, Outcome, Result, RetryOn
+from ..model import Function, Outcome, Result, RetryOn, counted
 from .base import Executor, Slot, as_outcome, timed_out
 from .call import evaluate, outcome
 from .payload import pickled
@@ -85,18 +85,24 @@ class ForeignExecutor(Executor):
         if getattr(getattr(self.pool, "_client", None), "status", None) == "closed":
             raise ExecutorError(type(self.pool).__qualname__, "its client is closed")
         if self._left_behind and timeout is not None and self.clock.monotonic() - self._news > timeout:
-            problem = f"{len(self._left_behind)} calls that ran longer than {timeout:g} s still occupy it"
+            problem = f"still occupied by {counted(len(self._left_behind), 'call')} that ran longer than {timeout:g} s"
             raise ExecutorError(type(self.pool).__qualname__, problem)
 
     def leave_behind(self, future: Future[Result], name: str, timeout: float) -> None:
         """Wait no longer for a call that can't be stopped, and say once what a timeout means here."""
+        self.note()  # others have a whole timeout from now on to begin
         self._left_behind.add(future)
         future.add_done_callback(self._left_behind.discard)
         if not self._has_warned:
             self._has_warned = True
             pool = type(self.pool).__qualname__
-            text = "evaluation %r ran longer than %g s in a %s, which can't stop it: it runs on, and its result is dropped"
-            logger.warning(text, name, timeout, pool)
+            logger.warning(
+                "evaluation %r took longer than %g s in a %s, which stops nothing that has begun: it may run on, and its "
+                "result is dropped",
+                name,
+                timeout,
+                pool,
+            )
 
     async def close(self) -> None:
         pass
@@ -122,7 +128,7 @@ class _ForeignSlot(Slot):
         except TimeoutError:
             if not future.done():
                 assert timeout is not None
-                if not _cancel(future):
+                if not _cancel(future) or not executor.tells_beginnings:  # Dask's say yes in any case
                     executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
         except BaseException:  # cancelled, or nothing is to be had from this pool any more
