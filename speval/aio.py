@@ -62,7 +62,7 @@ async def speval(
             or async, that is given a function ``ended`` and yields pairs of a name and args, or None for "nothing until
             more has ended". ``ended()``, to be awaited in an async one, returns the evaluations that have ended since it was
             last called, whoever has recorded them, at first all. With such a space the call speaks of all that is stored.
-        db: The database's file name; made if it is missing, with its folders.
+        db: A file name, made if it is missing, with its folders; or the URL of a PostgreSQL database, ``postgresql://host/name``.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
         executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"``, ``"process"``, or an executor of
@@ -139,7 +139,7 @@ def as_completed(
     Args:
         func: See ``speval``, as for all others.
         eval_space: Read when the loop starts.
-        db: The database's file name.
+        db: The database: a file name or a URL.
         timeout: Seconds an evaluation may run.
         concurrency: Evaluations this call runs at once; they go on while the loop's body runs.
         executor: Where the function runs.
@@ -180,7 +180,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
     """Read evaluations from a database, without changing it and without waiting for anybody.
 
     Args:
-        db: The database's file name, also one of speval 0.1.1.
+        db: The database: a file name, also of one of speval 0.1.1, or a URL.
         status: Only those of this status. None: all.
 
     Returns:
@@ -213,7 +213,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
     What the earlier attempts brought stays recorded in the table ``attempts``.
 
     Args:
-        db: The database's file name.
+        db: The database: a file name or a URL.
         names: Which ones. None: all of that status.
         status: ``"failed"``, or ``"completed"`` to evaluate again what has a result. Those of another status stay as they are.
 
