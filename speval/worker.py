@@ -281,7 +281,9 @@ class Worker:
         free = self._concurrency - len(self._running)
         idle = max(0, free - len(self._ready))
         # Evaluations much shorter than a commit are claimed many at a time; long ones never before a slot is free for them.
-        target = 0 if self._is_slow else min(_MOST_AHEAD, int(_AHEAD * self._concurrency / max(self._mean, 1e-6)))
+        # Where more than that run at once, what ends during one commit is more than that too.
+        most = max(_MOST_AHEAD, 2 * self._concurrency)
+        target = 0 if self._is_slow else min(most, int(_AHEAD * self._concurrency / max(self._mean, 1e-6)))
         return idle, max(0, target - max(0, len(self._ready) - free))
 
     def _is_finished(self) -> bool:
