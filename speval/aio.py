@@ -17,7 +17,7 @@ from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_database, checked_status
+from .options import Database, ExecutorOption, Options, checked_database, checked_status
 from .progress import shown
 from .source import Source, is_source
 from .space import Space
@@ -239,7 +239,9 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 # What both flavours are made of
 
 
-async def evaluated(func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str], options: Options) -> Summary:
+async def evaluated(
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
         worker = make_worker(func, space, db, options)
@@ -254,7 +256,9 @@ async def evaluated(func: Callable[[Any], Any], space: Space | Source, db: str |
         space.close()
 
 
-def make_worker(func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str], options: Options) -> Worker:
+def make_worker(
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+) -> Worker:
     """Return a worker that has not begun."""
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
@@ -265,7 +269,7 @@ def make_worker(func: Callable[[Any], Any], space: Space | Source, db: str | Pat
 
 
 async def batches(
-    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str], options: Options
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
@@ -318,7 +322,7 @@ async def _commit_or_pause(worker: Worker) -> None:
 
 
 async def _flattened(
-    eval_space: EvalSpace, func: Callable[[Any], Any], db: PathLike[str], options: Options
+    eval_space: EvalSpace, func: Callable[[Any], Any], db: Database, options: Options
 ) -> AsyncGenerator[Evaluation, None]:
     async with aclosing(batches(func, await _encoded(eval_space), db, options)) as all_batches:
         async for batch in all_batches:

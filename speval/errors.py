@@ -18,6 +18,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",
+    "DatabaseNotEmptyError",
     "DatabaseUnavailableError",
     "EvaluationsFailed",
     "ExecutorError",
@@ -123,7 +124,7 @@ class ArgsChangedError(SpevalError):
         noun = "evaluation is" if self.count == 1 else "evaluations are"
         return (
             f"{self.db}: {self.count} {noun} stored with other args than the eval space has now; nothing was changed:\n"
-            f"{shown}{more}\nA random space needs a fixed seed. Otherwise, "
+            f"{shown}{more}\nA random space needs a fixed seed; a list may grow at its end only, a dict anywhere. Otherwise, "
             'pass on_changed="keep" to go on with the stored args, on_changed="rerun" to evaluate these again with the new '
             "ones, or use another database."
         )
@@ -154,6 +155,14 @@ class DatabaseLockedError(DatabaseError, TimeoutError):
     def __init__(self, db: str, seconds: float) -> None:
         super().__init__(db, f"locked by another program for {seconds:.0f} s; find it with `fuser {db}` and try again")
         self.args = (db, seconds)
+
+
+class DatabaseNotEmptyError(DatabaseError):
+    """Something was to be copied to a database that has evaluations already."""
+
+    def __init__(self, db: str) -> None:
+        super().__init__(db, "has evaluations already, and was left as it is; copy to a new one")
+        self.args = (db,)
 
 
 class DatabaseUnavailableError(DatabaseError):

@@ -14,10 +14,12 @@ from typing import Any, Literal, get_args
 
 from .errors import OptionError
 from .model import Durability, OnChanged, Status
+from .url import PostgresUrl, is_postgres
 
 __all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]
 
-Database = Path  # what a database argument means, checked
+Database = Path | PostgresUrl  # what a database argument means, checked
+_DATABASES = "the path of a SQLite file, or a postgresql:// URL"
 ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
 
 
@@ -75,19 +77,21 @@ class Options:
 
 def checked_database(db: Any) -> Database:
     """Return what a database argument means, without looking whether it is there."""
+    if isinstance(db, PostgresUrl):
+        return db
     if not isinstance(db, str | os.PathLike):
-        raise OptionError("db", repr(db)[:60], "the path of a SQLite file")
+        raise OptionError("db", repr(db)[:60], _DATABASES)
     text = os.fspath(db)
     if isinstance(text, bytes):
         text = os.fsdecode(text)
     if not text or "\0" in text:
-        raise OptionError("db", repr(text), "the path of a SQLite file")
+        raise OptionError("db", repr(text), _DATABASES)
+    if is_postgres(text):
+        return PostgresUrl.parse(text)
     if text == ":memory:" or text.startswith("file:"):
         raise OptionError("db", repr(text), "evaluations are kept in a file, so name one: other copies and later runs need it")
     if "://" in text:
-        raise OptionError(
-            "db", repr(text.partition("://")[0] + "://..."), "this release keeps evaluations in SQLite files only"
-        )
+        raise OptionError("db", repr(text.partition("://")[0] + "://..."), _DATABASES)
     # Absolute, because the function may go to another folder while others still have to find the file.
     return Path(text).expanduser().absolute()
 

@@ -20,7 +20,7 @@ from anyio.from_thread import BlockingPortal
 from . import aio
 from .errors import SpevalError
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
-from .options import ExecutorOption, Options, checked_database
+from .options import Database, ExecutorOption, Options, checked_database
 from .source import Source, is_source
 from .space import Space
 
@@ -195,7 +195,7 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
 
 
 def _as_completed(
-    func: Callable[[Any], Any], eval_space: EvalSpace, db: PathLike[str], options: Options
+    func: Callable[[Any], Any], eval_space: EvalSpace, db: Database, options: Options
 ) -> Generator[Evaluation, None, None]:
     space = _encoded(eval_space)
     with _loop() as loop:

@@ -473,6 +473,7 @@ class Worker:
         running: list[Claim] = []
         entry, timeout, takes_many = (running, task), self._options.timeout, self._executor.takes_many
         take, take_unstarted = partial(self._take_outcome, running), partial(self._take_unstarted, running)
+        one_more = partial(self._one_more, running, number)
         try:
             while not self._closing:
                 # Those already made are too many when the concurrency has been lowered since.
@@ -487,7 +488,7 @@ class Worker:
                 running[:] = claims
                 self._running[number] = entry
                 try:
-                    await slot.run(claims, timeout, take, take_unstarted)
+                    await slot.run(claims, timeout, take, take_unstarted, one_more)
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
@@ -508,6 +509,14 @@ class Worker:
         """Return how many evaluations to hand to a slot at once."""
         share = -(-(len(self._ready) + 1) // self._concurrency)
         return max(1, min(_MOST_AT_ONCE, share, int(_AT_ONCE / max(self._mean, 1e-6))))
+
+    def _one_more(self, running: list[Claim], number: int) -> Claim | None:
+        """Return the next evaluation for a slot that has ended what it had, if there is one for it."""
+        if not self._ready or self._closing or number in self._interrupted or len(self._running) > self._concurrency:
+            return None
+        claim = self._ready.popleft()
+        running.append(claim)
+        return claim
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
         running.remove(claim)

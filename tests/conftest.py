@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -20,10 +21,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pyte
 import pytest
 
 from speval.clock import Clock
+from speval.url import PostgresUrl
+
+from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
 
@@ -42,13 +47,38 @@ def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT)
         time.sleep(0.01)
 
 
-def rows(db: Path, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Return what a query brings, as anybody with the sqlite3 shell would see it."""
+def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    """Return what a query brings, as anybody with the sqlite3 shell, or psql, would see it."""
+    if isinstance(db, str):
+        with psycopg.connect(server_url(db)) as connection:
+            connection.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
+            return connection.execute(sql.replace("?", "%s"), parameters or None).fetchall()
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True, timeout=10)
     try:
         return connection.execute(sql, parameters).fetchall()
     finally:
         connection.close()
+
+
+def server_url(url: str) -> str:
+    """Return a URL without what only speval knows."""
+    return url.partition("?space=")[0]
+
+
+def exists(db: Path | str) -> bool:
+    """Tell whether a database has been made, as far as its tables."""
+    try:
+        return bool(rows(db, "SELECT count(*) FROM workers"))
+    except (sqlite3.Error, psycopg.Error):
+        return False
+
+
+def content(db: Path | str) -> object:
+    """Return all that is in a database."""
+    if isinstance(db, Path):
+        return db.read_bytes()
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 
 class MovableClock(Clock):
@@ -74,11 +104,12 @@ class Scripts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.database = "runs.db"  # what "runs.db" in a script stands for
         self.processes: list[subprocess.Popen[str]] = []
 
     def write(self, code: str, name: str = "script.py") -> Path:
         path = self.folder / name
-        path.write_text(textwrap.dedent(code))
+        path.write_text(textwrap.dedent(code).replace('"runs.db"', repr(self.database)))
         return path
 
     def start(self, script: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -106,9 +137,50 @@ def db(tmp_path: Path) -> Path:
     return tmp_path / "runs.db"
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
+    server = Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+_spaces = itertools.count(1)
+
+
+@pytest.fixture
+def space() -> str:
+    """The name of an eval space that no other test has."""
+    return f"test_{os.getpid()}_{next(_spaces)}"
+
+
 @pytest.fixture
 def clock() -> MovableClock:
     return MovableClock()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def anywhere(request: pytest.FixtureRequest, db: Path) -> Path | str:
+    """A database of each kind, as a user names it."""
+    if request.param == "sqlite":
+        return db
+    return str(request.getfixturevalue("postgres").url(space=request.getfixturevalue("space")))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iterator[Any]:
+    """A database of each kind, whose time is moved by the test."""
+    from .databases import PostgresPlace, ServerClock, SqlitePlace
+
+    if request.param == "sqlite":
+        yield SqlitePlace(db, clock)
+        return
+    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("space"), ServerClock())
+    yield place
+    place.close()
 
 
 @pytest.fixture

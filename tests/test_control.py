@@ -3,8 +3,7 @@
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
@@ -12,24 +11,23 @@ from speval.clock import Clock
 from speval.errors import DatabaseMissingError, InProgressError, OptionError, UnknownNameError
 from speval.model import Claim, Outcome, Settings
 from speval.space import Space
+from speval.stores import make_control
 from speval.stores.base import Control, Ended, Store
-from speval.stores.sqlite import SqliteStore
-from speval.stores.sqlite_control import SqliteControl
 
-from .conftest import MovableClock, rows
+from .databases import Place, SqlitePlace
 
 
 class Database:
     """Makes stores, workers and controls on one database."""
 
-    def __init__(self, path: Path, clock: MovableClock) -> None:
-        self.path = path
-        self.clock = clock
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.clock = place.clock
         self.stores: list[Store] = []
         self.controls: list[Control] = []
 
     async def open(self, eval_space=None) -> Store:
-        store = SqliteStore(self.path, "create", clock=self.clock)
+        store = self.place.store()
         await store.open()
         self.stores.append(store)
         if eval_space is not None:
@@ -44,9 +42,17 @@ class Database:
         return store, await store.register(lease)
 
     def control(self, mode="read") -> Control:
-        control = SqliteControl(self.path, mode, self.clock)
+        control = self.place.control(mode)
         self.controls.append(control)
         return control
+
+
+class File(Database):
+    """One in a SQLite file."""
+
+    def __init__(self, place: SqlitePlace) -> None:
+        super().__init__(place)
+        self.path = place.path
 
     def bytes(self) -> bytes:
         return self.path.read_bytes()
@@ -67,14 +73,27 @@ class Database:
             file.write(b"\xff" * 3000)
 
 
+@asynccontextmanager
+async def closing(database):
+    try:
+        yield database
+    finally:
+        for control in database.controls:
+            control.close()
+        for store in database.stores:
+            await store.close()
+
+
 @pytest.fixture
-async def database(db: Path, clock: MovableClock) -> AsyncIterator[Database]:
-    database = Database(db, clock)
-    yield database
-    for control in database.controls:
-        control.close()
-    for store in database.stores:
-        await store.close()
+async def database(place: Place) -> AsyncIterator[Database]:
+    async with closing(Database(place)) as database:
+        yield database
+
+
+@pytest.fixture
+async def file(db, clock) -> AsyncIterator[File]:
+    async with closing(File(SqlitePlace(db, clock))) as file:
+        yield file
 
 
 def done(claim: Claim, result="1", duration=0.25) -> Ended:
@@ -149,6 +168,7 @@ async def test_a_worker_is_alive_silent_or_dead_and_is_gone_when_it_has_left(dat
     control = database.control()
     assert [w.state for w in control.overview().workers] == ["alive"]
     database.clock.wall_now += 11
+    database.clock.now += 11
     assert [w.state for w in control.overview().workers] == ["silent"]
     await store.leave(worker)
     assert control.overview().workers == ()
@@ -159,11 +179,11 @@ async def test_a_worker_whose_process_is_gone_is_dead_at_once(database, scripts)
         f"""
         import os, signal
         from speval import speval
-        speval(lambda args: os.kill(os.getpid(), signal.SIGKILL), range(3), {str(database.path)!r})
+        speval(lambda args: os.kill(os.getpid(), signal.SIGKILL), range(3), {str(database.place.argument)!r})
         """
     )
     scripts.start(script).wait()
-    with SqliteControl(database.path, "read") as control:
+    with database.place.control() as control:
         (seen,) = control.overview().workers
         assert seen.state == "dead"
         assert seen.running + seen.ahead == 1
@@ -242,8 +262,8 @@ async def test_a_pattern_knows_two_signs_and_no_others(database):
 
 
 async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_control._PAGE", 3)
-    monkeypatch.setattr("speval.stores.sqlite_control._SPAN", 5)
+    monkeypatch.setattr(f"{database.place.control_module}._PAGE", 3, raising=False)
+    monkeypatch.setattr(f"{database.place.control_module}._SPAN", 5, raising=False)
     store, worker = await database.worker(range(30))
     control = database.control()
     seen = control.evaluations(status="completed")
@@ -254,7 +274,7 @@ async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, mon
 
 
 async def test_a_page_ends_before_its_evaluations_fill_the_memory(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_control._PAGE_SIZE", 1000)
+    monkeypatch.setattr(f"{database.place.control_module}._PAGE_SIZE", 1000, raising=False)
     await database.open({str(i): "x" * 600 for i in range(10)})
     control = database.control()
     assert names(control.evaluations()) == [str(i) for i in range(10)]
@@ -271,7 +291,7 @@ async def test_one_evaluation_is_found_by_its_name_alone(database):
 
 
 async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_control._SPAN", 2)
+    monkeypatch.setattr(f"{database.place.control_module}._SPAN", 2, raising=False)
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 12)
     first = claims[0]
@@ -309,47 +329,47 @@ async def test_attempts_before_a_retry_are_told_too(database):
 # Looking changes nothing
 
 
-async def test_looking_changes_nothing_and_needs_no_more_than_to_read(database):
-    store, worker = await database.worker(range(5))
+async def test_looking_changes_nothing_and_needs_no_more_than_to_read(file):
+    store, worker = await file.worker(range(5))
     await store.record(worker, [done(claim) for claim in await claimed(store, worker, 3)])
     await store.close()
-    before = database.bytes()
-    database.path.chmod(0o400)
-    database.path.parent.chmod(0o500)
+    before = file.bytes()
+    file.path.chmod(0o400)
+    file.path.parent.chmod(0o500)
     try:
-        control = database.control()
+        control = file.control()
         assert control.overview().completed == 3
         assert names(control.evaluations(status="completed")) == ["0", "1", "2"]
         assert control.attempts("1")[0].outcome == "completed"
         assert control.check().facts["integrity"] == "ok"
         control.close()
-        assert database.bytes() == before
-        assert [f.name for f in database.path.parent.iterdir()] == [database.path.name]
+        assert file.bytes() == before
+        assert [f.name for f in file.path.parent.iterdir()] == [file.path.name]
     finally:
-        database.path.parent.chmod(0o700)
+        file.path.parent.chmod(0o700)
 
 
-async def test_looking_waits_for_nobody_and_nobody_waits_for_it(database):
-    store, worker = await database.worker(range(5))
-    with database.locked():
-        assert database.control().overview().pending == 5
-    seen = database.control().evaluations()
+async def test_looking_waits_for_nobody_and_nobody_waits_for_it(file):
+    store, worker = await file.worker(range(5))
+    with file.locked():
+        assert file.control().overview().pending == 5
+    seen = file.control().evaluations()
     next(seen)
     await store.record(worker, [done(claim) for claim in await claimed(store, worker, 1)])
 
 
 async def test_what_is_not_there_is_an_error_and_is_not_made(database):
-    for mode in ("read", "write"):
+    database.place.missing()
+    for mode in ("read", "write", "read"):
         with pytest.raises(DatabaseMissingError):
             database.control(mode)
-    assert not database.path.exists()
 
 
-async def test_an_empty_file_of_a_copy_that_is_starting_holds_nothing_yet(database):
-    database.path.touch()
-    control = database.control()
+async def test_an_empty_file_of_a_copy_that_is_starting_holds_nothing_yet(file):
+    file.path.touch()
+    control = file.control()
     assert (control.overview().total, list(control.evaluations())) == (0, [])
-    assert database.bytes() == b""
+    assert file.bytes() == b""
 
 
 # Steering
@@ -376,10 +396,10 @@ async def test_settings_stand_in_meta_as_numbers_and_are_gone_when_unset(databas
     steering.set_paused(True)
     steering.set_concurrency(7)
     sql = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency') ORDER BY key"
-    assert rows(database.path, sql) == [("concurrency", 7), ("paused", 1)]
+    assert [(key, int(value)) for key, value in database.place.query(sql)] == [("concurrency", 7), ("paused", 1)]
     steering.set_paused(False)
     steering.set_concurrency(None)
-    assert rows(database.path, sql) == []
+    assert database.place.query(sql) == []
 
 
 async def test_a_concurrency_below_one_is_refused(database):
@@ -405,7 +425,7 @@ async def test_dropped_evaluations_are_gone_with_their_attempts(database):
 
 
 async def test_dropping_by_status_drops_those_of_that_status_alone(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_control._CHUNK", 2)
+    monkeypatch.setattr(f"{database.place.control_module}._CHUNK", 2, raising=False)
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 9)
     await store.record(worker, [broken(claim) for claim in claims[:5]] + [done(claim) for claim in claims[5:8]])
@@ -481,7 +501,7 @@ async def test_who_follows_what_ends_misses_nothing_after_a_drop(database):
     cursor, seen = await store.ended_since(0, 100)
     assert [e["name"] for _, e in seen] == ["0", "1"]
     assert database.control("write").drop(["0", "1"]) == 2
-    assert rows(database.path, "SELECT count(*), count(result) FROM attempts") == [(1, 0)]
+    assert database.place.query("SELECT count(result) FROM attempts") == [(0,)]
     await store.record(worker, [done(c)])
     cursor, seen = await store.ended_since(cursor, 100)
     assert [e["name"] for _, e in seen] == ["2"]
@@ -500,7 +520,7 @@ async def test_a_sound_database_has_facts_and_nothing_to_say(database):
     assert health.findings == ()
     assert health.facts["integrity"] == "ok"
     assert (health.facts["evaluations"], health.facts["workers"], health.facts["paused"]) == (3, 1, False)
-    assert str(database.path) in health.facts.values()
+    assert health.facts["database"] == str(database.place.checked)
     assert "integrity" not in database.control().check(integrity=False).facts
 
 
@@ -510,6 +530,7 @@ async def test_dead_workers_a_pause_and_what_nobody_holds_are_pointed_out(databa
     control = database.control("write")
     control.set_paused(True)
     database.clock.wall_now += 20
+    database.clock.now += 20
     findings = control.check().findings
     assert not any(finding.is_error for finding in findings)
     told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in findings)
@@ -518,20 +539,20 @@ async def test_dead_workers_a_pause_and_what_nobody_holds_are_pointed_out(databa
     assert "`speval resume`" in told
 
 
-async def test_damage_is_an_error_with_a_way_out(database):
-    store = await database.open({f"name {i}": "x" * 50 for i in range(2000)})
+async def test_damage_is_an_error_with_a_way_out(file):
+    store = await file.open({f"name {i}": "x" * 50 for i in range(2000)})
     await store.close()
-    database.damage()
-    finding = database.control().check().findings[0]
+    file.damage()
+    finding = file.control().check().findings[0]
     assert finding.is_error
     assert ".recover" in finding.problem + finding.fix
 
 
-async def test_what_only_a_look_at_everything_finds_is_found(database):
-    store = await database.open({"long": "x" * 100_000})
+async def test_what_only_a_look_at_everything_finds_is_found(file):
+    store = await file.open({"long": "x" * 100_000})
     await store.close()
-    database.damage()  # in the middle of args that nobody has asked for
-    control = database.control()
+    file.damage()  # in the middle of args that nobody has asked for
+    control = file.control()
     unseen = control.check(integrity=False)
     assert (unseen.findings, "integrity" in unseen.facts) == ((), False)
     found = control.check()
@@ -540,5 +561,5 @@ async def test_what_only_a_look_at_everything_finds_is_found(database):
 
 async def test_a_real_clock_is_used_where_none_is_given(database):
     await database.open(range(1))
-    with SqliteControl(database.path) as control:
+    with make_control(database.place.checked) as control:
         assert abs(control.overview().at - Clock().wall()) < 60

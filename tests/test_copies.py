@@ -9,7 +9,7 @@ import pytest
 
 from speval import load_evals, speval
 
-from .conftest import Scripts, rows, wait_for
+from .conftest import Scripts, exists, rows, wait_for
 
 SCRIPT = """
 import logging, os, sys, time
@@ -27,18 +27,30 @@ speval(function, range(count), "runs.db", lease=lease)
 """
 
 
+@pytest.fixture
+def db(anywhere, scripts):
+    if isinstance(anywhere, str):
+        scripts.database = anywhere
+    return anywhere
+
+
 def start(scripts: Scripts, copies: int, seconds: float, count: int, lease: float = 30.0):
     script = scripts.write(SCRIPT)
     return [scripts.start(script, str(seconds), str(count), str(lease)) for _ in range(copies)]
 
 
+def held_by(db) -> str:
+    """Return the query for what is held: process numbers and names."""
+    states = "running" if isinstance(db, str) else "states"
+    return f"SELECT w.pid, e.name FROM {states} s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
+
+
 def running(db) -> dict[int, str]:
     """Return what runs now: evaluation names by process number."""
-    if not db.exists():
+    if not exists(db):
         return {}
-    sql = "SELECT w.pid, e.name FROM states s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
     try:
-        return {pid: str(name) for pid, name in rows(db, sql)}
+        return {pid: str(name) for pid, name in rows(db, held_by(db))}
     except Exception:  # the tables are not there yet
         return {}
 
@@ -75,8 +87,8 @@ def test_a_killed_copy_loses_nothing_and_the_others_take_over_at_once(scripts, d
 
 def test_when_all_copies_are_killed_the_next_start_resumes_without_waiting(scripts, db):
     copies = start(scripts, 3, 0.05, 60, lease=600)
-    wait_for(lambda: db.exists() and len(running(db)) == 3)
-    wait_for(lambda: rows(db, "SELECT count(*) FROM states WHERE status = 2")[0][0] >= 10)
+    wait_for(lambda: exists(db) and len(running(db)) == 3)
+    wait_for(lambda: rows(db, "SELECT count(*) FROM evals WHERE status = 'completed'")[0][0] >= 10)
     for copy in copies:
         copy.kill()
     for copy in copies:
@@ -177,20 +189,17 @@ def test_a_late_copy_gets_its_share_of_long_evaluations_also_when_short_ones_cam
     def held() -> dict[int, list[int]]:
         """Return what each copy holds, claimed ahead or running, by process number."""
         by_copy: dict[int, list[int]] = {}
-        sql = "SELECT w.pid, e.name FROM states s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
-        for pid, name in rows(db, sql):
-            by_copy.setdefault(pid, []).append(name)
+        for pid, name in rows(db, held_by(db)):
+            by_copy.setdefault(pid, []).append(int(name))
         return by_copy
 
     def two_each() -> bool:
-        now = held()
-        return [len(names) for names in now.values()] == [2, 2] and not released & {
-            name for names in now.values() for name in names
-        }
+        now = held().values()
+        return [len(names) for names in now] == [2, 2] and all(map(released.isdisjoint, now))
 
     script = scripts.write(HELD_BACK)
     first = scripts.start(script, executor)
-    wait_for(lambda: db.exists() and len(load_evals(db, status="completed")) == 300)
+    wait_for(lambda: exists(db) and len(load_evals(db, status="completed")) == 300)
     wait_for(lambda: len(held()[first.pid]) == 2)  # what had been claimed ahead is given back
     late = scripts.start(script, executor)
     released: set[int] = set()

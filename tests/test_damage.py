@@ -89,7 +89,7 @@ def test_a_worker_described_as_no_worker_would_is_not_waited_for(db, damage, mon
 
 
 def test_a_file_that_never_had_the_worker_is_healed_in_pieces_while_others_work(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", 3)
+    monkeypatch.setattr("speval.stores.watch._BOUND", 3)
     held_by(db, DAMAGE["a worker that is not there"] + "; UPDATE states SET worker = NULL WHERE id > 7")
     keeping = SqliteLeaseKeeping(db, MovableClock())
     writes = []

@@ -12,16 +12,20 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import psycopg
 import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 from speval import aio, speval
 from speval.model import Cause, Status
+
+from .postgres_server import Server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,6 +34,7 @@ WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.
 NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "source ")
+TOOLS = ("curl", "psql", "sqlite3")  # commands that need one of these are passed over where it is missing
 CELL = 'title="In a notebook"'  # what marks a block as the cell of a notebook
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
@@ -108,14 +113,15 @@ def shows(shown: list[str], printed: list[str], *, in_order: bool) -> bool:
 class Reader:
     """Somebody who types in what a page shows, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **env: str) -> None:
         self.folder = folder
         self.saved: set[str] = set()  # files that nothing has used yet
         self._background: list[subprocess.Popen[str]] = []
         self._notebook: NotebookClient | None = None
         path = os.pathsep.join([str(Path(sys.executable).parent), str(ROOT / "tests" / "slurm"), os.environ.get("PATH", "")])
+        path += f"{os.pathsep}{env.pop('TOOLS', '')}"
         # The page shows a terminal, where every line is printed as soon as it is complete. Its servers listen where PORT says.
-        self.env = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "PORT": str(free_port())}
+        self.env = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "PORT": str(free_port())} | env
 
     def __enter__(self) -> Reader:
         return self
@@ -220,10 +226,25 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@contextmanager
+def database_of_the_page(server: Server) -> Iterator[dict[str, str]]:
+    """Make the database that the pages speak of; whatever host they name, it is the server of the tests."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE research")
+        try:
+            yield {"PGHOSTADDR": "127.0.0.1", "PGPORT": str(server.port), "PGUSER": "postgres", "TOOLS": str(server.bin)}
+        finally:
+            connection.execute("DROP DATABASE research WITH (FORCE)")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=title)
-def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path):
+def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path, request):
     # One test for a page, because its blocks go on where the ones before left the folder.
-    with Reader(tmp_path) as reader:
+    with ExitStack() as stack:
+        env = {}
+        if "postgresql://db.example.org/" in page.read_text(encoding="utf-8"):
+            env = stack.enter_context(database_of_the_page(request.getfixturevalue("postgres")))
+        reader = stack.enter_context(Reader(tmp_path, **env))
         printed: list[str] | None = None
         for block in blocks(page):
             if block.language in ("python", "bash") and reader.save(block):
@@ -238,7 +259,7 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path):
                 printed = None
             elif block.language == "console":
                 for command, expected in commands(block):
-                    if command.startswith(NOT_RUN) or (command.startswith("sqlite3 ") and not shutil.which("sqlite3")):
+                    if command.startswith(NOT_RUN) or any(tool in command.split() and not shutil.which(tool) for tool in TOOLS):
                         continue
                     printed = reader.shell(command, expected)
                     # What several processes, or a thread that logs, print at once has no order of its own.
@@ -369,3 +390,15 @@ def test_the_architecture_page_knows_every_table_and_column(tmp_path):
     for name, expected in columns.items():
         rows = table(ROOT / "docs" / "architecture.md", f"### `{name}`")
         assert [cells[0].strip("`") for cells in rows] == expected, name
+
+
+def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgres, space):
+    speval(abs, [1], postgres.url(space=space), executor="thread")
+    with psycopg.connect(postgres.url()) as connection:
+        found = connection.execute(
+            "SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position) FROM information_schema.columns"
+            " WHERE table_schema = %s AND table_name <> 'evals' GROUP BY 1",
+            (f"speval_{space}",),
+        ).fetchall()
+    rows = table(ROOT / "docs" / "architecture.md", "## The PostgreSQL database")
+    assert {name.strip("`"): re.findall(r"`(\w+)`", columns) for name, columns, _ in rows} == dict(found)

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -293,8 +294,11 @@ async def test_durations_are_the_functions_own(rig):
 async def test_results_come_in_the_order_of_the_calls(rig):
     slot = rig.slot(lambda args: args)
     claims, got = [Claim(i, 1, 1, str(i), str(i), 1) for i in range(60)], []
-    await slot.run(claims, 60, lambda claim, outcome: got.append((claim, outcome.result)), pytest.fail)
-    assert got == [(claim, claim.args) for claim in claims]
+    left = deque(claims[40:])
+    take = lambda claim, outcome: got.append((claim, outcome.result))  # noqa: E731
+    await slot.run(claims[:40], 60, take, pytest.fail, lambda: left.popleft() if left else None)
+    assert got == [(claim, claim.args) for claim in claims[: len(got)]]
+    assert len(got) == len(claims) - len(left) >= 40
 
 
 async def test_the_function_gets_args_of_its_own(rig):
@@ -331,6 +335,48 @@ async def test_a_coroutine_that_swallows_its_cancellation_is_left_behind(make_ri
     assert "evaluation '17' refuses to be cancelled" in caplog.text
     assert (await slot.call("n", "0", 10)).result == '"next"'
     stop.set()
+
+
+async def test_what_one_left_behind_returns_later_is_not_taken_for_the_next_ones(make_rig):
+    release, is_released = asyncio.Event(), asyncio.Event()
+
+    async def function(args):
+        if args == "next":
+            release.set()
+            await is_released.wait()
+            await asyncio.sleep(0)  # until whoever waits for the one left behind has been told
+            await asyncio.sleep(0)
+            return args
+        while not release.is_set():
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+        is_released.set()
+        return args
+
+    slot = make_rig("coroutine").slot(function)
+    assert (await slot.call("17", '"left behind"', 0.01)).cause == "timeout"
+    assert (await slot.call("18", '"next"', 60)).result == '"next"'
+
+
+async def test_a_slot_of_coroutines_goes_on_with_more_and_stops_with_the_one_that_runs(make_rig):
+    async def function(args):
+        if args == "endless":
+            started.set()
+            await asyncio.sleep(600)
+        return args
+
+    started, got = asyncio.Event(), []
+    more = [Claim(i, 1, 1, str(i), f'"{args}"', 1) for i, args in ((2, "quick"), (3, "endless"), (4, "never"))]
+    slot = make_rig("coroutine").slot(function)
+    take = lambda claim, outcome: got.append((claim.id, outcome.result))  # noqa: E731
+    first = Claim(1, 1, 1, "1", '"first"', 1)
+    running = asyncio.create_task(slot.run([first], None, take, pytest.fail, lambda: more.pop(0) if more else None))
+    await started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert got == [(1, '"first"'), (2, '"quick"')]
+    assert [claim.id for claim in more] == [4]
 
 
 async def test_a_coroutine_has_time_to_clean_up(make_rig):

@@ -12,7 +12,7 @@ from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailabl
 from speval.host import Process, is_gone, this_process
 from speval.lease import Lease
 from speval.stores.base import LeaseKeeping, Reclaimed
-from speval.stores.sqlite_lease import Watch, WorkerRow
+from speval.stores.watch import Watch, WorkerRow
 
 from .conftest import wait_for
 
@@ -60,7 +60,7 @@ def test_one_declared_dead_by_another_is_taken_up_at_once():
 
 
 def test_a_process_gone_on_this_machine_is_dead_at_once(monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: process.pid == 7)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid == 7)
     gone = row(id=5, process=Process("host", 7, HERE.machine, "1"))
     assert Watch(HERE.machine).dead([row(), gone], 99, 0) == [gone]
 
@@ -72,7 +72,7 @@ def test_each_process_is_asked_about_by_few_and_yet_every_dead_one_is_found(monk
         asked.append(process.pid)
         return process.pid in (3, 4, 5, 9)
 
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", gone)
+    monkeypatch.setattr("speval.stores.watch.is_gone", gone)
     workers = [row(id=i, process=Process("host", i, HERE.machine, "1")) for i in range(10)]
     alive = [w for w in workers if w.id not in (3, 4, 5, 9)]
     found = set()

@@ -2,13 +2,15 @@
 
 import pytest
 
-from .model import Workers, run_workers
+from .model import PostgresKind, SqliteKind, Workers, run_workers
 
 
 @pytest.mark.timeout(600)  # of which it takes as much only to find the shortest way to a failure
-def test_whatever_workers_do_to_each_other_the_store_keeps_its_promises():
+@pytest.mark.parametrize(("kind", "runs"), [(SqliteKind, 120), (PostgresKind, 50)], ids=["sqlite", "postgres"])
+def test_whatever_workers_do_to_each_other_the_store_keeps_its_promises(postgres, kind, runs):
+    PostgresKind.server = postgres
     Workers.happened.clear()
-    run_workers(120, 50, derandomize=True)
+    run_workers(kind, runs, 50, derandomize=True)
     rare = {"failed as lost", "taken back uncharged", "taken back in its backoff", "interrupted in taking back", "forged"}
     # A renewal between look and verdict is too rare to be found at will; tests/test_store.py has it by itself.
     rare |= {"found itself lost", "a stale token refused", "refused to renew", "strangers"}

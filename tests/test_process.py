@@ -715,12 +715,13 @@ async def test_what_waits_behind_a_slow_call_is_given_to_others():
         None,
         lambda c, o: (ended.append(c.id), order.append("ended")),
         lambda cs: (back.extend(cs), order.append("back")),
+        lambda: None,
     )
     assert ended == [0, 1]
     assert [c.id for c in back] == [2, 3, 4, 5]
     assert order == ["ended", "back", "ended"]
     ended.clear()
-    await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail)
+    await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail, lambda: None)
     assert ended == [2, 3, 4, 5]
     await slot.close()
     await executor.close()

@@ -20,9 +20,10 @@ from speval import (
     UnserializableError,
     aio,
 )
-from speval.options import Options
+from speval.options import Options, checked_database
+from speval.stores import make_store
 
-from .conftest import rows
+from .conftest import content, exists, rows
 
 
 async def double(args):
@@ -30,6 +31,16 @@ async def double(args):
 
 
 # The main thing
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "runs.db"
+
+
+@pytest.fixture
+def db(anywhere):
+    return anywhere
 
 
 async def test_every_evaluation_is_evaluated_once_and_recorded(db):
@@ -343,7 +354,7 @@ async def test_wait_false_returns_when_nothing_is_left_to_claim(db):
         await release.wait()
 
     first = asyncio.create_task(aio.speval(slow, [1], db))
-    while not (db.exists() and any(e["status"] == "in_progress" for e in await aio.load_evals(db))):
+    while not (exists(db) and any(e["status"] == "in_progress" for e in await aio.load_evals(db))):
         await asyncio.sleep(0.01)
     summary = await aio.speval(slow, [1], db, wait=False)
     assert summary.in_progress == 1
@@ -361,7 +372,7 @@ async def test_a_copy_can_wait_for_others_for_any_time(db):
         await release.wait()
 
     first = asyncio.create_task(aio.speval(slow, [1], db))
-    while not (db.exists() and any(e["status"] == "in_progress" for e in await aio.load_evals(db))):
+    while not (exists(db) and any(e["status"] == "in_progress" for e in await aio.load_evals(db))):
         await asyncio.sleep(0.01)
     space = await aio._encoded([1])
     worker = aio.make_worker(slow, space, db, Options())
@@ -383,7 +394,7 @@ async def test_behind_a_slow_one_among_quick_ones_nothing_is_hoarded(db):
             await release.wait()
 
     first = asyncio.create_task(aio.speval(uneven, range(1000), db))
-    while not (db.exists() and len(await aio.load_evals(db, status="completed")) >= 300):
+    while not (exists(db) and len(await aio.load_evals(db, status="completed")) >= 300):
         await asyncio.sleep(0.01)
     # Another copy does all the rest while the first is at its slow one.
     second = asyncio.create_task(aio.speval(double, range(1000), db))
@@ -535,13 +546,13 @@ async def test_a_wrong_option_is_refused_by_name_before_anything_is_made(db, opt
         await aio.speval(double, [1], db, **{option: value})
     with pytest.raises(OptionError, match=f"^{option}="):
         aio.as_completed(double, [1], db, **{option: value})
-    assert not db.exists()
+    assert not exists(db)
 
 
 async def test_what_is_no_function_is_refused(db):
     with pytest.raises(OptionError, match="func='print'"):
         await aio.speval("print", [1], db)
-    assert not db.exists()
+    assert not exists(db)
 
 
 async def test_an_unusable_space_changes_nothing(db):
@@ -549,13 +560,13 @@ async def test_an_unusable_space_changes_nothing(db):
         await aio.speval(double, [1, object()], db)
     with pytest.raises(SpaceError):
         await aio.speval(double, {1: 1, "1": 2}, db)
-    assert not db.exists()
+    assert not exists(db)
     await aio.speval(double, [1], db)
-    before = db.read_bytes()
+    before = content(db)
     for space in ([1, object()], {1: 1, "1": 2}):
         with pytest.raises(SpevalError):
             await aio.speval(double, space, db)
-    assert db.read_bytes() == before
+    assert content(db) == before
 
 
 # Staying alive
@@ -577,29 +588,21 @@ async def test_a_blocked_event_loop_does_not_lose_the_lease(db, caplog):
 
 def _reclaim_for(db, seconds):
     """Watch the database as another worker elsewhere would; return whom it declared dead."""
-    from speval.clock import Clock
-    from speval.stores.sqlite_lease import SqliteLeaseKeeping
-
-    while not db.exists() or not _has_workers(db):
+    while not (exists(db) and rows(db, "SELECT count(*) FROM workers") != [(0,)]):
         time.sleep(0.01)
-    keeping = SqliteLeaseKeeping(db, Clock())
+    store = make_store(checked_database(db), "read")
+    keeping = store.lease_keeping()
     dead, deadline = [], time.monotonic() + seconds
     while time.monotonic() < deadline:
         dead += keeping.reclaim(-1, 3).workers
         time.sleep(0.05)
     keeping.close()
+    asyncio.run(store.close())
     return dead
 
 
-def _has_workers(db):
-    try:
-        return rows(db, "SELECT count(*) FROM workers") != [(0,)]
-    except sqlite3.OperationalError:
-        return False
-
-
 @pytest.mark.parametrize("kind", ["coroutine", "process"])
-async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_once_it_can(db, caplog, tmp_path, kind):
+async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_once_it_can(file, caplog, tmp_path, kind):
     starts = tmp_path / "starts"
     starts.mkdir()
 
@@ -614,10 +617,10 @@ async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_
         time.sleep(pause())
 
     function = coroutine if kind == "coroutine" else plain
-    running = asyncio.create_task(aio.speval(function, [1], db, lease=1.0, executor=kind, max_attempts=1))
+    running = asyncio.create_task(aio.speval(function, [1], file, lease=1.0, executor=kind, max_attempts=1))
     while not list(starts.iterdir()):
         await asyncio.sleep(0.01)
-    blocker = sqlite3.connect(db, isolation_level=None)
+    blocker = sqlite3.connect(file, isolation_level=None)
     while True:  # the lease thread writes too
         try:
             blocker.execute("BEGIN IMMEDIATE")
@@ -631,12 +634,12 @@ async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_
     summary = await running
     assert (summary.completed, summary.recorded) == (1, 1)
     assert len(list(starts.iterdir())) == 2
-    assert [e["attempts"] for e in await aio.load_evals(db)] == [1]  # nobody was charged
+    assert [e["attempts"] for e in await aio.load_evals(file)] == [1]  # nobody was charged
 
 
-async def test_results_wait_for_a_locked_database_and_are_recorded_later(db, caplog, monkeypatch):
+async def test_results_wait_for_a_locked_database_and_are_recorded_later(file, caplog, monkeypatch):
     monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.2)
-    blocker = sqlite3.connect(db, isolation_level=None)
+    blocker = sqlite3.connect(file, isolation_level=None)
     locked, calls = asyncio.Event(), []
 
     async def function(args):
@@ -646,7 +649,7 @@ async def test_results_wait_for_a_locked_database_and_are_recorded_later(db, cap
             locked.set()
         return args
 
-    running = asyncio.create_task(aio.speval(function, range(5), db))
+    running = asyncio.create_task(aio.speval(function, range(5), file))
     await locked.wait()
     while "kept, to be written as soon as possible" not in caplog.text:
         await asyncio.sleep(0.01)
@@ -657,7 +660,7 @@ async def test_results_wait_for_a_locked_database_and_are_recorded_later(db, cap
     assert calls == list(range(5))
 
 
-async def test_durability_power_syncs_every_commit(db, monkeypatch):
+async def test_durability_power_syncs_every_commit(file, monkeypatch):
     from speval.stores.sqlite_file import SqliteFile
 
     levels = []
@@ -668,8 +671,8 @@ async def test_durability_power_syncs_every_commit(db, monkeypatch):
         levels.append(self.connection.execute("PRAGMA synchronous").fetchone())
 
     monkeypatch.setattr(SqliteFile, "_prepare", prepare)
-    await aio.speval(double, [1], db, durability="power")
+    await aio.speval(double, [1], file, durability="power")
     assert levels[0] == (2,)
     levels.clear()
-    await aio.speval(double, [1], db)
+    await aio.speval(double, [1], file)
     assert levels[0] == (1,)

@@ -1,9 +1,7 @@
 """The contract of a store, held by every store: one real database each, workers that claim, stall, come back and leave."""
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +10,9 @@ from speval.lease import Lease
 from speval.model import Claim, Outcome
 from speval.space import Space
 from speval.stores.base import Ended, Store
-from speval.stores.sqlite import SqliteStore
 
-from .conftest import MovableClock, rows
+from .conftest import WAIT, MovableClock
+from .databases import Place, SqlitePlace
 
 
 def space_of(eval_space) -> Space:
@@ -32,17 +30,25 @@ def broken(claim: Claim, cause="exception", again=False) -> Ended:
     return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
 
 
+async def until(condition):
+    async with asyncio.timeout(WAIT):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
 class Database:
     """Makes stores on one database, each as a worker of its own would have it."""
 
-    def __init__(self, path: Path, clock: MovableClock) -> None:
-        self.path = path
-        self.clock = clock
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.clock = place.clock
+        self.query = place.query
+        self.set = place.set
         self.stores: list[Store] = []
         self.spaces: list[Space] = []
 
     async def open(self, eval_space=None, on_changed="error") -> Store:
-        store = SqliteStore(self.path, "create", clock=self.clock)
+        store = self.place.store()
         await store.open()
         self.stores.append(store)
         if eval_space is not None:
@@ -58,14 +64,11 @@ class Database:
         store = await self.open(eval_space)
         return store, await store.register(lease)
 
-    def set(self, key: str, value: int | None) -> None:
-        """Set what holds for all workers; None takes it back."""
-        connection = sqlite3.connect(self.path, timeout=10)
-        with connection:
-            connection.execute("DELETE FROM meta WHERE key = ?", (key,))
-            if value is not None:
-                connection.execute("INSERT INTO meta VALUES (?, ?)", (key, value))
-        connection.close()
+    async def close(self):
+        for store in self.stores:
+            await store.close()
+        for space in self.spaces:
+            space.close()
 
     async def all(self) -> dict[str, dict]:
         _, evaluations = await self.stores[0].load(None, 0, 100_000)
@@ -76,13 +79,17 @@ class Database:
 
 
 @pytest.fixture
-async def database(db: Path, clock: MovableClock) -> AsyncIterator[Database]:
-    database = Database(db, clock)
+async def database(place: Place) -> AsyncIterator[Database]:
+    database = Database(place)
     yield database
-    for store in database.stores:
-        await store.close()
-    for space in database.spaces:
-        space.close()
+    await database.close()
+
+
+@pytest.fixture
+async def file_database(db, clock) -> AsyncIterator[Database]:
+    database = Database(SqlitePlace(db, clock))
+    yield database
+    await database.close()
 
 
 # Seeding
@@ -160,6 +167,32 @@ async def test_rerun_evaluates_changed_ones_again_and_refuses_what_runs_with_the
     assert [c.args for c in (await store.record(worker, idle=3)).claims] == ["20", "30"]
 
 
+@pytest.mark.parametrize("on_changed", ["error", "keep"])
+async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_is_compared(
+    file_database, monkeypatch, on_changed
+):
+    first, second = await file_database.open(), await file_database.open()
+    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    write, calls = second._write, []
+
+    async def write_and_be_overtaken(work, *args):
+        result = await write(work, *args)
+        calls.append(work.__name__)
+        if calls == ["fill"]:
+            await file_database.seed(first, [1, 2, 30, 40, 50])
+        return result
+
+    monkeypatch.setattr(second, "_write", write_and_be_overtaken)
+    if on_changed == "error":
+        with pytest.raises(ArgsChangedError, match="'2'"):
+            await file_database.seed(second, [1, 2, 3, 40])
+    else:
+        seeded = await file_database.seed(second, [1, 2, 3, 40], on_changed)
+        assert (seeded.new, seeded.unchanged, seeded.changed, seeded.gone) == (0, 3, 1, 1)
+    assert calls[:2] == ["fill", "fill"]
+    assert [e["args"] for e in (await file_database.all()).values()] == [1, 2, 30, 40, 50]
+
+
 async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(database, monkeypatch):
     await database.open([1, 2, 3])
     first, second = await database.open(), await database.open()
@@ -170,16 +203,7 @@ async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(
         claims = (await first.record(worker, idle=3)).claims
         await first.record(worker, [done(c, c.args) for c in claims])
 
-    read, interrupted = second._read, []
-
-    async def read_and_be_overtaken(work, *args):
-        result = await read(work, *args)
-        if work.__name__ == "compare" and not interrupted:
-            interrupted.append(True)
-            await the_other_copy()
-        return result
-
-    monkeypatch.setattr(second, "_read", read_and_be_overtaken)
+    interrupted = database.place.overtaken(monkeypatch, second, the_other_copy)
     seeded = await database.seed(second, [11, 12, 13], on_changed="rerun")
     assert (interrupted, seeded.changed) == ([True], 0)
     assert await database.statuses() == ["completed"] * 3
@@ -189,16 +213,11 @@ async def test_a_rerun_that_another_copy_has_done_already_throws_no_result_away(
 async def test_a_space_overtaken_by_a_rerun_is_compared_again_and_not_taken_for_known(database, monkeypatch):
     await database.open([1, 2, 0])
     first, second = await database.open(), await database.open()
-    read, interrupted = second._read, []
 
-    async def read_and_be_overtaken(work, *args):
-        result = await read(work, *args)
-        if work.__name__ == "compare" and not interrupted:
-            interrupted.append(True)
-            await database.seed(first, [7, 8, 9], on_changed="rerun")
-        return result
+    async def the_other_copy():
+        await database.seed(first, [7, 8, 9], on_changed="rerun")
 
-    monkeypatch.setattr(second, "_read", read_and_be_overtaken)
+    database.place.overtaken = database.place.overtaken(monkeypatch, second, the_other_copy)
     with pytest.raises(ArgsChangedError):
         await database.seed(second, [1, 2, 0, 4])
     with pytest.raises(ArgsChangedError):
@@ -340,7 +359,7 @@ async def test_claimed_ahead_is_only_what_was_never_tried(database):
 
 
 async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody_the_first_time(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
     other, its = await database.worker(range(6))
     keeping = keeping_of(other)
     try:
@@ -361,7 +380,7 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
 
 @pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
 async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -453,7 +472,7 @@ async def test_a_stale_attempt_cannot_complete(database):
     recorded = await store.record(worker, [done(claims[0]), done(stale), done(foreign)])
     assert recorded.refused == [stale, foreign]
     assert await database.statuses() == ["completed", "in_progress", "in_progress"]
-    assert rows(database.path, "SELECT evaluation FROM attempts") == [(claims[0].id,)]
+    assert database.query("SELECT evaluation FROM attempts") == [(claims[0].id,)]
 
 
 @pytest.mark.parametrize("state", ["in progress", "held", "released", "completed", "put back", "claimed by another"])
@@ -477,7 +496,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
             tokens += [anew._replace(worker=worker), claim._replace(worker=its)]
 
     def stored():
-        return rows(database.path, "SELECT * FROM states"), rows(database.path, "SELECT * FROM attempts")
+        return [database.query(f"SELECT * FROM {table}") for table in database.place.state_tables]
 
     before = stored()
     for token in tokens:
@@ -499,7 +518,7 @@ async def test_one_refused_among_many_keeps_none_of_the_others_from_being_record
     recorded = await store.record(worker, [done(c) for c in claims])
     assert recorded.refused == [claims[50]]
     assert await database.statuses() == ["completed"] * 100
-    assert rows(database.path, "SELECT count(*), count(DISTINCT evaluation) FROM attempts") == [(100, 100)]
+    assert database.query("SELECT count(*), count(DISTINCT evaluation) FROM attempts") == [(100, 100)]
 
 
 async def test_a_released_claim_charges_no_attempt_and_leaves_no_row(database):
@@ -512,7 +531,7 @@ async def test_a_released_claim_charges_no_attempt_and_leaves_no_row(database):
     assert (await store.record(worker, [done(claim)])).refused == [claim]
     assert (await store.record(worker, [done(again)])).refused == []
     assert (await database.all())["0"]["attempts"] == 1
-    assert rows(database.path, "SELECT count(*) FROM attempts") == [(1,)]
+    assert database.query("SELECT count(*) FROM attempts") == [(1,)]
 
 
 async def test_one_held_for_its_backoff_is_nobodys_to_claim_until_it_is_due(database):
@@ -524,7 +543,7 @@ async def test_one_held_for_its_backoff_is_nobodys_to_claim_until_it_is_due(data
     assert (await store.record(worker, idle=1)).open is True
     recorded = await store.record(worker, due=[claim], idle=1)
     assert [(c.name, c.attempt, c.charged) for c in recorded.claims] == [("0", 2, 2)]
-    assert rows(database.path, "SELECT attempt, outcome, error_message FROM attempts") == [(1, "timeout", "boom")]
+    assert database.query("SELECT attempt, outcome, error_message FROM attempts") == [(1, "timeout", "boom")]
 
 
 async def test_leaving_gives_everything_back_and_charges_nothing(database):
@@ -584,15 +603,19 @@ async def test_the_feed_comes_in_pages(database):
     assert names == [str(i) for i in range(10)]
 
 
-async def test_changed_tells_of_others_writes_only(database):
-    store, worker = await database.worker([1, 2])
-    other, its = await database.worker([1, 2])
-    await store.changed()
-    await store.record(worker, idle=1)
+async def test_changed_tells_of_what_others_give_back_or_add_and_not_of_ones_own_writes(database):
+    store, worker = await database.worker([1, 2, 3])
+    other, its = await database.worker([1, 2, 3])
+    claims = (await other.record(its, idle=1)).claims
+    await until(store.changed)
+    for _ in range(3):
+        await store.record(worker, released=(await store.record(worker, idle=1)).claims)
+        assert await store.changed() is False
+    await other.record(its, released=claims)
+    await until(store.changed)
     assert await store.changed() is False
-    await other.record(its, idle=1)
-    assert await store.changed() is True
-    assert await store.changed() is False
+    await database.open([1, 2, 3, 4])
+    await until(store.changed)
 
 
 async def test_the_summary_counts_by_status_and_cause(database):
@@ -629,7 +652,7 @@ async def test_retry_puts_failed_ones_back_with_a_fresh_budget(database):
     recorded = await store.record(worker, idle=3)
     assert [(c.name, c.attempt, c.charged) for c in recorded.claims] == [("0", 2, 1), ("1", 2, 1)]
     assert (await database.all())["0"]["attempts"] == 2
-    assert rows(database.path, "SELECT count(*) FROM attempts WHERE outcome = 'exception'") == [(2,)]
+    assert database.query("SELECT count(*) FROM attempts WHERE outcome = 'exception'") == [(2,)]
 
 
 async def test_retry_by_name_leaves_other_statuses_alone(database):
@@ -666,7 +689,7 @@ def keeping_of(store):
 
 
 async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1, 2], lease=10)
     other, its = await database.worker([1, 2], lease=10)
     claims = (await store.record(worker, idle=2)).claims
@@ -676,7 +699,6 @@ async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, 
         database.clock.now += 9
         assert its_keeping.reclaim(its, 3).workers == []
         assert keeping.renew(worker, 1.0)
-        database.clock.now += 9
         assert its_keeping.reclaim(its, 3).workers == []
         database.clock.now += 9.9
         assert its_keeping.reclaim(its, 3).workers == []
@@ -686,7 +708,7 @@ async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, 
         assert not keeping.renew(worker, 1.0)
         assert (await store.record(worker, [done(claims[0])], idle=1)).lost
         assert await database.statuses() == ["pending", "pending"]
-        assert rows(database.path, "SELECT outcome, error_type FROM attempts") == [("lost", "WorkerLost")] * 2
+        assert database.query("SELECT outcome, error_type FROM attempts") == [("lost", "WorkerLost")] * 2
         assert [c.charged for c in (await other.record(its, idle=2)).claims] == [2, 2]
     finally:
         keeping.close()
@@ -694,7 +716,7 @@ async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, 
 
 
 async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
@@ -702,14 +724,13 @@ async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, 
     try:
         its_keeping.reclaim(its, 3)
         database.clock.now += 11
-        file = its_keeping._opened()
-        original = file.write
+        original = its_keeping.take_back
 
         def renew_first(*args):
             assert keeping.renew(worker, 1.0)
             return original(*args)
 
-        monkeypatch.setattr(file, "write", renew_first)
+        monkeypatch.setattr(its_keeping, "take_back", renew_first)
         assert its_keeping.reclaim(its, 3).workers == []
         assert (await store.record(worker, [done(claim)], idle=1)).refused == []
     finally:
@@ -718,7 +739,7 @@ async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, 
 
 
 async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
     store, _ = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     keeping = keeping_of(other)
@@ -735,13 +756,13 @@ async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
 
 @pytest.mark.parametrize("apart", [3600, -3600])
 async def test_two_hosts_whose_clocks_are_an_hour_apart_take_nothing_from_each_other(database, monkeypatch, apart):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1, 2], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
     there = MovableClock()
     there.wall_now += apart
     there.now = 5_000_000.0
-    other = SqliteStore(database.path, "create", clock=there)
+    other = database.place.store(clock=there)
     await other.open()
     database.stores.append(other)
     await database.seed(other, [1, 2])
@@ -763,7 +784,7 @@ async def test_two_hosts_whose_clocks_are_an_hour_apart_take_nothing_from_each_o
 
 
 async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
@@ -788,7 +809,7 @@ async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, m
 
 
 async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -809,18 +830,17 @@ async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
 
 async def test_taking_back_many_claims_is_done_in_pieces_and_anybody_can_go_on_with_it(database, monkeypatch):
     gone = set()
-    monkeypatch.setattr("speval.stores.sqlite_lease.is_gone", lambda process, machine: process.pid in gone)
-    monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", 10)
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid in gone)
+    monkeypatch.setattr("speval.stores.watch._BOUND", 10)
     store, worker = await database.worker(range(35))
     await store.record(worker, idle=35)
     second, its = await database.worker(range(35))
-    await second._write(lambda c: c.execute("UPDATE workers SET pid = -1 WHERE id = ?", (worker,)).rowcount)
+    database.place.execute("UPDATE workers SET pid = -1 WHERE id = ?", worker)
     gone.add(-1)
     keeping = keeping_of(second)
     last = keeping_of(second)
     try:
-        file = keeping._opened()
-        original, calls = file.write, []
+        original, calls = keeping.take_back, []
 
         def die_in_the_second(*args):
             calls.append(args)
@@ -828,7 +848,7 @@ async def test_taking_back_many_claims_is_done_in_pieces_and_anybody_can_go_on_w
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(file, "write", die_in_the_second)
+        monkeypatch.setattr(keeping, "take_back", die_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             keeping.reclaim(its, 3)
         assert (await database.statuses()).count("pending") == 10

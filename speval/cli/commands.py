@@ -15,7 +15,7 @@ from .. import __version__
 from .export import export
 from .look import best, doctor, ls, show, status
 from .run import run
-from .steer import drop, pause, resume, retry, set_, unset
+from .steer import copy, drop, pause, resume, retry, set_, unset
 from .watch import watch
 
 __all__ = ["ClosedPipe", "speval"]
@@ -50,7 +50,7 @@ class _Group(click.Group):
 def speval(context: click.Context) -> int:
     """Evaluate a Python function over many arguments; look at, steer and read what comes of it.
 
-    DB is the database's file name.
+    DB is the database: a file name, or a postgresql:// URL.
 
     Exit codes: 0 all is well; 1 evaluations failed or are unfinished; 2 the command could not be carried out; 130
     interrupted.
@@ -70,5 +70,5 @@ def completion(shell: str) -> None:
     sys.stdout.write(kind(speval, {}, "speval", "_SPEVAL_COMPLETE").source() + "\n")
 
 
-for _command in (run, status, watch, ls, show, best, export, retry, pause, resume, set_, unset, drop, doctor, completion):
+for _command in (run, status, watch, ls, show, best, export, retry, pause, resume, set_, unset, drop, copy, doctor, completion):
     speval.add_command(_command)

@@ -17,8 +17,9 @@ from ..model import Cause, Status
 from ..options import checked_database
 from ..stores import make_control
 from ..stores.base import Control, ControlMode
+from ..url import PostgresUrl
 
-__all__ = ["DB", "as_json", "cause", "database", "filters", "named", "names_of", "opened", "pattern", "status"]
+__all__ = ["DB", "as_json", "cause", "database", "database_name", "filters", "named", "names_of", "opened", "pattern", "status"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,6 +59,12 @@ cause = click.option("--cause", "-c", type=click.Choice(get_args(Cause)), help="
 pattern = click.option(
     "--match", "-m", "pattern", metavar="PATTERN", help="Only those whose name fits: * is any text, ? any character."
 )
+
+
+def database_name(db: str) -> str:
+    """Return what a database is called on the screen: as it was given, but for what nobody should see."""
+    checked = checked_database(db)
+    return checked.shown if isinstance(checked, PostgresUrl) else db
 
 
 def opened(db: str, mode: ControlMode = "read") -> Control:

@@ -1,4 +1,4 @@
-"""The subcommands that change something: retry, pause, resume, set, unset, drop.
+"""The subcommands that change something: retry, pause, resume, set, unset, drop, copy.
 
 Owns what they ask and answer. Invariant: they go through the database alone; no worker is spoken to.
 """
@@ -9,12 +9,13 @@ import sys
 
 import click
 
+from ..copying import copy as copy_all
 from ..model import Cause, Status, counted
 from ..sync import retry as put_back
-from .params import as_json, cause, database, filters, named, names_of, opened, pattern
-from .text import line, print_json
+from .params import DB, as_json, cause, database, database_name, filters, named, names_of, opened, pattern
+from .text import line, print_json, shown
 
-__all__ = ["drop", "pause", "resume", "retry", "set_", "unset"]
+__all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 
 
 @click.command(short_help="Put evaluations back to pending.")
@@ -117,6 +118,24 @@ def drop(
         print_json({"dropped": dropped})
     else:
         line(f"{counted(dropped)} dropped")
+
+
+@click.command(short_help="Copy all to another database.")
+@database
+@click.argument("target", type=DB, metavar="TARGET")
+@as_json
+def copy(db: str, target: str, as_json: bool) -> None:
+    """Copy all that is in DB to TARGET, which must be new or empty: from a file to a server, or back.
+
+    Workers may go on with DB meanwhile. What they hold is pending in the copy.
+    """
+    copied = copy_all(db, target)
+    if as_json:
+        print_json(copied._asdict())
+    else:
+        line(
+            f"{counted(copied.evaluations)} and {counted(copied.attempts, 'attempt')} copied to {shown(database_name(target))}"
+        )
 
 
 def _count(db: str, status: Status) -> int:

@@ -16,7 +16,7 @@ import click
 from ..model import Failure, Overview, WorkerView
 from ..stores.base import Control
 from .look import counts_text, eta, progress_text
-from .params import as_json, database, opened
+from .params import as_json, database, database_name, opened
 from .text import STYLES, console, failure, instant, print_json, shown, span, text
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def watch(db: str, interval: float, keep: bool, as_json: bool) -> int:
         if as_json:
             last = _follow_json(control, interval, keep)
         elif sys.stdout.isatty() and not console().is_dumb_terminal:
-            last = _follow_live(db, control, interval, keep)
+            last = _follow_live(database_name(db), control, interval, keep)
         else:
             last = _follow_lines(control, interval, keep)
     return 0 if last.completed == last.total else 1

@@ -39,6 +39,7 @@ class Slot(ABC):
         timeout: float | None,
         ended: Callable[[Claim, Outcome], None],
         back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
     ) -> None:
         """Run evaluations one after the other.
 
@@ -47,6 +48,7 @@ class Slot(ABC):
             timeout: Seconds each of them may run.
             ended: Told of each outcome as soon as there is one, in this order.
             back: Given those that have not started and shall run elsewhere, since one before them takes long.
+            more: May be asked for another one when all before it have ended; None ends it.
         """
         for claim in claims:
             ended(claim, await self.call(claim.name, claim.args, timeout))

@@ -38,7 +38,7 @@ class BatchSlot(Slot):
         outcomes: list[Outcome] = []
         claim = Claim(0, 1, 1, name, args, 0)
         while not outcomes:
-            await self.run([claim], timeout, lambda _, outcome: outcomes.append(outcome), lambda _: None)
+            await self.run([claim], timeout, lambda _, outcome: outcomes.append(outcome), lambda _: None, lambda: None)
         return outcomes[0]
 
     @abstractmethod
@@ -48,6 +48,7 @@ class BatchSlot(Slot):
         timeout: float | None,
         ended: Callable[[Claim, Outcome], None],
         back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
     ) -> None: ...
 
 

@@ -12,13 +12,15 @@ import logging
 import os
 import threading
 import traceback
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Sequence
 from types import CoroutineType
 
 from ..clock import Clock
 from ..codec import decode
-from ..model import Function, Outcome, RetryOn
+from ..model import Claim, Function, Outcome, RetryOn
 from .base import Executor, Slot, as_outcome, timed_out
+from .batch import BatchSlot
 from .call import completed, failed, leave_if_forked
 
 __all__ = ["CoroutineExecutor"]
@@ -45,36 +47,89 @@ class CoroutineExecutor(Executor):
         pass
 
 
-class _CoroutineSlot(Slot):
+class _CoroutineSlot(BatchSlot):
+    """Begins each evaluation when the one before it is over, without waking whoever waits for all of them."""
+
     def __init__(self, executor: CoroutineExecutor) -> None:
         self._executor = executor
+        self._loop = asyncio.get_running_loop()
+        self._alarm: asyncio.TimerHandle | None = None
 
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        clock = self._executor.clock
-        evaluation = _Evaluation(self._executor, name, args)
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(evaluation.run(), name=f"speval evaluation {name}")
+    async def run(
+        self,
+        claims: Sequence[Claim],
+        timeout: float | None,
+        ended: Callable[[Claim, Outcome], None],
+        back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
+    ) -> None:
+        self._left = deque(claims)
+        self._timeout, self._ended, self._more = timeout, ended, more
+        claim = self._next()
+        while claim is not None:
+            claim = await self._run(claim)
+
+    def _next(self) -> Claim | None:
+        return self._left.popleft() if self._left else self._more()
+
+    async def _run(self, claim: Claim) -> Claim | None:
+        """Run evaluations until there are no more, or one has to be stopped; return the one to go on with."""
         # Not simply ``await task``: that would wait for ever for one that swallows its cancellation.
-        waiter: asyncio.Future[None] = loop.create_future()
-        wake = partial(_wake, waiter)
-        task.add_done_callback(wake)
-        alarm = None if timeout is None else loop.call_later(timeout, wake)
+        self._waiter: asyncio.Future[None] = self._loop.create_future()
+        self._begin(claim)
         try:
-            await waiter
+            await self._waiter
         except asyncio.CancelledError:
-            if task.done():  # it came too late: there is an outcome
-                return task.result()
-            await _stop(evaluation, task)
-            raise
+            if not self._task.done():
+                await _stop(self._evaluation, self._task)
+                raise
+            # Else it came too late: there is an outcome.
         finally:
-            if alarm is not None:
-                alarm.cancel()
-        if not task.done():
-            assert timeout is not None
-            where = _where(task)
-            await _stop(evaluation, task)
-            return timed_out(timeout, where, evaluation.started_at, clock.monotonic() - evaluation.started)
-        return task.result()
+            self._set_alarm(None)
+        if self._is_told:
+            return None
+        if self._task.done():
+            outcome = self._task.result()
+        else:
+            assert self._timeout is not None
+            where, evaluation = _where(self._task), self._evaluation
+            await _stop(evaluation, self._task)
+            duration = self._executor.clock.monotonic() - evaluation.started
+            outcome = timed_out(self._timeout, where, evaluation.started_at, duration)
+        self._ended(self._claim, outcome)
+        return self._next()
+
+    def _begin(self, claim: Claim) -> None:
+        self._claim = claim
+        self._is_told = False
+        self._evaluation = _Evaluation(self._executor, claim.name, claim.args)
+        self._task = self._loop.create_task(self._evaluation.run(), name=f"speval evaluation {claim.name}")
+        self._task.add_done_callback(self._on_end)
+        if self._timeout is not None:
+            self._set_alarm(self._loop.call_later(self._timeout, self._wake))
+
+    def _on_end(self, task: asyncio.Task[Outcome]) -> None:
+        if task is not self._task or self._waiter.done():  # left behind; or overdue or cancelled, and looked after
+            return
+        try:
+            self._ended(self._claim, task.result())
+            self._is_told = True
+            claim = self._next()
+            if claim is None:
+                self._wake()
+            else:
+                self._begin(claim)
+        except BaseException as error:  # comes out where somebody waits
+            self._waiter.set_exception(error)
+
+    def _set_alarm(self, alarm: asyncio.TimerHandle | None) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = alarm
+
+    def _wake(self) -> None:
+        if not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def close(self) -> None:
         pass
@@ -110,11 +165,6 @@ class _Evaluation:
             return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
         leave_if_forked(pid, None)
         return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
-
-
-def _wake(waiter: asyncio.Future[None], _: object = None) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:

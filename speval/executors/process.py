@@ -349,6 +349,7 @@ class _ProcessSlot(BatchSlot):
         timeout: float | None,
         ended: Callable[[Claim, Outcome], None],
         back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
     ) -> None:
         process = await self._started()
         batch = Batch(process, claims, timeout, ended, back, self._executor.clock)

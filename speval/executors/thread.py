@@ -148,6 +148,7 @@ class _ThreadSlot(BatchSlot):
         timeout: float | None,
         ended: Callable[[Claim, Outcome], None],
         back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
     ) -> None:
         if self._thread is None:
             self._thread = _Thread(self._executor, self._number)

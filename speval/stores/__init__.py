@@ -9,15 +9,21 @@ from __future__ import annotations
 from ..clock import Clock
 from ..model import Durability
 from ..options import Database
+from ..url import PostgresUrl
+from .archive import Archive
 from .base import Control, ControlMode, Store, StoreMode
 
-__all__ = ["make_control", "make_store"]
+__all__ = ["make_archive", "make_control", "make_store"]
 
 
 def make_store(
     db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
     """Return a store for a checked database, not opened yet."""
+    if isinstance(db, PostgresUrl):
+        from .postgres import PostgresStore
+
+        return PostgresStore(db, mode, durability, clock)
     from .sqlite import SqliteStore
 
     return SqliteStore(db, mode, durability, clock)
@@ -29,6 +35,25 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     Raises:
         DatabaseError: it is not there, or can't be used.
     """
+    if isinstance(db, PostgresUrl):
+        from .postgres_control import PostgresControl
+
+        return PostgresControl(db, mode, clock)
     from .sqlite_control import SqliteControl
 
     return SqliteControl(db, mode, clock)
+
+
+def make_archive(db: Database, mode: StoreMode) -> Archive:
+    """Return what a checked database is read or filled as a whole with, opened.
+
+    Raises:
+        DatabaseError: it is not there and was to be read, or can't be used.
+    """
+    if isinstance(db, PostgresUrl):
+        from .postgres_archive import PostgresArchive
+
+        return PostgresArchive(db, mode)
+    from .sqlite_archive import SqliteArchive
+
+    return SqliteArchive(db, mode)

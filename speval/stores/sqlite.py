@@ -277,6 +277,8 @@ class SqliteStore(Store):
         (self._since, self._last, is_known) = await self._read(seeding.is_known, space)
         if is_known:
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
+        if space.count and not self._last and await self._fill(space):
+            return Seeded(new=space.count, unchanged=0, changed=0, gone=0)
         # Left behind when cancelled or broken off: the connection is closed then, and its TEMP tables go with it.
         await self._read(seeding.load, space.rows())
         try:
@@ -299,6 +301,17 @@ class SqliteStore(Store):
         await self._read(seeding.unload)
         gone, self._last = settled
         return comparison.seeded(space.count, gone)
+
+    async def _fill(self, space: Space) -> bool:
+        """Seed a database without evaluations, where there is nothing to compare; False if somebody else does so too."""
+        rows, filled = space.rows(), 0
+        while filled < space.count:
+            added = await self._write(seeding.fill, space, rows, filled, self._clock.wall())
+            if not added:
+                return False
+            filled += added
+        self._last = filled
+        return True
 
     async def follow(self) -> None:
         self._since = await self._read(seeding.follow)

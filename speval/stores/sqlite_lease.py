@@ -8,22 +8,16 @@ verdict and the taking back happen in one transaction that looks at the beat onc
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from ..clock import Clock
-from ..host import Process, is_gone, this_process
-from .base import LeaseKeeping, Reclaimed
+from ..host import Process, this_process
 from .sqlite_file import SqliteFile
 from .sqlite_rows import worker_label
+from .watch import Reclaiming, Taken, Watch, WorkerRow, unknown_label
 
-__all__ = ["SqliteLeaseKeeping", "Watch", "WorkerRow"]
-
-T = TypeVar("T")
-
-_BOUND = 1000  # evaluations taken back in one transaction
+__all__ = ["SqliteLeaseKeeping"]
 
 _RENEW = "UPDATE workers SET beat = beat + 1, last_seen = ? WHERE id = ? AND ended_at IS NULL AND NOT dead"
 # The casts are for what no speval has written: a number is needed to watch with, and the text that stands there may be none.
@@ -65,77 +59,7 @@ VALUES ((SELECT coalesce(max(seq), 0) + 1 FROM attempts), ?, ?, ?, ?, ?, 'lost',
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 
 
-def _unknown_label(holder: object) -> str:
-    return f"?:?:{holder:012x}" if isinstance(holder, int) else f"?:?:{holder!r}"
-
-
-class _Taken(NamedTuple):
-    """What one transaction has taken back."""
-
-    more: bool  # there is more to take back from the same holder
-    pending: int
-    failed: list[str]  # names
-
-
-class WorkerRow(NamedTuple):
-    """Another worker, as its row says."""
-
-    id: int
-    process: Process
-    lease: float
-    beat: int
-    dead: bool  # somebody has declared it dead and was perhaps interrupted in taking back what it held
-
-
-@dataclass(slots=True)
-class _Sight:
-    beat: int
-    since: float  # monotonic seconds
-
-
-class Watch:
-    """Decides which workers are dead, from rows and the time alone.
-
-    Args:
-        machine: The machine we are on, as ``Process.machine`` says.
-    """
-
-    def __init__(self, machine: str) -> None:
-        self._machine = machine
-        self._sights: dict[int, _Sight] = {}
-
-    def dead(self, rows: list[WorkerRow], me: int, now: float) -> list[WorkerRow]:
-        """Return those of the rows that are certainly dead.
-
-        Args:
-            rows: All other workers that have not ended, ordered by id.
-            me: Our own id.
-            now: Monotonic seconds.
-        """
-        dead = [row for row in rows if row.dead or self._stands_still(row, now)]
-        self._sights = {row.id: self._sights[row.id] for row in rows if row.id in self._sights}
-        # Asking the kernel about every process from every process would grow with the square of their number. So each one
-        # looks after the next alive one in the order of ids only; whoever is dead in between is found on the way.
-        here = [row for row in rows if row.process.machine == self._machine and row not in dead]
-        for row in sorted(here, key=lambda row: (row.id < me, row.id)):
-            if not is_gone(row.process, self._machine):
-                break
-            dead.append(row)
-        return dead
-
-    def _stands_still(self, row: WorkerRow, now: float) -> bool:
-        sight = self._sights.get(row.id)
-        if sight is None or sight.beat != row.beat:
-            self._sights[row.id] = _Sight(row.beat, now)
-            return False
-        return now - sight.since >= row.lease
-
-    def forget(self) -> None:
-        """Start all windows anew."""
-        self._sights.clear()
-
-
-class SqliteLeaseKeeping(LeaseKeeping):
+class SqliteLeaseKeeping(Reclaiming):
     """The lease thread's own connection; it may be made in one thread and used in another.
 
     Args:
@@ -164,66 +88,46 @@ class SqliteLeaseKeeping(LeaseKeeping):
 
         return self._opened().write_within(patience, beat)
 
-    def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
+    def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
         others, orphaned = self._opened().read(self._look, worker)
         rows = [
             WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))
             for id, host, pid, machine, start, lease, beat, dead in others
         ]
-        reclaimed = Reclaimed()
-        pending = 0
-        for row in self._watch.dead(rows, worker, self._clock.monotonic()):
-            label = worker_label(row.id, row.process.host, row.process.pid)
-            pending += self._take_all_back(reclaimed, label, self._take_back, row, max_attempts)
-        for holder in orphaned:
-            pending += self._take_all_back(reclaimed, _unknown_label(holder), self._take_back_orphaned, holder, max_attempts)
-        return Reclaimed(reclaimed.workers, pending, reclaimed.failed)
+        return self._watch.dead(rows, worker, self._clock.monotonic()), orphaned
 
     def _look(self, c: sqlite3.Connection, worker: int) -> tuple[list[tuple[Any, ...]], list[object]]:
-        """Return the other workers, and who is said to hold something and is none of the workers that have not ended."""
         return c.execute(_OTHERS, (worker,)).fetchall(), [holder for (holder,) in c.execute(_ORPHANED)]
 
-    def _take_all_back(
-        self,
-        reclaimed: Reclaimed,
-        label: str,
-        take_back: Callable[[sqlite3.Connection, T, int], _Taken | None],
-        holder: T,
-        max_attempts: int,
-    ) -> int:
-        """Take back in several transactions, so that none stops the others for long; return how many are pending again."""
-        taken = self._opened().write(take_back, holder, max_attempts)
-        if taken is None:
-            return 0  # it has renewed, or left, since we looked
-        reclaimed.workers.append(label)
-        pending = 0
-        while taken is not None:
-            pending += taken.pending
-            reclaimed.failed.extend(taken.failed)
-            taken = self._opened().write(take_back, holder, max_attempts) if taken.more else None
-        return pending
+    def take_back(self, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
+        return self._opened().write(self._take_back, row, max_attempts, bound)
 
-    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int) -> _Taken | None:
+    def take_back_orphaned(self, holder: object, max_attempts: int, bound: int) -> Taken | None:
+        return self._opened().write(self._take_back_orphaned, holder, max_attempts, bound)
+
+    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
         if c.execute(_DECLARE_DEAD, (row.id, row.beat)).rowcount == 0:
             return None
         label = worker_label(row.id, row.process.host, row.process.pid)
-        taken = self._take_held(c, row.id, row.id, f"worker {label} died or was out of reach", max_attempts)
+        taken = self._take_held(c, row.id, row.id, f"worker {label} died or was out of reach", max_attempts, bound)
         if not taken.more:
             c.execute(_BURY, (self._clock.wall(), row.id))
         return taken
 
-    def _take_back_orphaned(self, c: sqlite3.Connection, holder: object, max_attempts: int) -> _Taken | None:
+    def _take_back_orphaned(self, c: sqlite3.Connection, holder: object, max_attempts: int, bound: int) -> Taken | None:
         if c.execute(_IS_THERE, (holder,)).fetchone() is not None:
             return None
         known = holder if c.execute(_IS_KNOWN, (holder,)).fetchone() else None
-        message = f"worker {_unknown_label(holder)} is none of those in the database that have not ended"
-        return self._take_held(c, holder, known, message, max_attempts)
+        message = f"worker {unknown_label(holder)} is none of those in the database that have not ended"
+        return self._take_held(c, holder, known, message, max_attempts, bound)
 
-    def _take_held(self, c: sqlite3.Connection, holder: object, known: object, message: str, max_attempts: int) -> _Taken:
+    def _take_held(
+        self, c: sqlite3.Connection, holder: object, known: object, message: str, max_attempts: int, bound: int
+    ) -> Taken:
         """Take back a bounded number of what the holder holds; ``known`` is who is entered in the table of attempts."""
         now = self._clock.wall()
         pending, failed = 0, []
-        held = c.execute(_HELD, (holder, _BOUND)).fetchall()
+        held = c.execute(_HELD, (holder, bound)).fetchall()
         for id, attempt, charged, status, ahead, claimed_at, name in held:
             if status == 1 and ahead == 1:
                 c.execute(_TAKE_BACK_AHEAD, (now, id))
@@ -237,7 +141,7 @@ class SqliteLeaseKeeping(LeaseKeeping):
             pending += not final
             if final:
                 failed.append(str(name))
-        return _Taken(len(held) == _BOUND, pending, failed)
+        return Taken(len(held) == bound, pending, failed)
 
     def forget(self) -> None:
         self._watch.forget()

@@ -8,7 +8,8 @@ function is the whole work of one transaction.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from ..codec import same
@@ -17,7 +18,20 @@ from ..model import OnChanged
 from ..space import Key, Space
 from .base import Seeded
 
-__all__ = ["CHUNK", "Comparison", "add", "compare", "count_missing", "extend", "follow", "is_known", "load", "settle", "unload"]
+__all__ = [
+    "CHUNK",
+    "Comparison",
+    "add",
+    "compare",
+    "count_missing",
+    "extend",
+    "fill",
+    "follow",
+    "is_known",
+    "load",
+    "settle",
+    "unload",
+]
 
 CHUNK = 10_000  # rows added in one transaction: holds the lock for some 30 ms
 _EXAMPLES = 3
@@ -88,6 +102,22 @@ def follow(c: sqlite3.Connection) -> int:
     c.execute("DELETE FROM strangers")
     (since,) = c.execute(_MAX_SEQ).fetchone()
     return int(since)
+
+
+def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], filled: int, now: float) -> int:
+    """Add the next rows of a space to a database that holds those before them and nothing else.
+
+    Returns:
+        How many; 0 if it holds something else by now, and has to be compared.
+    """
+    (last,) = c.execute("SELECT coalesce(max(id), 0) FROM evaluations").fetchone()
+    if last != filled or _args_version(c):
+        return 0
+    added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
+    c.execute(_ADD_STATES, (now, last))
+    if filled + added == space.count:
+        c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
+    return added
 
 
 def load(c: sqlite3.Connection, rows: Iterable[tuple[Key, str]]) -> None:

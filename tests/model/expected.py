@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
-import tempfile
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -16,8 +13,9 @@ from hypothesis.stateful import invariant
 
 from speval.host import Process
 from speval.model import Claim
-from speval.stores.sqlite import SqliteStore
+from speval.stores.base import Store
 
+from .kinds import ATTEMPTS, VIEW, WORKERS, Kind
 from .values import STATUSES, Attempt, Copy, Modelled, ModelledWorker
 
 
@@ -26,18 +24,17 @@ class Expected:
 
     happened: ClassVar[Counter] = Counter()  # over all runs, to see that the interesting things do happen
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Kind]) -> None:
         super().__init__()
+        self.kind = kind()
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name, "runs.db")
         self.monkeypatch = pytest.MonkeyPatch()
         self.evaluations: dict[str, Modelled] = {}
         self.attempts: list[Attempt] = []
         self.workers: dict[int, ModelledWorker] = {}
         self.copies: list[Copy] = []
         self.issued: list[Claim] = []
-        self.opened: list[SqliteStore] = []
+        self.opened: list[Store] = []
         self.keepings: list = []
         self.first: dict[str, int] = {}
         self.gone: set[int] = set()
@@ -46,15 +43,14 @@ class Expected:
         self.results = 0
         self.pids = 100
         self.speaking = Process("host", 1, "here", "1")
-        self.reader: sqlite3.Connection | None = None
-        self.observer: SqliteStore | None = None
+        self.observer: Store | None = None
         self.seen: dict[int, int] = {}
         self.next_id = 0
         setattr_ = self.monkeypatch.setattr
-        setattr_("speval.stores.sqlite_lease.is_gone", lambda p, machine: p.machine == machine and p.pid in self.gone)
-        setattr_("speval.stores.sqlite_lease.this_process", lambda: self.speaking)
-        setattr_("speval.stores.sqlite.this_process", lambda: self.speaking)
-        setattr_("speval.stores.sqlite.secrets", SimpleNamespace(randbits=lambda bits: self.next_id))
+        setattr_("speval.stores.watch.is_gone", lambda p, machine: p.machine == machine and p.pid in self.gone)
+        for name in self.kind.patched:
+            setattr_(name, lambda: self.speaking)
+        setattr_(self.kind.randomness, SimpleNamespace(randbits=lambda bits: self.next_id))
 
     def run(self, coroutine):
         return self.runner.run(coroutine)
@@ -89,21 +85,14 @@ class Expected:
 
     @invariant()
     def the_file_holds_what_it_has_to(self):
-        if self.reader is None:
+        if self.observer is None:
             return
         self.happened["steps"] += 1
         by_id = sorted(self.evaluations.values(), key=lambda e: e.id)
-        stored = self.reader.execute(
-            "SELECT e.id, CAST(e.name AS TEXT), e.args, s.status, s.attempt, s.attempt - s.released,"
-            " s.attempt - s.released - s.forgiven, s.worker, s.updated_at,"
-            " (SELECT count(*) FROM attempts WHERE evaluation = e.id), s.last"
-            " FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id ORDER BY e.id"
-        ).fetchall()
+        stored = self.kind.query(self.kind.stored)
         assert len(stored) == len(by_id), "an evaluation is lost"
-        assert self.reader.execute("SELECT count(*) FROM states").fetchone() == (len(by_id),)
-        attempts = self.reader.execute(
-            "SELECT seq, evaluation, attempt, worker, outcome, result, started_at, duration FROM attempts ORDER BY seq"
-        ).fetchall()
+        assert self.kind.states() == len(by_id)
+        attempts = self.kind.query(ATTEMPTS)
         assert [Attempt(*row[1:]) for row in attempts] == self.attempts
         assert len({(a.id, a.attempt) for a in self.attempts}) == len(self.attempts), "an attempt is recorded twice"
         for e, (id, name, args, code, attempt, made, charged, worker, updated, recorded, last) in zip(
@@ -111,6 +100,8 @@ class Expected:
         ):
             status = STATUSES[code]
             assert (id, name, args, status, attempt, worker) == (e.id, e.name, str(e.args), e.status, e.attempt, e.holder)
+            if charged is None and not e.is_open:
+                charged = e.charged  # not told of what has ended
             assert (made, charged, updated) == (e.made, e.charged, e.updated)
             # The budget is told by what was recorded, whatever the counters say.
             assert charged == recorded - e.forgiven + (status == "in_progress")
@@ -120,7 +111,7 @@ class Expected:
             assert (worker is not None) == (status in ("in_progress", "held"))
             assert worker is None or not self.workers[worker].ended, "held by one that has ended"
             assert last == (None if e.last is None else attempts[e.last][0])
-        workers = self.reader.execute("SELECT id, beat, dead, ended_at IS NOT NULL FROM workers ORDER BY id").fetchall()
+        workers = self.kind.query(WORKERS)
         assert workers == [(w.id, w.beat, w.dead, w.ended) for _, w in sorted(self.workers.items())]
 
     @invariant()
@@ -130,6 +121,6 @@ class Expected:
         expected = [self.shown(e) for e in sorted(self.evaluations.values(), key=lambda e: e.id)]
         _, loaded = self.run(self.observer.load(None, 0, 1000))
         assert loaded == expected
-        view = self.reader.execute("SELECT name, status, updated, result, args FROM evals").fetchall()
+        view = sorted(self.kind.query(VIEW), key=lambda row: self.evaluations[row[0]].id)
         columns = [(e["name"], e["status"], e["updated"], e["result"], e["args"]) for e in expected]
         assert [(n, s, u, None if r is None else json.loads(r), json.loads(a)) for n, s, u, r, a in view] == columns

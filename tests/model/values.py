@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from speval.host import Process
 from speval.model import Claim
-from speval.stores.sqlite import SqliteStore
+from speval.stores.base import Store
 
 from ..conftest import MovableClock
 
@@ -64,6 +64,7 @@ class ModelledWorker:
     beat: int = 0
     dead: bool = False
     ended: bool = False
+    expires_at: float = 0.0  # by the server's clock, where one decides
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Copy:
 
     process: Process
     clock: MovableClock
-    store: SqliteStore
+    store: Store
     keeping: object = None
     space: dict[str, int] = field(default_factory=dict)
     ids: set[int] = field(default_factory=set)
@@ -82,4 +83,4 @@ class Copy:
     since: int = 0  # attempts recorded when it seeded
     cursor: int = 0
     followed: int = 0  # attempts that the feed has passed
-    sights: dict[int, tuple[int, float]] = field(default_factory=dict)
+    sights: dict = field(default_factory=dict)  # what it has seen of the others

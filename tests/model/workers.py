@@ -1,6 +1,5 @@
 """What may happen to workers, for Hypothesis to choose from."""
 
-import sqlite3
 from collections import Counter
 
 import pytest
@@ -9,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from speval.errors import UnknownNameError
-from speval.stores.sqlite import SqliteStore
 
+from .kinds import Kind
 from .values import NAMES
 from .world import World
 
@@ -36,12 +35,11 @@ class Workers(World, RuleBasedStateMachine):
     )
     def begin(self, max_attempts, at_once, lease, size):
         self.at_once = at_once
-        self.monkeypatch.setattr("speval.stores.sqlite_lease._BOUND", at_once)
+        self.monkeypatch.setattr("speval.stores.watch._BOUND", at_once)
         self.max_attempts = max_attempts
         self.first = dict.fromkeys(NAMES[:size], 0)
         self.start_copy("here", lease, 50, self.first, "error")
-        self.reader = sqlite3.connect(self.path, isolation_level=None)
-        self.observer = SqliteStore(self.path, "read")
+        self.observer = self.kind.store(None, "read")
         self.run(self.observer.open())
 
     @precondition(lambda self: len(self.copies) < MOST_COPIES)
@@ -175,6 +173,7 @@ class Workers(World, RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.5, 4.9, 5.0, 9.9, 10.1, 31.0]))
     def time_goes_by(self, seconds):
+        self.kind.pass_time(seconds)
         for copy in self.copies:
             copy.clock.now += seconds
             copy.clock.wall_now += seconds
@@ -277,11 +276,11 @@ class Workers(World, RuleBasedStateMachine):
         assert summary.causes == Counter(self.attempts[e.last].outcome for e in mine if e.status == "failed")
 
 
-def run_workers(examples: int, steps: int, **options) -> None:
+def run_workers(kind: type[Kind], examples: int, steps: int, **options) -> None:
     """Let the workers loose so many times, for so many steps each."""
     checks = list(HealthCheck)
     run_state_machine_as_test(
-        Workers,
+        lambda: Workers(kind),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,

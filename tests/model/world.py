@@ -15,7 +15,6 @@ from speval.host import Process
 from speval.model import Outcome
 from speval.space import Space
 from speval.stores.base import Ended
-from speval.stores.sqlite import SqliteStore
 
 from ..conftest import MovableClock
 from .expected import Expected
@@ -43,7 +42,7 @@ class World(Expected):
         return copy
 
     def open_store(self, clock):
-        store = SqliteStore(self.path, "create", clock=clock)
+        store = self.kind.store(clock)
         self.run(store.open())
         self.opened.append(store)
         return store
@@ -97,6 +96,7 @@ class World(Expected):
             self.keepings.append(copy.keeping)
         copy.worker = id
         self.workers[id] = ModelledWorker(id, copy.process, lease)
+        self.kind.renewed(self.workers[id])
 
     def let_leave(self, copy):
         self.run(copy.store.leave(copy.worker))
@@ -108,12 +108,15 @@ class World(Expected):
     def let_renew(self, copy):
         lives = not self.has_ended(copy)
         assert copy.keeping.renew(copy.worker, 1.0) is lives
-        self.workers[copy.worker].beat += lives
+        if lives:
+            self.workers[copy.worker].beat += 1
+            self.kind.renewed(self.workers[copy.worker])
         self.happened["refused to renew"] += not lives
 
     def come_back(self, copy):
         copy.keeping.forget()
         copy.sights.clear()
+        copy.sights[0] = copy.clock.monotonic()
 
     def let_die(self, copy):
         self.copies.remove(copy)
@@ -125,6 +128,7 @@ class World(Expected):
         self.run(copy.store.close())
         copy.store = self.open_store(copy.clock)
         assert self.seed(copy, copy.space, "keep")
+        self.kind.reconnected(copy)
 
     def follow(self, copy, limit):
         ended = [e for e in self.evaluations.values() if e.id in copy.ids and not e.is_open and e.last >= copy.followed]
@@ -249,15 +253,7 @@ class World(Expected):
         now = copy.clock.monotonic()
         rows = [w for _, w in sorted(self.workers.items()) if not w.ended and w.id != copy.worker]
         looked = {w.id: w.beat for w in rows}
-        due = {w.id for w in rows if w.dead}
-        for worker in rows:
-            beat, since = copy.sights.get(worker.id, (None, now))
-            if worker.dead:
-                continue
-            if beat != worker.beat:
-                copy.sights[worker.id] = (worker.beat, now)
-            elif now - since >= worker.lease:
-                due.add(worker.id)
+        due = {w.id for w in rows if w.dead} | self.kind.overdue(copy, [w for w in rows if not w.dead], now)
         # Of those whose process is gone at least the next one in the order of ids has to be found, and any of them may be.
         here = [w for w in rows if w.process.machine == copy.process.machine and w.id not in due]
         gone = {w.id for w in here if w.process.pid in self.gone}
@@ -267,10 +263,9 @@ class World(Expected):
         pending, failed, dead, transactions = 0, [], [], []
 
         raced: list[str | None] = []
-        file = copy.keeping._opened()
-        original = file.write
+        original = copy.keeping.take_back
 
-        def write(work, row, max_attempts):
+        def take_back(row, max_attempts, bound):
             nonlocal pending
             assert row.id in allowed, "taken back from one that nobody has reason to believe dead"
             if other is not None and row.id == other.worker and other in self.copies and not raced:
@@ -284,7 +279,7 @@ class World(Expected):
                 self.happened["interrupted in taking back"] += 1
                 raise Interrupted
             transactions.append(row.id)
-            got = original(work, row, max_attempts)
+            got = original(row, max_attempts, bound)
             more, back, names = self.take_back(self.workers[row.id], looked[row.id], copy.clock.wall())
             if more is None:
                 return got  # it has renewed, or left: whatever says so
@@ -295,13 +290,13 @@ class World(Expected):
             failed.extend(names)
             return got
 
-        file.write = write
+        copy.keeping.take_back = take_back
         try:
             reclaimed = copy.keeping.reclaim(copy.worker, self.max_attempts)
         except Interrupted:
             reclaimed = None
         finally:
-            del file.write
+            del copy.keeping.take_back
         if reclaimed is None:
             for half_dead in self.copies:
                 if self.workers[half_dead.worker].dead and not self.workers[half_dead.worker].ended:
@@ -345,12 +340,10 @@ class World(Expected):
 
     def teardown(self):
         try:
-            if sys.exc_info()[0] is None and self.reader is not None:
+            if sys.exc_info()[0] is None and self.observer is not None:
                 self.one_worker_alone_ends_everything()
         finally:
             self.monkeypatch.undo()
-            if self.reader is not None:
-                self.reader.close()
             for keeping in self.keepings:
                 keeping.close()
             for store in [*self.opened, self.observer]:
@@ -358,7 +351,7 @@ class World(Expected):
                     with suppress(Exception):
                         self.run(store.close())
             self.runner.close()
-            self.folder.cleanup()
+            self.kind.close()
 
     def one_worker_alone_ends_everything(self):
         while self.copies:
@@ -368,7 +361,8 @@ class World(Expected):
         last = self.start_copy("here", 10.0, 1, everything, "error")
         self.let_reclaim(last)
         assert not [w for w in self.workers.values() if w.process.machine == "here" and not w.ended and w.id != last.worker]
-        last.clock.now += 30.0
+        last.clock.now += 30.1
+        self.kind.pass_time(30.1)
         self.let_reclaim(last)
         for _ in self.evaluations:
             recorded = self.record(last, idle=1, ahead=2)

@@ -1,0 +1,109 @@
+"""Four hosts share the evaluations of one PostgreSQL database, and two of them have bad luck.
+
+The hosts are namespaces of this machine, each with a network, a host name and process numbers of its own, on a bridge between
+them. One of them is cut off from the network for longer than its lease, another one loses its power. Every evaluation is
+completed once.
+
+Run as root on Linux, with a server that the bridge's network may use: listen_addresses = '*' and, in pg_hba.conf,
+"host all all 10.91.0.0/24 trust":
+
+    python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?space=four_hosts
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from speval import Evaluation, load_evals, speval
+
+COUNT, LEASE = 240, 2.0
+BRIDGE, HOSTS = "speval0", ("ada", "grace", "barbara", "frances")
+
+
+def work(args: dict[str, int]) -> int:
+    time.sleep(0.05)
+    return args["n"] ** 2
+
+
+def be_a_copy(url: str) -> None:
+    """Do what the script does on each of the hosts."""
+    print(speval(work, [{"n": n} for n in range(COUNT)], url, lease=LEASE, progress=False), flush=True)
+
+
+def ip(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["ip", *arguments], check=check, stderr=None if check else subprocess.DEVNULL)
+
+
+def build() -> None:
+    ip("link", "add", BRIDGE, "address", "02:00:00:00:00:01", "type", "bridge")
+    ip("address", "add", "10.91.0.1/24", "dev", BRIDGE)
+    ip("link", "set", BRIDGE, "up")
+    for number, host in enumerate(HOSTS, 11):
+        ip("netns", "add", host)
+        ip("link", "add", f"to-{host}", "type", "veth", "peer", "name", "eth0", "netns", host)
+        ip("link", "set", f"to-{host}", "master", BRIDGE, "up")
+        ip("-n", host, "address", "add", f"10.91.0.{number}/24", "dev", "eth0")
+        ip("-n", host, "link", "set", "eth0", "up")
+
+
+def tear_down() -> None:
+    for host in HOSTS:
+        ip("netns", "delete", host, check=False)
+    ip("link", "delete", BRIDGE, check=False)
+
+
+def start(host: str, url: str) -> subprocess.Popen[bytes]:
+    named = f"hostname {host} && exec {sys.executable} {__file__} {url!r} copy"
+    alone = ["unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", named]
+    return subprocess.Popen(["ip", "netns", "exec", host, *alone], start_new_session=True)
+
+
+def completed(url: str) -> list[Evaluation]:
+    return load_evals(url, status="completed")
+
+
+def host_of(e: Evaluation) -> str:
+    return (e["worker"] or "").partition(":")[0]
+
+
+def main(url: str) -> None:
+    tear_down()  # what an earlier run may have left
+    build()
+    copies: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        speval(work, [], url, progress=False)  # makes the database, so that it can be looked at at once
+        copies.update((host, start(host, url)) for host in HOSTS)
+        wait_until(lambda: {host_of(e) for e in completed(url)} == set(HOSTS))
+        print("ada's cable is pulled, and grace's power fails")
+        ip("link", "set", "to-ada", "down")
+        os.killpg(copies["grace"].pid, signal.SIGKILL)
+        time.sleep(2 * LEASE)
+        print("ada's cable is back")
+        ip("link", "set", "to-ada", "up")
+        codes = {host: copy.wait() for host, copy in copies.items()}
+        evaluations = load_evals(url)
+    finally:
+        for copy in copies.values():
+            if copy.poll() is None:
+                os.killpg(copy.pid, signal.SIGKILL)
+        tear_down()
+    shares = Counter(host_of(e) for e in evaluations)
+    print(f"all {COUNT} completed as they should be:", [e["result"] for e in evaluations] == [n**2 for n in range(COUNT)])
+    print("ended well:", sorted(host for host, code in codes.items() if code == 0))
+    print("evaluated by all:", set(shares) == set(HOSTS))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["copy"]:
+        be_a_copy(sys.argv[1])
+    else:
+        main(sys.argv[1])

@@ -1,0 +1,666 @@
+"""A PostgreSQL database: what only a server can do to its workers, done by a real one."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from speval import aio, load_evals, speval
+from speval.errors import (
+    ArgsChangedError,
+    DatabaseError,
+    DatabaseMissingError,
+    DatabaseUnavailableError,
+    ForeignDatabaseError,
+    NewerSchemaError,
+    OptionError,
+)
+from speval.host import Process
+from speval.model import Claim, Outcome
+from speval.space import Space
+from speval.stores import make_store
+from speval.stores.base import Ended
+from speval.stores.watch import WorkerRow
+from speval.url import PostgresUrl
+
+from .conftest import WAIT, rows, server_url, wait_for
+from .postgres_server import Server, free_port
+from .proxy import Proxy
+
+
+async def seed(store, eval_space):
+    space = Space()
+    list(space.fill(eval_space))
+    try:
+        return await store.seed(space, "error")
+    finally:
+        space.close()
+
+
+def done(claim: Claim, result="1") -> Ended:
+    return Ended(claim, Outcome(None, result, None, 5.0, 0.25), False)
+
+
+async def until(condition):
+    async with asyncio.timeout(WAIT):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def url(postgres, space) -> str:
+    return postgres.url(space=space)
+
+
+@pytest.fixture
+def proxy(postgres):
+    proxy = Proxy(postgres.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def through(proxy, postgres, space) -> str:
+    """The URL of a database behind the proxy."""
+    return proxy.url(postgres, space)
+
+
+@pytest.fixture
+async def stores():
+    """Opens stores, and closes them."""
+    opened = []
+
+    async def open(url, eval_space=None, mode="create"):
+        store = make_store(PostgresUrl.parse(url), mode)
+        opened.append(store)
+        await store.open()
+        if eval_space is not None:
+            await seed(store, eval_space)
+        return store
+
+    yield open
+    for store in opened:
+        await store.close()
+
+
+@pytest.fixture
+def own():
+    """A server that the test may stop, for itself alone."""
+    server = Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+# Answers that are lost
+
+
+async def test_a_record_whose_answer_was_lost_is_found_out_and_not_done_twice(stores, proxy, through):
+    store = await stores(through, range(5))
+    worker = await store.register(30)
+    claims = (await store.record(worker, idle=2)).claims
+    proxy.lose_the_answer_to("record_1")
+    with pytest.raises(DatabaseUnavailableError):
+        await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+    assert proxy.lost.is_set()
+    again = await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+    assert (again.refused, [c.name for c in again.claims]) == ([], ["2", "3"])
+    assert rows(through, "SELECT evaluation, result FROM attempts ORDER BY 1") == [(1, '"0"'), (2, '"1"')]
+    # Once it is known, the same again is stale again.
+    assert (await store.record(worker, [done(claims[0])])).refused == [claims[0]]
+
+
+async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stores, proxy, through):
+    store = await stores(through, range(10))
+    worker = await store.register(30)
+    for _ in range(2):
+        proxy.lose_the_answer_to("record_1")
+        with pytest.raises(DatabaseUnavailableError):
+            await store.record(worker, idle=2)
+    got = (await store.record(worker, idle=3)).claims
+    assert [(c.name, c.attempt) for c in got] == [("0", 1), ("1", 1), ("2", 1)]
+    assert rows(through, "SELECT count(*) FROM running") == [(3,)]
+
+
+async def test_claims_in_question_are_had_also_when_none_are_wanted(stores, proxy, through):
+    store = await stores(through, range(10))
+    worker = await store.register(30)
+    proxy.lose_the_answer_to("record_1")
+    with pytest.raises(DatabaseUnavailableError):
+        await store.record(worker, idle=2)
+    got = (await store.record(worker)).claims
+    assert [c.name for c in got] == ["0", "1"]
+    assert (await store.record(worker)).claims == []
+
+
+async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    (claim,) = (await store.record(worker, idle=1)).claims
+    # As if the second call had been held up on its way while the third was sent again in its place.
+    late = store._calls + 1
+    store._calls, store._unanswered = late, late
+    assert [c.name for c in (await store.record(worker, idle=1)).claims] == ["1"]
+    await asyncio.to_thread(store._connection.run_once, 10, store._record, worker, late, [done(claim)], (), (), 5, 5, None)
+    assert rows(url, "SELECT count(*) FROM running") == [(2,)]
+    assert rows(url, "SELECT count(*) FROM attempts") == [(0,)]
+
+
+@pytest.mark.parametrize("verb", ["record", "take back"])
+async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, url, verb):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    other = await stores(url, range(10))
+    its = await other.register(30)
+    keeping = other.lease_keeping()
+    with psycopg.connect(server_url(url)) as late:
+        # As an earlier call of the worker does, that is still under way when the next one is sent.
+        late.execute("SELECT pg_advisory_xact_lock(%s)", (worker,))
+        if verb == "record":
+            waits = asyncio.create_task(store.record(worker, idle=1))
+        else:
+            row = WorkerRow(worker, Process("host", 1, "elsewhere", "1"), 30, 0, True)
+            waits = asyncio.create_task(asyncio.to_thread(keeping.take_back, row, 3, 100))
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        await until(lambda: rows(url, waiting) == [(1,)])
+        assert not waits.done()
+    assert await waits is not None
+    assert (await other.record(its, idle=1)).lost is False
+
+
+async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
+    proxy.lose_the_answer_to("COMMIT")
+    store = await stores(through)
+    seeded = await seed(store, range(100))
+    assert (seeded.new, seeded.unchanged) in {(100, 0), (0, 100)}
+    assert rows(through, "SELECT count(*), count(DISTINCT name) FROM evaluations") == [(100, 100)]
+    assert rows(through, "SELECT count(*) FROM queue") == [(100,)]
+
+
+# The feed
+
+
+async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores, url):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    claims = (await store.record(worker, idle=10)).claims
+    schema = PostgresUrl.parse(url).schema
+    with psycopg.connect(server_url(url)) as slow:
+        slow.execute(f"SELECT pg_advisory_xact_lock_shared(1936745846, {schema}.movers())")
+        slow.execute(f"SELECT nextval('{schema}.seqs')")
+        await store.record(worker, [done(claims[0]), done(claims[1])])
+        cursor, ended = await store.ended_since(0, 100)
+        assert (cursor, ended) == (0, [])
+        slow.execute(
+            f"INSERT INTO {schema}.attempts"
+            f" SELECT 1, 3, 1, {worker}, 1, 1, 1, 'completed', '3', NULL, NULL, NULL, true, 0, false"
+        )
+        slow.execute(f"DELETE FROM {schema}.running WHERE id = 3")
+        assert await store.ended_since(cursor, 100) == (0, [])
+    cursor, ended = await store.ended_since(cursor, 100)
+    assert [e["name"] for _, e in ended] == ["2", "0", "1"]
+
+
+async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
+    store = await stores(url, range(10))
+    worker = await store.register(30)
+    claims = (await store.record(worker, idle=10)).claims
+    await store.record(worker, [done(claims[0])])
+    rows(url, "SELECT nextval('seqs') FROM generate_series(1, 3)")
+    await store.record(worker, [done(claims[1])])
+    cursor, ended = await store.ended_since(0, 100)
+    cursor, more = await store.ended_since(cursor, 100)
+    assert [e["name"] for _, e in ended + more] == ["0", "1"]
+    assert await store.ended_since(cursor, 100) == (cursor, [])
+
+
+async def test_under_many_writers_the_feed_brings_each_exactly_once(stores, url):
+    workers = []
+    for _ in range(4):
+        store = await stores(url, range(2000))
+        workers.append((store, await store.register(30)))
+
+    async def work(store, worker):
+        while claims := (await store.record(worker, idle=7)).claims:
+            await store.record(worker, [done(c, c.args) for c in claims])
+
+    async def follow(store, seen):
+        cursor = 0
+        while len(seen) < 2000:
+            cursor, ended = await store.ended_since(cursor, 100)
+            seen.extend(e["name"] for _, e in ended)
+            await asyncio.sleep(0)
+
+    seen: list[str] = []
+    async with asyncio.timeout(WAIT):
+        await asyncio.gather(follow(await stores(url, range(2000)), seen), *(work(*w) for w in workers))
+    assert Counter(seen) == {str(i): 1 for i in range(2000)}
+
+
+# What a server does
+
+
+COUNTED = """
+import logging, os, sys, time
+logging.basicConfig(level=logging.INFO)
+from speval import speval
+log = os.open("calls", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+def function(args):
+    os.write(log, f"{args}\\n".encode())
+    time.sleep(0.005)
+    return args
+print(speval(function, range(int(sys.argv[1])), "runs.db", lease=float(sys.argv[2])))
+"""
+
+
+def ended(url):
+    try:
+        return rows(url, "SELECT count(*) FROM evals WHERE status = 'completed'")[0][0]
+    except psycopg.Error:
+        return 0
+
+
+def assert_all_done(copies, url, count, folder, twice):
+    """Fail unless every copy ended well and every evaluation was completed, and executed once but for a few."""
+    ends = [copy.communicate(timeout=90) for copy in copies]
+    assert [copy.returncode for copy in copies] == [0] * len(copies), ends
+    evaluations = load_evals(url)
+    assert [(e["status"], e["result"]) for e in evaluations] == [("completed", i) for i in range(count)]
+    calls = Counter((folder / "calls").read_text().split())
+    assert set(calls) == {str(i) for i in range(count)}
+    assert sum(calls.values()) - count <= twice, calls
+    assert rows(url, "SELECT count(*) FROM attempts WHERE final") == [(count,)]
+    assert rows(url, "SELECT evaluation, attempt FROM attempts GROUP BY 1, 2 HAVING count(*) > 1") == []
+    return ends
+
+
+def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, scripts, tmp_path):
+    url = scripts.database = own.url(space="crash")
+    script = scripts.write(COUNTED)
+    copies = [scripts.start(script, "800", "5") for _ in range(3)]
+    for part in (100, 250):
+        wait_for(lambda part=part: ended(url) >= part)
+        own.stop(signal.SIGQUIT)
+        own.start()
+    ends = assert_all_done(copies, url, 800, tmp_path, twice=60)
+    assert not any("is dead" in err for _, err in ends)
+
+
+def test_a_server_that_stands_still_for_longer_than_a_lease_costs_no_worker_its_life(own, scripts, tmp_path):
+    url = scripts.database = own.url(space="still")
+    script = scripts.write(COUNTED)
+    copies = [scripts.start(script, "600", "1") for _ in range(3)]
+    wait_for(lambda: ended(url) >= 60)
+    own.signal_all(signal.SIGSTOP)
+    time.sleep(3)
+    own.signal_all(signal.SIGCONT)
+    ends = assert_all_done(copies, url, 600, tmp_path, twice=600)
+    assert not any("is dead" in err for _, err in ends)
+    assert all("could not be renewed" in err for _, err in ends)
+
+
+def test_terminated_backends_cost_nothing(url, scripts, tmp_path):
+    scripts.database = url
+    script = scripts.write(COUNTED)
+    copies = [scripts.start(script, "600", "30") for _ in range(3)]
+    killed = 0
+    wait_for(lambda: ended(url) >= 30)
+    with psycopg.connect(server_url(url), autocommit=True) as connection:
+        while any(copy.poll() is None for copy in copies):
+            killed += connection.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'speval'"
+            ).fetchone()[0]
+            time.sleep(0.3)
+    assert killed >= 6
+    assert_all_done(copies, url, 600, tmp_path, twice=0)
+
+
+def test_a_network_that_is_gone_for_longer_than_a_lease_stops_one_worker_and_it_goes_on_after(
+    postgres, proxy, space, scripts, tmp_path
+):
+    url = postgres.url(space=space)
+    scripts.database = proxy.url(postgres, space)
+    log = (tmp_path / "log").open("w+")
+    cut_off = scripts.start(scripts.write(COUNTED), "600", "1", stderr=log)
+    wait_for(lambda: ended(url) >= 20)
+    scripts.database = url
+    other = scripts.start(scripts.write(COUNTED, "other.py"), "600", "1")
+    wait_for(lambda: rows(url, "SELECT count(*) FROM workers") == [(2,)])
+    proxy.stall()
+    wait_for(lambda: rows(url, "SELECT count(*) FROM workers WHERE dead") != [(0,)])
+    wait_for(lambda: "could not be renewed" in (tmp_path / "log").read_text())
+    proxy.go_on()
+    ends = assert_all_done([cut_off, other], url, 600, tmp_path, twice=20)
+    log.close()
+    assert "is dead" in ends[1][1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs to mount a file system")
+def test_a_full_disk_is_waited_for(own, tmp_path, caplog):
+    folder = own.folder / "small"
+    folder.mkdir()
+    options = f"size=24M,mode=700,uid={own.folder.stat().st_uid}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount")
+    try:
+        with psycopg.connect(own.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE TABLESPACE small LOCATION '{folder}'")
+            connection.execute("CREATE DATABASE small TABLESPACE small")
+        url = own.url("small")
+        ballast = folder / "ballast"
+
+        async def function(args):
+            if args == 50:
+                with suppress(OSError):
+                    ballast.write_bytes(b"x" * 24_000_000)
+            return os.urandom(20_000).hex()
+
+        async def run():
+            running = asyncio.create_task(aio.speval(function, range(200), url, concurrency=4))
+            await until(lambda: "disk is full" in caplog.text)
+            ballast.unlink()
+            return await running
+
+        summary = asyncio.run(run())
+        assert (summary.completed, summary.recorded) == (200, 200)
+    finally:
+        own.stop()
+        subprocess.run(["umount", folder], check=True)
+
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scripts, tmp_path):
+    port, folder = free_port(), own.folder
+    (folder / "pgbouncer.ini").write_text(
+        f"""
+        [databases]
+        * = host=127.0.0.1 port={own.port}
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = transaction
+        default_pool_size = 3
+        server_lifetime = 1
+        """.replace("        ", "").replace("* =", "postgres = user=postgres")
+    )
+    pooler = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stderr=subprocess.PIPE, **own.owner)
+    try:
+        url = scripts.database = own.url(space="pooled").replace(str(own.port), str(port))
+        script = scripts.write(COUNTED)
+        copies = [scripts.start(script, "1000", "5") for _ in range(6)]
+        assert_all_done(copies, url, 1000, tmp_path, twice=0)
+    finally:
+        pooler.terminate()
+        pooler.communicate()
+
+
+def may_make_namespaces() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "speval-try"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "speval-try"], capture_output=True)
+    return made
+
+
+@pytest.mark.skipif(not may_make_namespaces(), reason="needs to make network namespaces")
+def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
+    server = Server(listen_addresses="'*'")
+    try:
+        server.trust("10.91.0.0/24")
+        server.start()
+        url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        command = [sys.executable, "examples/10_four_hosts.py", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+        assert "all 240 completed as they should be: True" in done.stdout, done.stdout + done.stderr
+        assert "ended well: ['ada', 'barbara', 'frances']" in done.stdout, done.stdout + done.stderr
+        assert "evaluated by all: True" in done.stdout
+        assert "could not be renewed" in done.stderr
+        assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+    finally:
+        server.close()
+
+
+# Starting
+
+
+def test_fifty_workers_that_start_at_once_make_one_schema_and_seed_once(url):
+    barrier = threading.Barrier(50)
+    failures = []
+
+    def start():
+        async def main():
+            store = make_store(PostgresUrl.parse(url), "create")
+            barrier.wait()
+            await store.open()
+            await seed(store, range(100))
+            await store.close()
+
+        try:
+            asyncio.run(main())
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert rows(url, "SELECT count(*) FROM evaluations") == [(100,)]
+
+
+def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
+    one, other = postgres.url(space=f"{space}a"), postgres.url(space=f"{space}b")
+    assert speval(lambda args: args, [1, 2], one).completed == 2
+    assert speval(lambda args: -args, [1, 2, 3], other).recorded == 3
+    assert [e["result"] for e in load_evals(one)] == [1, 2]
+    assert [e["result"] for e in load_evals(other)] == [-1, -2, -3]
+
+
+def test_reading_what_is_not_there_makes_nothing(postgres, url):
+    with pytest.raises(DatabaseMissingError, match="there is no such database"):
+        load_evals(url)
+    with psycopg.connect(postgres.url()) as connection:
+        assert connection.execute("SELECT to_regnamespace(%s)", (PostgresUrl.parse(url).schema,)).fetchone() == (None,)
+    with pytest.raises(DatabaseError, match='database "nowhere" does not exist'):
+        load_evals(postgres.url("nowhere"))
+
+
+def test_a_newer_schema_is_refused_saying_what_to_install(url):
+    speval(abs, [1], url)
+    with psycopg.connect(server_url(url)) as connection:
+        schema = PostgresUrl.parse(url).schema
+        connection.execute(f"UPDATE {schema}.meta SET value = '2' WHERE key = 'schema'")
+        connection.execute(f"UPDATE {schema}.meta SET value = '7.1' WHERE key = 'release'")
+    with pytest.raises(NewerSchemaError, match=r"pip install 'speval>=7\.1'"):
+        speval(abs, [1], url)
+
+
+def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
+    schema = PostgresUrl.parse(url).schema
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {schema} CREATE TABLE meta (key text, value text)")
+        with pytest.raises(ForeignDatabaseError, match="of something else"):
+            speval(abs, [1], url)
+        tables = connection.execute(
+            "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(%s)", (schema,)
+        ).fetchone()
+        assert tables == (1,)
+
+
+def test_a_database_that_can_not_hold_every_text_is_refused(postgres, space):
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {space} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    with pytest.raises(DatabaseError, match="its encoding is LATIN1"):
+        speval(abs, [1], postgres.url(space))
+
+
+def test_a_user_needs_no_more_than_the_documented_privileges(postgres, space, url):
+    schema, role = PostgresUrl.parse(url).schema, f"{space}_role"
+    speval(abs, [1, 2], url)
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        connection.execute(f"CREATE ROLE {role} LOGIN")
+    limited = url.replace("postgres@", f"{role}@")
+    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md says which privileges are needed"):
+        load_evals(limited)
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+        connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {role}")
+    assert len(load_evals(limited)) == 2
+    with psycopg.connect(postgres.url(), autocommit=True) as connection:
+        connection.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}")
+        connection.execute(f"GRANT USAGE, SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA {schema} TO {role}")
+    assert speval(abs, [1, 2, 3], limited).completed == 3
+
+
+# Values
+
+
+async def test_every_text_comes_back_as_it_was(url):
+    names = [
+        "a\0b",
+        "\x10",
+        "\x100",
+        "\x10\x10",
+        "tab\tnew\nline\r",
+        "\\N",
+        "{}",
+        '"',
+        "NULL",
+        "é\U0001f600",
+        "017",
+        "17",
+        "-0",
+    ]
+    values = [float("nan"), float("inf"), -0.0, 2**70, "\0", "\ud800", {"b": 1, "a": {"\0": "\\u0000"}}, ["\\", '"', "{,}"], ""]
+    space = {name: [name, values] for name in names}
+
+    def function(args):
+        if args[0] == "a\0b":
+            raise ValueError(f"a NUL: \0, and {args[0]}\x10")
+        return args
+
+    await aio.speval(function, space, url)
+    evaluations = await aio.load_evals(url)
+    assert [e["name"] for e in evaluations] == names
+    assert repr([e["args"] for e in evaluations]) == repr(list(space.values()))
+    assert repr([e["result"] for e in evaluations[1:]]) == repr(list(space.values())[1:])
+    assert evaluations[0]["error"]["message"] == "a NUL: \0, and a\0b\x10"
+    assert await aio.retry(url, ["a\0b"]) == 1
+    with pytest.raises(ArgsChangedError, match="stored"):
+        await aio.speval(function, space | {"a\0b": 1}, url)
+
+
+async def test_large_results_go_in_pieces_of_one_transaction(url, stores, monkeypatch):
+    monkeypatch.setattr("speval.stores.postgres._MOST_TEXT", 1000)
+    store = await stores(url, range(20))
+    worker = await store.register(30)
+    claims = (await store.record(worker, idle=20)).claims
+    stale = claims[7]._replace(attempt=9)
+    ended = [done(c, f'"{"x" * 400}"') for c in [*claims[:7], stale, *claims[7:], claims[0]]]
+    recorded = await store.record(worker, ended, idle=1)
+    assert (recorded.refused, recorded.open) == ([stale, claims[0]], False)
+    assert (await store.summary()).completed == 20
+
+
+# The command of the day
+
+
+def test_a_missing_driver_names_the_extra(scripts):
+    code = """
+        import sys
+        sys.modules["psycopg"] = None
+        from speval import SpevalError, speval
+        try:
+            speval(abs, [1], "postgresql://u:secret@localhost/db")
+        except SpevalError as error:
+            print(error)
+    """
+    ran = scripts.run(code)
+    assert ran.stdout == "a PostgreSQL database needs psycopg: pip install 'speval[postgres]'\n", ran.stderr
+
+
+@pytest.mark.parametrize("wrong", ["refused", "database", "login"])
+def test_no_password_is_ever_shown(postgres, scripts, wrong):
+    place = {
+        "refused": "127.0.0.1:1/x",
+        "database": f"127.0.0.1:{postgres.port}/x",
+        "login": f"127.0.0.1:{postgres.port}/postgres",
+    }
+    user = "nobody" if wrong == "login" else "postgres"
+    code = f"""
+        import logging, traceback
+        logging.basicConfig(level=0)
+        from speval import aio, speval
+        from speval.options import checked_database
+        from speval.stores import make_store
+        url = "postgresql://{user}:sesame@{place[wrong]}?sslpassword=sesame&connect_timeout=2"
+        db = checked_database(url)
+        print(repr(db), str(db), make_store(db))
+        try:
+            speval(abs, [1], url)
+        except Exception:
+            traceback.print_exc()
+        else:
+            print("no error")
+    """
+    ran = scripts.run(code)
+    assert "speval.errors.Database" in ran.stderr
+    assert "sesame" not in ran.stdout + ran.stderr.replace(code.strip(), "")
+
+
+def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
+    for url in (
+        "postgresql://u:se@same@h/db",
+        "postgresql://u:se/same@h/db",
+        "postgresql://u:12/same@h/db",
+        "postgresql://u:se?same@h/db",
+        "postgresql://u:12?a=same@h/db",
+        "postgresql://u:se#same@h/db",
+        "postgresql://u:se:same@h:x/db",
+        "postgresql://u:same@[h/db",
+        "postgresql://u:same@h/db?space=No Space",
+    ):
+        with pytest.raises(OptionError) as caught:
+            speval(abs, [1], url)
+        assert "same" not in str(caught.value), url
+
+
+COMMANDS = [["status"], ["show", "0"], ["set", "concurrency", "2"], ["drop", "0", "--yes"], ["doctor"], ["ls", "--json"]]
+
+
+def test_the_command_takes_a_url_and_shows_no_password(postgres, url, terminal, tmp_path):
+    url = url.replace("postgres@", "postgres:sesame@")
+    speval(abs, [1, 2], url)
+    command = str(Path(sys.executable).with_name("speval"))
+    for name, *rest in COMMANDS:
+        done = subprocess.run([command, name, url, *rest], capture_output=True, text=True, timeout=WAIT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sesame" not in done.stdout + done.stderr
+    live = terminal(command, "watch", url)
+    assert live.end() == 0
+    assert "sesame" not in live.text()
+    assert PostgresUrl.parse(url).shown[:30] in live.text()
+    done = subprocess.run([command, "copy", url, tmp_path / "copy.db"], capture_output=True, text=True, timeout=WAIT)
+    assert done.stdout.startswith("1 evaluation and 1 attempt copied to ")
+    wrong = subprocess.run([command, "status", url.replace("@127", "@here@127")], capture_output=True, text=True, timeout=WAIT)
+    assert wrong.returncode == 2
+    assert "sesame" not in wrong.stderr
