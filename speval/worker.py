@@ -133,6 +133,13 @@ class Worker:
             logger.warning("stored with other args than given now, and kept: %s", counted(seeded.changed))
 
     @property
+    def busy(self) -> tuple[int, int]:
+        """Return how many evaluations run here right now, and how many the worker holds in all."""
+        held = sum(len(claims) for claims, _ in self._running.values())
+        held += len(self._ready) + len(self._ended) + len(self._released)
+        return min(held, self._concurrency), held
+
+    @property
     def is_done(self) -> bool:
         """Return whether the worker has ended."""
         return self._task is None or self._task.done()
