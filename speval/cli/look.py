@@ -44,7 +44,7 @@ def status(db: str, exit_code: bool, as_json: bool) -> int:
             more = worker.running - len(worker.runs)
             style = STYLES.get(worker.state, "")
             line(
-                f"worker {shown(worker.worker)} ", (worker.state, style), f" for {since}, runs {runs or 'nothing'}",
+                f"worker {shown(worker.worker)} ", (worker.state, style), f", started {since} ago, runs {runs or 'nothing'}",
                 f" and {more} more" if more > 0 else "",
             )  # fmt: skip
         for last in seen.failures:

@@ -57,10 +57,9 @@ def shown(value: str, *, lines: bool = False) -> str:
     return visible(value)
 
 
-def spelled(value: Any, limit: int | None = None) -> str:
-    """Return a value as JSON, cut off after so many characters."""
-    written = shown(json.dumps(value, ensure_ascii=False))
-    return written if limit is None or len(written) <= limit else written[: limit - 1] + "…"
+def spelled(value: Any) -> str:
+    """Return a value as JSON."""
+    return shown(json.dumps(value, ensure_ascii=False))
 
 
 def brief(value: Any) -> str:
