@@ -16,9 +16,9 @@ from typing import Any
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
-from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
+from .model import Durability, EvalSpace, Evaluation, OnChanged, Outputs, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database, checked_status
-from .progress import shown
+from .progress import progress
 from .source import Source, is_source
 from .space import Space
 from .stores import make_store
@@ -244,28 +244,33 @@ async def evaluated(
 ) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
-        worker = make_worker(func, space, db, options)
-        await worker.start()
-        try:
-            async with shown(worker, options.progress):
-                await worker.wait()
-            return worker.tell(await worker.summary())
-        finally:
-            await worker.close()
+        with progress(options.progress) as bar:
+            worker = make_worker(func, space, db, options, bar.outputs)
+            await worker.start()
+            try:
+                async with bar.shown(worker):
+                    await worker.wait()
+                return worker.tell(await worker.summary())
+            finally:
+                await worker.close()
     finally:
         space.close()
 
 
 def make_worker(
-    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+    func: Callable[[Any], Any],
+    space: Space | Source,
+    db: str | PathLike[str] | Database,
+    options: Options,
+    outputs: Outputs = (None, None),
 ) -> Worker:
-    """Return a worker that has not begun."""
+    """Return a worker that has not begun; ``outputs`` is where worker processes print, if not where this one does."""
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
     clock = Clock()
     options.failure_limit(space.count)  # refused before anything is begun
     store = make_store(checked_database(db), "create", options.durability, clock)
-    return Worker(space, store, make_executor(func, options, clock), options, clock)
+    return Worker(space, store, make_executor(func, options, clock, outputs), options, clock)
 
 
 async def batches(
@@ -273,17 +278,18 @@ async def batches(
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
-        worker = make_worker(func, space, db, options)
-        await worker.start()
-        try:
-            async with shown(worker, options.progress):
-                async with aclosing(_ended(worker, space.count)) as ended:
-                    async for batch in ended:
-                        yield batch
-                await worker.wait()
-            worker.tell(await worker.summary())
-        finally:
-            await worker.close()
+        with progress(options.progress) as bar:
+            worker = make_worker(func, space, db, options, bar.outputs)
+            await worker.start()
+            try:
+                async with bar.shown(worker):
+                    async with aclosing(_ended(worker, space.count)) as ended:
+                        async for batch in ended:
+                            yield batch
+                    await worker.wait()
+                worker.tell(await worker.summary())
+            finally:
+                await worker.close()
     finally:
         space.close()
 
