@@ -189,6 +189,33 @@ async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores
     assert rows(through, "SELECT count(*) FROM queue") == [(100,)]
 
 
+# Plans
+
+
+async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_has_analyzed(stores, url):
+    schema = PostgresUrl.parse(url).schema
+    store = await stores(url)
+    with psycopg.connect(server_url(url), autocommit=True) as connection:
+        for table in ("queue", "running", "attempts", "evaluations"):
+            connection.execute(f"ALTER TABLE {schema}.{table} SET (autovacuum_enabled = off)")
+    await seed(store, range(20_000))
+    worker = await store.register(30)
+    claimed = 0
+    for _ in range(100):
+        claims = (await store.record(worker, idle=2, ahead=20)).claims
+        claimed += len(claims)
+        await store.record(worker, [done(claim) for claim in claims[2:]], released=claims[:2])
+    await store.close()  # the server counts what a connection has read at its end, if not before
+    sql = """
+        SELECT relname, coalesce(seq_tup_read, 0), coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables
+        WHERE schemaname = ? AND relname IN ('queue', 'running')
+    """
+    await until(lambda: rows(url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'speval'") == [(0,)])
+    for table, scanned, fetched in rows(url, sql, schema):
+        # Seeding has read none of them, and each claim reads a row twice or three times on its way through.
+        assert claimed <= scanned + fetched < 6 * claimed, (table, scanned, fetched, claimed)
+
+
 # The feed
 
 

@@ -157,7 +157,7 @@ CREATE FUNCTION speval.record_1(
     p_idle integer, p_ahead integer, p_after bigint, p_first bigint, p_last bigint, p_space integer, p_since bigint
 ) RETURNS TABLE (kind integer, id bigint, attempt integer, charged integer, name text, args text)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_hashjoin = off
-SET enable_mergejoin = off SET plan_cache_mode = force_generic_plan AS $$
+SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
     v_writes boolean := p_ids IS NOT NULL OR p_released IS NOT NULL OR p_due IS NOT NULL;
@@ -392,7 +392,7 @@ CREATE FUNCTION speval.take_back_1(
     p_worker bigint, p_beat bigint, p_message text, p_max_attempts integer, p_now double precision, p_bound integer
 ) RETURNS TABLE (more boolean, pending bigint, failed text[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_hashjoin = off
-SET enable_mergejoin = off SET plan_cache_mode = force_generic_plan AS $$
+SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     v_known bigint;
     v_taken bigint;
