@@ -253,6 +253,19 @@ async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
     assert await store.ended_since(cursor, 100) == (cursor, [])
 
 
+@pytest.mark.parametrize("first", [2**15, 2**31, 2**40])
+async def test_the_feed_goes_on_past_every_size_of_number(stores, url, first):
+    store = await stores(url, range(10))
+    rows(url, "SELECT setval('seqs', ?)", first - 5)
+    worker = await store.register(30)
+    await store.record(worker, [done(claim) for claim in (await store.record(worker, idle=10)).claims])
+    cursor, names = 0, []
+    for _ in range(5):
+        cursor, ended = await store.ended_since(cursor, 3)
+        names += [e["name"] for _, e in ended]
+    assert (cursor, names) == (first + 5, [str(i) for i in range(10)])
+
+
 async def test_under_many_writers_the_feed_brings_each_exactly_once(stores, url):
     workers = []
     for _ in range(4):

@@ -22,14 +22,16 @@ __all__ = ["Feed"]
 
 _STEP = 10_000  # numbers looked at for a gap at once
 
+# The driver sends a number in the smallest type it fits, and their sum may not fit there: hence the casts.
 _UNBROKEN = """
 SELECT count(*), coalesce(max(seq), 0)
-FROM (SELECT seq FROM speval.attempts WHERE seq > %(after)s AND seq <= %(after)s + %(step)s ORDER BY seq) AS part
+FROM (SELECT seq FROM speval.attempts
+    WHERE seq > %(after)s::bigint AND seq <= %(after)s::bigint + %(step)s::bigint ORDER BY seq) AS part
 """
 _FIRST_GAP = """
 SELECT seq FROM (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM speval.attempts
-    WHERE seq > %(after)s AND seq <= %(after)s + %(step)s) AS part
-WHERE seq = %(after)s + place ORDER BY seq DESC LIMIT 1
+    WHERE seq > %(after)s::bigint AND seq <= %(after)s::bigint + %(step)s::bigint) AS part
+WHERE seq = %(after)s::bigint + place ORDER BY seq DESC LIMIT 1
 """
 # Two statements, in this order: whoever took a number up to the first one's answer is among those the second one sees, or over.
 _TAKEN = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM speval.seqs"
