@@ -8,18 +8,17 @@ its own, so it may take its time.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
-import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing, suppress
-from queue import SimpleQueue
+from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from .codec import encode
 from .errors import OptionError, SpaceError
 from .model import EvalSpace, Evaluation
 from .space import Key, checked_name
+from .threads import WorkThread
 
 __all__ = ["Ended", "Source", "is_source"]
 
@@ -111,61 +110,23 @@ async def _in_thread(function: Callable[..., Any], ended: Ended) -> AsyncGenerat
             raise OptionError("eval_space", repr(function)[:60], expected)
         return iter(items)
 
-    thread = _Thread()
+    thread = WorkThread("speval eval space")
     try:
-        items = await thread.call(started)
-        while (item := await thread.call(next, items, _OVER)) is not _OVER:
+        items = await thread.run(partial(_contained, started))
+        while (item := await thread.run(partial(_contained, next, items, _OVER))) is not _OVER:
             yield item
     finally:
         thread.end()
 
 
-class _Thread:
-    """A daemon thread that calls one function after the other; nobody waits for its end."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._calls: SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(self._run,), name="speval eval space", daemon=True).start()
-
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call the function there and wait for what it returns."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._calls.put((future, lambda: function(*args)))
-        return await future
-
-    def end(self) -> None:
-        """Let the thread end once it has nothing to do."""
-        self._calls.put(None)
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function = call
-            try:
-                result = function()
-            except BaseException as error:
-                self._tell(future, future.set_exception, _bearable(error))
-            else:
-                self._tell(future, future.set_result, result)
-
-    def _tell(self, future: asyncio.Future[Any], tell: Callable[[Any], None], value: Any) -> None:
-        with suppress(RuntimeError):  # the loop is over: we were given up
-            self._loop.call_soon_threadsafe(_unless_done, future, tell, value)
-
-
-def _unless_done(future: asyncio.Future[Any], tell: Callable[[Any], None], value: Any) -> None:
-    if not future.done():
-        tell(value)
-
-
-def _bearable(error: BaseException) -> BaseException:
-    """Return what a future can carry, and what does not end the program where it comes out."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration):
-        return error
-    carried = RuntimeError(f"the eval space raised {error!r}")
-    carried.__cause__ = error
-    return carried
+def _contained(function: Callable[..., T], *args: Any) -> T:
+    """Call the function; what would end the program where it comes out is an error like any other."""
+    try:
+        return function(*args)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the eval space raised {error!r}") from error
 
 
 def _row(item: Any) -> tuple[Key, str]:

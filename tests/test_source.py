@@ -303,6 +303,18 @@ def test_what_is_no_pair_of_name_and_args_is_refused(db, item):
         speval(abs, lambda ended: iter([item]), db)
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StopIteration(), ValueError("no")])
+def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db, error):
+    def raises(ended):
+        yield "first", 1
+        raise error
+
+    with pytest.raises((RuntimeError, ValueError)):
+        speval(abs, raises, db)
+    assert rows(db, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
+    assert speval(abs, lambda ended: iter(()), db).completed == 1
+
+
 def test_a_function_that_returns_nothing_to_iterate_over_is_refused(db):
     with pytest.raises(OptionError, match="has to be a generator"):
         speval(abs, lambda ended: 5, db)

@@ -21,9 +21,10 @@ from ..errors import StoreClosedError, UnknownNameError
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Status, Summary
 from ..space import Key, Space
+from ..threads import WorkThread
 from ..url import PostgresUrl
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
-from .postgres_connection import Connection, PostgresConnection, WorkThread, numbers, texts
+from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_feed import Feed
 from .postgres_lease import PostgresLeaseKeeping
 from .postgres_rows import evaluation, in_space, loading

@@ -7,18 +7,14 @@ password.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-from anyio import CancelScope
 
 from ..errors import DatabaseError, DatabaseUnavailableError, MissingExtraError, SpevalError, StoreClosedError
 from ..url import PostgresUrl
@@ -29,7 +25,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("a PostgreSQL database", "psycopg", "postgres") from error
 
-__all__ = ["Connection", "PostgresConnection", "WorkThread", "numbers", "texts"]
+__all__ = ["Connection", "PostgresConnection", "numbers", "texts"]
 
 logger = logging.getLogger("speval.store")
 
@@ -41,7 +37,6 @@ _LONG_PATIENCE = 3600.0  # seconds that a worker waits for what it can't do with
 _CONNECT = 5  # seconds for one attempt to connect, of which there may be many
 _GLANCE = 0.1  # seconds between looks, while waiting for an answer, whether it is still wanted
 _LONGEST_PAUSE = 1.0  # seconds between attempts to connect
-_LINGER = 2.0  # seconds that closing waits for what was begun
 
 # A host that has vanished without a word is noticed by these; libpq's own defaults take two hours.
 _DEFAULTS = {
@@ -273,59 +268,6 @@ class PostgresConnection:
         if broken or state.startswith(_PASSING) or (not state and isinstance(error, psycopg.OperationalError)):
             return DatabaseUnavailableError(self.shown, f"can't be reached just now ({text})")
         return DatabaseError(self.shown, text)
-
-
-class WorkThread:
-    """A thread that does one piece of work after the other for an event loop."""
-
-    def __init__(self, name: str) -> None:
-        self._work: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        # The second Ctrl-C must end the process whatever this thread is waiting for.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Return what the work returns; it goes on when this is cancelled."""
-        return await self._put(work)
-
-    def _put(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._work.put((future, work))
-        return future
-
-    async def finish(self, last: Callable[[], object], hurry: Callable[[], object]) -> None:
-        """Do the last work and end the thread; what is in its way is hurried up after a while, or when this is cancelled."""
-        done = self._put(last)
-        self._work.put(None)
-        try:
-            with CancelScope(shield=True):
-                await asyncio.wait({done}, timeout=_LINGER)
-        finally:
-            hurry()
-            self._thread.join()
-            done.cancel()
-
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            future, work = item
-            result: Any = None
-            failure: BaseException | None = None
-            try:
-                result = work()
-            except BaseException as error:
-                failure = error
-            with suppress(RuntimeError):  # the loop is over
-                future.get_loop().call_soon_threadsafe(_tell, future, result, failure)
-            del item, future, work, result, failure
-
-
-def _tell(future: asyncio.Future[Any], result: Any, failure: BaseException | None) -> None:
-    if future.done():
-        return
-    if failure is None:
-        future.set_result(result)
-    else:
-        future.set_exception(failure)
 
 
 def numbers(values: Iterable[float | bool | None]) -> str:
