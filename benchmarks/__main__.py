@@ -1,6 +1,6 @@
 """Measure speval beside its peers.
 
-Run: ``pip install -e '.[bench]'`` and ``python -m benchmarks``, which takes some twelve minutes on two cores. It prints its
+Run: ``pip install -e '.[bench]'`` and ``python -m benchmarks``, which takes some ten minutes on two cores. It prints its
 tables as Markdown and writes them to docs/performance.md, and all figures to benchmarks/results.json. With ``--quick`` it takes
 two minutes and writes nothing: a first look, at less.
 """
@@ -67,14 +67,17 @@ def on_page(page: str, tables: dict[str, str], about: str) -> str:
 def about_machine(found: Figures) -> str:
     (m, *others) = found.values()
     dates = ", ".join(sorted({one["at"] for one in (m, *others)}))
-    return f"{m['cores']} cores, {m['system']}, Python {m['python']}, SQLite {m['sqlite']}, {dates}."
+    kind = f"{m['cores']} cores, {m['system']}, Python {m['python']}, SQLite {m['sqlite']}, {dates}"
+    return f"{kind}; the load average was {m['load']} when it began."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure (default: everything)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds of fewer evaluations; nothing is written")
-    parser.add_argument("--rounds", type=int, help="how often each is measured (default: 5, and 1 with --quick)")
+    parser.add_argument(
+        "--rounds", type=int, help="how often each is measured (default: 5, what takes long 3, and 1 with --quick)"
+    )
     parser.add_argument("--print", action="store_true", help="measure nothing: print and write the tables of the last time")
     options = parser.parse_args()
     parts = options.parts or list(PARTS)

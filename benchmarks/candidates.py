@@ -265,14 +265,16 @@ class Candidate(NamedTuple):
     is_script: bool = False
 
 
-AT_ONCE = {"sleep": 1000}  # coroutines of one that sleeps
+AT_ONCE = {"sleep": 1000, "sleep_50ms": 1000}  # coroutines of one that sleeps
 LIMIT = "sqlite3 loop, a commit each"
 GATHER = "asyncio.gather with a semaphore"
 POOL = "ProcessPoolExecutor, 2 processes"
 JOBLIB = "joblib, 2 processes"
 COROUTINES, THREADS, PROCESSES = "speval, coroutines", "speval, a thread", "speval, 2 processes"
 
-_coroutines = speval_with(ASYNC, {"nothing": {"concurrency": 100}, "sleep": {"concurrency": AT_ONCE["sleep"]}})
+_coroutines = speval_with(
+    ASYNC, {"nothing": {"concurrency": 100}} | {work: {"concurrency": most} for work, most in AT_ONCE.items()}
+)
 _threads = speval_with(PLAIN, {"nothing": {"executor": "thread"}, "sleep": {"executor": "thread", "concurrency": 100}})
 _processes = speval_with(PLAIN, {"nothing": {"executor": "process", "concurrency": 2}})
 

@@ -88,7 +88,7 @@ def _of_size(found: Figures) -> Iterator[Goal]:
 
 
 def _ratio(one: Any, other: Any) -> float | None:
-    return one / other if one and other else None
+    return one / other if one and other and one > 0 < other else None
 
 
 def goal_table(found: Figures) -> str:

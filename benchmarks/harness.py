@@ -134,10 +134,11 @@ def medians(figures: Sequence[Figures]) -> Figures:
 
 
 def machine() -> Figures:
-    """Return what the figures depend on."""
+    """Return what the figures depend on, the load of the minute before included."""
     system = f"{platform.system()} {platform.release()}"
     versions = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
-    return {"at": datetime.now(UTC).date().isoformat(), "system": system, "cores": os.cpu_count(), **versions}
+    at, load = datetime.now(UTC).date().isoformat(), round(os.getloadavg()[0], 1)
+    return {"at": at, "system": system, "cores": os.cpu_count(), "load": load, **versions}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,11 +1,11 @@
 """speval beside its peers: evaluations of a function that does nothing, one that sleeps and one that computes.
 
-Owns the tables ``peers`` and ``work``. Invariant: all take turns, and each is measured as one started process.
+Owns the tables ``peers``, ``work`` and ``sleeps``. Invariant: all take turns, and each is measured as one started process.
 """
 
 from functools import partial
 
-from .candidates import CANDIDATES, LIMIT
+from .candidates import AT_ONCE, CANDIDATES, COROUTINES, GATHER, LIMIT
 from .harness import Figures, by_turns, measured, per_second, shown, table
 from .work import SHOWN
 
@@ -19,7 +19,7 @@ def count_of(name: str, work: str, share: float) -> int:
     if work == "nothing":
         count = candidate.count
     else:
-        at_once = candidate.slots if work == "sleep" else 2 if "2 processes" in name else 1
+        at_once = candidate.slots if work in AT_ONCE else 2 if "2 processes" in name else 1
         count = min(candidate.count, int(_SECONDS / 0.01 * at_once))
     return max(20, int(count * share))
 
@@ -27,9 +27,9 @@ def count_of(name: str, work: str, share: float) -> int:
 def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
     """Measure all candidates with all kinds of work; ``pythons`` has the interpreter of those with their own."""
     found: Figures = {}
-    for work in ("nothing", "sleep", "compute"):
+    for work in ("nothing", "sleep", "sleep_50ms", "compute"):
         entries = {}
-        for name in CANDIDATES:
+        for name in (COROUTINES, GATHER) if work == "sleep_50ms" else CANDIDATES:
             count = count_of(name, work, share)
             given = pythons.get(name, pythons[""])
             entries[name] = partial(
@@ -55,13 +55,22 @@ def tables(found: Figures) -> dict[str, str]:
         rows.append([name, durable, shown(rate) if rate else figures["why_not"], shown(ratio, 2), shown(cost, 2)])
     head = ["candidate", "durable", " evaluations/s", " beside the sqlite3 loop", " µs of CPU each"]
     works = []
-    for name in nothing:
-        sleep, compute = (found[work][name]["per_second"] for work in ("sleep", "compute"))
-        works.append([name, str(CANDIDATES[name].slots), shown(sleep), shown(compute)])
-    work_head = [
-        "candidate",
-        " at once, of those that sleep",
-        f" {SHOWN['sleep']}, evaluations/s",
-        f" {SHOWN['compute']}, evaluations/s",
-    ]
-    return {"peers": table(head, rows), "work": table(work_head, works)}
+    for name, candidate in CANDIDATES.items():
+        sleep, compute = found["sleep"][name], found["compute"][name]
+        cost = shown(1e6 * sleep["cpu"] / sleep["evaluations"], 2) if sleep["per_second"] else ""
+        works.append([name, str(candidate.slots), shown(sleep["per_second"]), cost, shown(compute["per_second"])])
+    units = [f"{SHOWN[work]}, evaluations/s" for work in ("sleep", "compute")]
+    work_head = ["candidate", " of those that sleep, at once", f" {units[0]}", " µs of CPU each", f" {units[1]}"]
+    return {"peers": table(head, rows), "work": table(work_head, works), "sleeps": _sleeps(found)}
+
+
+def _sleeps(found: Figures) -> str:
+    """Return the table that tells what sleeping coroutines cost beside those that are not recorded."""
+    rows = []
+    for work in AT_ONCE:
+        ours, theirs = found[work][COROUTINES], found[work][GATHER]
+        rates = [one["per_second"] for one in (ours, theirs)]
+        costs = [1e6 * one["cpu"] / one["evaluations"] for one in (ours, theirs)]
+        rows.append([SHOWN[work], *map(shown, rates), shown(rates[0] / rates[1]), *(shown(cost, 2) for cost in costs)])
+    head = ["1000 at once, of", f" {COROUTINES}, evaluations/s", f" {GATHER}", " the one beside the other"]
+    return table([*head, " µs of CPU each, speval", " µs of CPU each, gather"], rows)

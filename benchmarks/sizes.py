@@ -103,30 +103,30 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
                 file.unlink()
             return measured(f"{here}:whole", folder=done, count=big, executor=executor)
 
-        entries: dict[str, Callable[[], Figures]] = {}
+        small, large = {}, {}
         for executor in ("coroutine", "thread"):
-            for count in (1, 1_000):
-                small = partial(measured, f"{here}:whole", count=count, executor=executor)
-                entries[f"{executor}|{count}"] = lambda small=small: medians([small() for _ in range(_SMALL)])
-            entries[f"{executor}|{big // 10}"] = partial(measured, f"{here}:whole", count=big // 10, executor=executor)
-            entries[f"{executor}|{big}"] = partial(kept, executor)
-        whole_spaces = by_turns(min(rounds, 3), entries)
-        for key, one in whole_spaces.items():
+            for count in (1, 1_000, big // 10):
+                one = partial(measured, f"{here}:whole", count=count, executor=executor)
+                (large if count > 1_000 else small)[f"{executor}|{count}"] = one
+            large[f"{executor}|{big}"] = partial(kept, executor)
+        by_round = [by_turns(_SMALL, small) | by_turns(1, large) for _ in range(min(rounds, 3))]
+        whole_spaces = {key: medians([one[key] for one in by_round]) for key in small | large}
+        for key, figures in whole_spaces.items():
             executor, count = key.split("|")
             # What a call with one evaluation takes is the price of a call.
-            one["each"] = 1e6 * (one["seconds"] - whole_spaces[f"{executor}|1"]["seconds"]) / int(count)
+            figures["each"] = 1e6 * (figures["seconds"] - whole_spaces[f"{executor}|1"]["seconds"]) / int(count)
 
         def put_back_and_do() -> Figures:
             measured(f"{here}:put_back", folder=done, count=big)
             return measured(f"{here}:whole", folder=done, count=big, executor="coroutine")
 
         few = partial(measured, f"{here}:whole", count=big // _LEFT, executor="coroutine")
-        last = by_turns(rounds, {"alone": few, "last": put_back_and_do})
+        last = by_turns(min(rounds, 3), {"alone": few, "last": put_back_and_do})
         for one in last.values():
             one["each"] = 1e6 * one["span"] / (big // _LEFT - 1)
         measured(f"{here}:put_back", folder=done, count=big)
         moments = by_turns(
-            rounds,
+            min(rounds, 3),
             {
                 "seed": partial(measured, f"{here}:first_call", count=big),
                 "resume": partial(measured, f"{here}:first_call", folder=done, count=big),

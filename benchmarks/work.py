@@ -43,6 +43,11 @@ async def sleep_async(args: Any) -> Any:
     return args
 
 
+async def sleep_50ms_async(args: Any) -> Any:
+    await asyncio.sleep(0.05)
+    return args
+
+
 async def compute_async(args: Any) -> Any:
     return compute(args)
 
@@ -50,6 +55,17 @@ async def compute_async(args: Any) -> Any:
 PLAIN: dict[str, Callable[[Any], Any]] = {
     "nothing": nothing, "sleep": sleep, "compute": compute, "compute_1ms": compute_1ms
 }  # fmt: skip
-ASYNC: dict[str, Callable[[Any], Any]] = {"nothing": nothing_async, "sleep": sleep_async, "compute": compute_async}
+ASYNC: dict[str, Callable[[Any], Any]] = {
+    "nothing": nothing_async,
+    "sleep": sleep_async,
+    "compute": compute_async,
+    "sleep_50ms": sleep_50ms_async,
+}
 # The unit of each, for the heads of tables.
-SHOWN = {"nothing": "nothing", "sleep": "10 ms of sleep", "compute": "10 ms of CPU", "compute_1ms": "1 ms of CPU"}
+SHOWN = {
+    "nothing": "nothing",
+    "sleep": "10 ms of sleep",
+    "compute": "10 ms of CPU",
+    "compute_1ms": "1 ms of CPU",
+    "sleep_50ms": "50 ms of sleep",
+}

@@ -1,13 +1,22 @@
 """Four hosts share the evaluations of one PostgreSQL database, and two of them have bad luck.
 
-The hosts are namespaces of this machine, each with a network, a host name and process numbers of its own, on a bridge between
-them. One of them is cut off from the network for longer than its lease, another one loses its power. Every evaluation is
-completed once.
+Shows:
+    A PostgreSQL database in place of a file. The hosts are namespaces of this machine, each with a network, a host name and
+    process numbers of its own, on a bridge between them. One of them is cut off from the network for longer than its lease,
+    another one loses its power. Every evaluation is completed once.
 
-Run as root on Linux, with a server that the bridge's network may use: listen_addresses = '*' and, in pg_hba.conf,
-"host all all 10.91.0.0/24 trust":
+Run:
+    As root on Linux, with a server that the bridge's network may use: listen_addresses = '*' and, in pg_hba.conf,
+    "host all all 10.91.0.0/24 trust".
 
-    python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?space=four_hosts
+    $ python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?space=four_hosts
+
+Prints:
+    ada's cable is pulled, and grace's power fails
+    ada's cable is back
+    all 240 completed as they should be: True
+    ended well: ['ada', 'barbara', 'frances']
+    evaluated by all: True
 """
 
 import os

@@ -16,9 +16,9 @@ from typing import Any
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
-from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
+from .model import Durability, EvalSpace, Evaluation, OnChanged, Outputs, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database, checked_status
-from .progress import shown
+from .progress import progress
 from .source import Source, is_source
 from .space import Space
 from .stores import make_store
@@ -62,7 +62,7 @@ async def speval(
             or async, that is given a function ``ended`` and yields pairs of a name and args, or None for "nothing until
             more has ended". ``ended()``, to be awaited in an async one, returns the evaluations that have ended since it was
             last called, whoever has recorded them, at first all. With such a space the call speaks of all that is stored.
-        db: The database's file name; made if it is missing, with its folders.
+        db: A file name, made if it is missing, with its folders; or the URL of a PostgreSQL database, ``postgresql://host/name``.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
         executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"``, ``"process"``, or an executor of
@@ -139,7 +139,7 @@ def as_completed(
     Args:
         func: See ``speval``, as for all others.
         eval_space: Read when the loop starts.
-        db: The database's file name.
+        db: The database: a file name or a URL.
         timeout: Seconds an evaluation may run.
         concurrency: Evaluations this call runs at once; they go on while the loop's body runs.
         executor: Where the function runs.
@@ -180,7 +180,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
     """Read evaluations from a database, without changing it and without waiting for anybody.
 
     Args:
-        db: The database's file name, also one of speval 0.1.1.
+        db: The database: a file name, also of one of speval 0.1.1, or a URL.
         status: Only those of this status. None: all.
 
     Returns:
@@ -213,7 +213,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
     What the earlier attempts brought stays recorded in the table ``attempts``.
 
     Args:
-        db: The database's file name.
+        db: The database: a file name or a URL.
         names: Which ones. None: all of that status.
         status: ``"failed"``, or ``"completed"`` to evaluate again what has a result. Those of another status stay as they are.
 
@@ -244,28 +244,33 @@ async def evaluated(
 ) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
-        worker = make_worker(func, space, db, options)
-        await worker.start()
-        try:
-            async with shown(worker, options.progress):
-                await worker.wait()
-            return worker.tell(await worker.summary())
-        finally:
-            await worker.close()
+        with progress(options.progress) as bar:
+            worker = make_worker(func, space, db, options, bar.outputs)
+            await worker.start()
+            try:
+                async with bar.shown(worker):
+                    await worker.wait()
+                return worker.tell(await worker.summary())
+            finally:
+                await worker.close()
     finally:
         space.close()
 
 
 def make_worker(
-    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+    func: Callable[[Any], Any],
+    space: Space | Source,
+    db: str | PathLike[str] | Database,
+    options: Options,
+    outputs: Outputs = (None, None),
 ) -> Worker:
-    """Return a worker that has not begun."""
+    """Return a worker that has not begun; ``outputs`` is where worker processes print, if not where this one does."""
     if hasattr(sys, "speval_loading"):
         raise CalledInWorkerError("speval")
     clock = Clock()
     options.failure_limit(space.count)  # refused before anything is begun
     store = make_store(checked_database(db), "create", options.durability, clock)
-    return Worker(space, store, make_executor(func, options, clock), options, clock)
+    return Worker(space, store, make_executor(func, options, clock, outputs), options, clock)
 
 
 async def batches(
@@ -273,17 +278,18 @@ async def batches(
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
-        worker = make_worker(func, space, db, options)
-        await worker.start()
-        try:
-            async with shown(worker, options.progress):
-                async with aclosing(_ended(worker, space.count)) as ended:
-                    async for batch in ended:
-                        yield batch
-                await worker.wait()
-            worker.tell(await worker.summary())
-        finally:
-            await worker.close()
+        with progress(options.progress) as bar:
+            worker = make_worker(func, space, db, options, bar.outputs)
+            await worker.start()
+            try:
+                async with bar.shown(worker):
+                    async with aclosing(_ended(worker, space.count)) as ended:
+                        async for batch in ended:
+                            yield batch
+                    await worker.wait()
+                worker.tell(await worker.summary())
+            finally:
+                await worker.close()
     finally:
         space.close()
 

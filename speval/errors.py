@@ -173,7 +173,7 @@ class ForeignDatabaseError(DatabaseError):
     """The file is something else than a database of speval."""
 
     def __init__(self, db: str, found: str) -> None:
-        super().__init__(db, f"not a database of speval but {found}; it was left as it is. Choose another file name")
+        super().__init__(db, f"not a database of speval but {found}; it was left as it is. Choose another name")
         self.args = (db, found)
 
 

@@ -126,7 +126,7 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
     The database is not changed, and nobody is kept waiting.
 
     Args:
-        db: The database's file name.
+        db: The database: a file name or a URL.
         status: Only those of this status. None: all.
         library: Whose data frame: ``"pandas"`` or ``"polars"``; ``speval[pandas]`` and ``speval[polars]`` install them.
 

@@ -29,6 +29,7 @@ __all__ = [
     "Health",
     "OnChanged",
     "Outcome",
+    "Outputs",
     "Overview",
     "Pairs",
     "Result",
@@ -50,6 +51,7 @@ Function = Callable[[Any], Any]
 Pairs = Iterable[tuple[str, Any] | None] | AsyncIterable[tuple[str, Any] | None]
 EvalSpace = Mapping[str, Any] | Iterable[Any] | AsyncIterable[Any] | Callable[[Callable[[], Any]], Pairs]
 RetryOn = tuple[type[BaseException], ...]
+Outputs = tuple[int | None, int | None]  # what a worker process gets as stdout and stderr; None: what this process has
 # cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
 Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]

@@ -57,7 +57,7 @@ def speval(
     Args:
         func: The function, plain or async, of one argument.
         eval_space: Args by name, or an iterable of args; read once, in the calling thread.
-        db: The database's file name.
+        db: The database: a file name or a URL.
         timeout: Seconds an evaluation may run.
         concurrency: Evaluations this call runs at once.
         executor: Where the function runs; coroutines run in a loop of their own.
@@ -121,7 +121,7 @@ def as_completed(
     Args:
         func: The function, plain or async, of one argument.
         eval_space: Args by name, or an iterable of args; read when the loop starts.
-        db: The database's file name.
+        db: The database: a file name or a URL.
         timeout: Seconds an evaluation may run.
         concurrency: Evaluations this call runs at once; they go on while the loop's body runs.
         executor: Where the function runs.
@@ -162,7 +162,7 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
     """Read evaluations from a database; ``aio.load_evals`` tells more.
 
     Args:
-        db: The database's file name.
+        db: The database: a file name or a URL.
         status: Only those of this status. None: all.
 
     Returns:
@@ -179,7 +179,7 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
     """Put evaluations back to pending with a fresh attempt budget; ``aio.retry`` tells more.
 
     Args:
-        db: The database's file name.
+        db: The database: a file name or a URL.
         names: Which ones. None: all of that status.
         status: ``"failed"`` or ``"completed"``.
 

@@ -133,6 +133,13 @@ class Worker:
             logger.warning("stored with other args than given now, and kept: %s", counted(seeded.changed))
 
     @property
+    def busy(self) -> tuple[int, int]:
+        """Return how many evaluations run here right now, and how many the worker holds in all."""
+        held = sum(len(claims) for claims, _ in self._running.values())
+        held += len(self._ready) + len(self._ended) + len(self._released)
+        return min(held, self._concurrency), held
+
+    @property
     def is_done(self) -> bool:
         """Return whether the worker has ended."""
         return self._task is None or self._task.done()
@@ -274,7 +281,9 @@ class Worker:
         free = self._concurrency - len(self._running)
         idle = max(0, free - len(self._ready))
         # Evaluations much shorter than a commit are claimed many at a time; long ones never before a slot is free for them.
-        target = 0 if self._is_slow else min(_MOST_AHEAD, int(_AHEAD * self._concurrency / max(self._mean, 1e-6)))
+        # Where more than that run at once, what ends during one commit is more than that too.
+        most = max(_MOST_AHEAD, 2 * self._concurrency)
+        target = 0 if self._is_slow else min(most, int(_AHEAD * self._concurrency / max(self._mean, 1e-6)))
         return idle, max(0, target - max(0, len(self._ready) - free))
 
     def _is_finished(self) -> bool:

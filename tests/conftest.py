@@ -229,7 +229,8 @@ class Terminal:
         self._master = master
         self._read = threading.Thread(target=self._follow, name="terminal", daemon=True)
         # TERM is what pyte understands; a terminal inherited from whoever runs the tests would be another one.
-        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+        own = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED", "PYTHONIOENCODING")
+        env = {k: v for k, v in os.environ.items() if k not in own}
         self.process = subprocess.Popen(
             command,
             cwd=folder,

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import random
 import sqlite3
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from speval import ArgsChangedError, aio, as_completed, speval
 
-from .conftest import open_files, our_threads, rows
+from .conftest import exists, open_files, our_threads, rows, wait_for
 from .test_process import children
 
 
@@ -25,6 +26,9 @@ async def quick(args):
 
 def assert_nothing_held(db):
     """Fail if a lock, a claim or a live worker is left."""
+    if isinstance(db, str):
+        assert_nothing_held_on_the_server(db)
+        return
     if not db.exists():
         return
     connection = sqlite3.connect(db, isolation_level=None, timeout=0)
@@ -35,6 +39,15 @@ def assert_nothing_held(db):
         assert connection.execute("SELECT count(*) FROM states WHERE worker IS NOT NULL OR status IN (1, 4)").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM workers WHERE ended_at IS NULL").fetchone() == (0,)
     connection.close()
+
+
+def assert_nothing_held_on_the_server(url):
+    """Fail if a connection, a claim or a live worker is left."""
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'speval'"
+    wait_for(lambda: rows(url, connections) == [(0,)])
+    if exists(url):
+        assert rows(url, "SELECT count(*) FROM running") == [(0,)]
+        assert rows(url, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
 
 
 def steps_until_cancelled(db, make, step):
@@ -95,8 +108,24 @@ def test_cancelled_at_every_step_nothing_is_held(tmp_path, call):
         assert children(os.getpid()) == before
 
 
+@pytest.mark.parametrize("call", ["coroutines", "threads", "as_completed", "load_evals"])
+async def test_cancelled_at_any_moment_of_its_talk_with_a_server_nothing_is_held(postgres, space, call):
+    url = postgres.url(space=space)
+    if call == "load_evals":
+        await aio.speval(quick, range(3000), url, concurrency=100)
+    for number in range(24):
+        if number % 3 == 0 and call != "load_evals":
+            url = postgres.url(space=f"{space}_{number}")  # one that is yet to be made
+        task = asyncio.create_task(CALLS[call](url))
+        await asyncio.sleep(random.uniform(0, 0.08))
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(assert_nothing_held, url)
+
+
 @pytest.mark.parametrize("delay", [0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.05, 0.1])
-async def test_cancelled_at_any_time_the_next_run_completes_the_rest_and_repeats_nothing_finished(db, delay):
+async def test_cancelled_at_any_time_the_next_run_completes_the_rest_and_repeats_nothing_finished(anywhere, delay):
     calls = []
 
     async def function(args):
@@ -104,22 +133,22 @@ async def test_cancelled_at_any_time_the_next_run_completes_the_rest_and_repeats
         calls.append(args)
         return args
 
-    task = asyncio.create_task(aio.speval(function, range(200), db, concurrency=5))
+    task = asyncio.create_task(aio.speval(function, range(200), anywhere, concurrency=5))
     await asyncio.sleep(delay)
     task.cancel()
     with suppress(asyncio.CancelledError):  # a quick machine may be done by then
         await task
-    assert_nothing_held(db)
+    assert_nothing_held(anywhere)
     before = len(calls)
-    done = len(await aio.load_evals(db, status="completed")) if db.exists() else 0
+    done = len(await aio.load_evals(anywhere, status="completed")) if exists(anywhere) else 0
     assert done == before  # what had returned was recorded, whenever the cancellation came
-    summary = await aio.speval(function, range(200), db, concurrency=5)
+    summary = await aio.speval(function, range(200), anywhere, concurrency=5)
     assert summary.completed == 200
     assert sorted(calls) == list(range(200))
-    assert {e["attempts"] for e in await aio.load_evals(db)} == {1}
+    assert {e["attempts"] for e in await aio.load_evals(anywhere)} == {1}
 
 
-async def test_cancelling_charges_no_attempt(db):
+async def test_cancelling_charges_no_attempt(anywhere):
     started = asyncio.Event()
 
     async def function(args):
@@ -128,16 +157,16 @@ async def test_cancelling_charges_no_attempt(db):
 
     for _ in range(5):
         started.clear()
-        task = asyncio.create_task(aio.speval(function, [1], db, max_attempts=1))
+        task = asyncio.create_task(aio.speval(function, [1], anywhere, max_attempts=1))
         await started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    (evaluation,) = await aio.load_evals(db)
+    (evaluation,) = await aio.load_evals(anywhere)
     assert (evaluation["status"], evaluation["attempts"]) == ("pending", 0)
 
 
-async def test_what_had_finished_when_the_cancellation_came_is_recorded(db):
+async def test_what_had_finished_when_the_cancellation_came_is_recorded(anywhere):
     finished = asyncio.Event()
 
     async def function(args):
@@ -146,12 +175,12 @@ async def test_what_had_finished_when_the_cancellation_came_is_recorded(db):
         finished.set()
         return "answer"
 
-    task = asyncio.create_task(aio.speval(function, [0, 1], db, concurrency=2))
+    task = asyncio.create_task(aio.speval(function, [0, 1], anywhere, concurrency=2))
     await finished.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert [e["status"] for e in await aio.load_evals(db)] == ["completed", "pending"]
+    assert [e["status"] for e in await aio.load_evals(anywhere)] == ["completed", "pending"]
 
 
 async def locked(db):

@@ -2,16 +2,22 @@
 
 import csv
 import io
+import itertools
 import json
+import math
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 
-from speval import load_evals, speval
+from speval import SpevalError, load_evals, speval
+from speval.cli.commands import speval as command
 
 from .conftest import WAIT, wait_for
 
@@ -509,7 +515,7 @@ def test_watch_notices_when_its_database_is_taken_away(filled, call, tmp_path):
 LOOKING = [
     ["status"], ["status", "--json"], ["watch"], ["watch", "--json"], ["ls"], ["ls", "--json"], ["ls", "--names"],
     ["show", "a"], ["show", "[b]old\x1b[2J"], ["show", "c"], ["show", "c", "--json"], ["best", "loss", "--min", "-n", "9"],
-    ["best", "loss", "--min", "-n", "9", "--json"], ["doctor"], ["doctor", "--json"],
+    ["best", "loss", "--min", "-n", "9", "--json"], ["doctor"], ["doctor", "--json"], ["export", "-f", "jsonl"],
 ]  # fmt: skip
 
 
@@ -526,6 +532,14 @@ def test_nothing_stored_is_obeyed_by_a_terminal_or_taken_for_markup(filled, call
     assert b"\x1b]0" not in seen.raw
     for kept in (b"[b]old", b"[bold]red[/bold]", b"[red]x[/red] :smile:"):
         assert seen.raw.count(kept) >= piped.count(kept) // 2
+
+
+def test_a_table_on_a_terminal_is_fit_for_it_and_in_a_file_is_exact(filled, call, terminal):
+    seen = terminal(COMMAND, "export", "runs.db", columns=300, lines=50)
+    assert seen.end() == 0
+    assert b"\x1b" not in seen.raw
+    assert b"\x07" not in seen.raw
+    assert [row["name"] for row in csv.DictReader(io.StringIO(call("export", "runs.db").stdout))][1] == "[b]old\x1b[2J"
 
 
 @pytest.mark.parametrize("arguments", [a for a in LOOKING if "watch" not in a], ids=lambda a: ascii(" ".join(a)))
@@ -575,6 +589,55 @@ def test_a_database_of_0_1_1_is_looked_at_without_changing_it(tmp_path, call):
     assert "attempt 1 completed" in call("show", "old.db", "0").stdout
     assert "speval 0.1.1" in call("doctor", "old.db").stdout
     assert db.read_bytes() == before
+
+
+def test_whatever_a_stranger_has_written_is_shown_or_refused_by_name(filled, capsys, monkeypatch):
+    # In this process, because there are many of them.
+    monkeypatch.setattr("speval.cli.watch._Looks.pause", lambda self: signal.raise_signal(signal.SIGINT))
+    commands = [["status"], ["status", "--json"], ["ls"], ["ls", "--json"], ["show", "a"], ["show", "c"], ["doctor"]]
+    commands += [["doctor", "--json"], ["best", "loss", "--min"], ["export", "-f", "jsonl"], ["watch"], ["watch", "--json"]]
+    hostile = ["x\x1b[31m", b"\xff\xfe", None, 2**62, math.inf]
+    connection = sqlite3.connect(filled)
+    tables = ("evaluations", "states", "attempts", "workers", "meta")
+    columns = [(table, row[1]) for table in tables for row in connection.execute(f"PRAGMA table_info({table})")]
+    connection.close()
+    whole = filled.read_bytes()
+    for (table, column), value in itertools.product(columns, hostile):
+        filled.write_bytes(whole)
+        connection = sqlite3.connect(filled)
+        with suppress(sqlite3.IntegrityError, OverflowError), connection:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? WHERE {column} = (SELECT max({column}) FROM {table})", (value,)
+            )
+        connection.close()
+        for name, *rest in commands:
+            with suppress(SpevalError, click.ClickException, click.Abort, KeyboardInterrupt):
+                command.main([name, str(filled), *rest], prog_name="speval", standalone_mode=False)
+            assert "\x1b" not in capsys.readouterr().out, (table, column, value, name)
+
+
+def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, call, postgres, terminal):
+    url = postgres.url(space="command", password="sesame")
+    call("run", "tune:train", url, "--space", "grid:lr=0.1,0.2;depth=2,8", code=1)
+    assert lines(call("status", url))[0] == "4 evaluations: 2 completed, 2 failed (2 exception)"
+    assert lines(call("ls", url, "--names", "--match", "*depth=2")) == ["lr=0.1;depth=2", "lr=0.2;depth=2"]
+    assert "ValueError: too deep" in call("show", url, "lr=0.1;depth=8").stdout
+    assert json.loads(call("best", url, "loss", "--min", "--json").stdout)["value"] == 0.5
+    assert len(lines(call("export", url, "-f", "jsonl"))) == 4
+    assert "integrity" in call("doctor", url).stdout or "speval" in call("doctor", url).stdout
+    call("pause", url)
+    call("set", url, "concurrency", "3")
+    assert "paused, concurrency set to 3" in call("status", url).stdout
+    call("resume", url)
+    assert lines(call("drop", url, "--cause", "exception", "-y")) == ["2 evaluations dropped"]
+    assert lines(call("retry", url, "-s", "completed", "lr=0.1;depth=2")) == ["1 evaluation put back"]
+    call("run", "tune:train", url, "--space", "grid:lr=0.1,0.2;depth=2")
+    seen = terminal(COMMAND, "watch", url, columns=140)
+    assert seen.end() == 0
+    assert "2 evaluations: 2 completed" in seen.text()
+    assert b"sesame" not in seen.raw
+    assert "no evaluation is named 'x'" in (told := complaint(call("show", url, "x", code=2)))
+    assert "sesame" not in told
 
 
 def test_help_is_there_for_everything_and_completion_for_three_shells(call):

@@ -58,14 +58,14 @@ def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(tmp
     labels = {kill.label for kill in kills}
     assert {"_create", "_journal_mode", "close"} < labels
     # How many commits a run needs differs from run to run, so a single late one, such as the last, can be stepped over.
-    assert {f"commit of {what}" for what in ("migrate", "add", "settle", "record")} < labels
+    assert {f"commit of {what}" for what in ("migrate", "fill", "record")} < labels
     assert {kill.side for kill in kills} == {"before", "after"}
     assert [fault for kill in kills for fault in faults_after(kill, count)] == []
 
 
 def test_killed_at_any_chunk_while_seeding_thirty_thousand_the_next_start_seeds_the_rest(tmp_path):
     kills = kill_at_each_step(tmp_path, Scenario(30_000, points=[5, 6, 7]))
-    assert {kill.label for kill in kills} == {"commit of add"}
+    assert {kill.label for kill in kills} == {"commit of fill"}
     assert [kill.side for kill in kills] == ["before"] * 3 + ["after"] * 3
     stored = [rows(kill.db, "SELECT count(*) FROM states") for kill in kills]
     assert stored == [[(count,)] for count in (0, 10_000, 20_000, 10_000, 20_000, 30_000)]

@@ -205,7 +205,7 @@ async def test_a_newer_schema_is_refused_saying_what_to_install(db):
 # Names and folders
 
 
-@pytest.mark.parametrize("name", [":memory:", "", "postgresql://user:secret@host/db", "file:runs.db", "a\0b"])
+@pytest.mark.parametrize("name", [":memory:", "", "mysql://user:secret@host/db", "file:runs.db", "a\0b"])
 async def test_what_is_no_file_name_is_refused_without_repeating_a_password(name):
     for call in (aio.speval(double, [1], name), aio.load_evals(name), aio.retry(name)):
         with pytest.raises(OptionError, match="db=") as caught:
@@ -276,7 +276,7 @@ def test_the_file_says_whose_it_is(db):
 
 UNPRIVILEGED = """
 import os, sys, json
-import speval, speval.stores.sqlite, speval.executors.thread
+import speval, speval.stores.sqlite, speval.executors.thread, speval.screen
 import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:

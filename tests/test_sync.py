@@ -308,6 +308,6 @@ def test_a_progress_bar_shows_in_a_terminal_and_not_elsewhere(terminal, scripts,
     program = terminal(code)
     wait_for(program.has_ended)
     assert "8/8" in program.read()
-    assert "failed=1" in program.read()
+    assert "1 failed" in program.read()
     db.unlink()
     assert "8/8" not in scripts.run(code).stderr

@@ -20,6 +20,7 @@ import click
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
 from .params import database, filters, opened
+from .text import json_line, shown
 
 __all__ = ["export"]
 
@@ -64,7 +65,7 @@ def export(
                 _write_csv(found, file)
             else:
                 for evaluation in found:
-                    file.write(json.dumps(flattened(evaluation) if flat else evaluation).encode() + b"\n")
+                    file.write(json_line(flattened(evaluation) if flat else evaluation).encode())
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
         for evaluation in evaluations:
             row = flattened(evaluation)
             seen.update(dict.fromkeys(row))
-            spool.write(json.dumps(row).encode() + b"\n")
+            spool.write(json_line(row).encode())
         spool.seek(0)
         columns = ordered(seen)
         lines = _Encoded(file)
@@ -114,12 +115,15 @@ def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
 
 
 class _Encoded:
-    """Takes text and writes UTF-8; a wrapper of io's would close what it wraps."""
+    """Takes text and writes UTF-8; a wrapper of io's would close what it wraps. A terminal gets what is fit for it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._is_terminal = file.isatty()
 
     def write(self, text: str) -> int:
+        if self._is_terminal:
+            text = shown(text, lines=True)
         return self._file.write(text.encode("utf-8", "surrogatepass"))
 
 

@@ -18,8 +18,9 @@ import click
 from .. import __version__
 from ..flat import flattened
 from ..model import Attempt, Cause, Evaluation, Overview, Status, counted
+from ..text import rate, span
 from .params import as_json, database, filters, named, opened
-from .text import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, span, spelled
+from .text import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, spelled
 
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 
@@ -43,7 +44,7 @@ def status(db: str, exit_code: bool, as_json: bool) -> int:
             more = worker.running - len(worker.runs)
             style = STYLES.get(worker.state, "")
             line(
-                f"worker {shown(worker.worker)} ", (worker.state, style), f" for {since}, runs {runs or 'nothing'}",
+                f"worker {shown(worker.worker)} ", (worker.state, style), f", started {since} ago, runs {runs or 'nothing'}",
                 f" and {more} more" if more > 0 else "",
             )  # fmt: skip
         for last in seen.failures:
@@ -61,11 +62,12 @@ def causes_text(seen: Overview) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in sorted(seen.causes.items()))
 
 
-def counts_text(seen: Overview) -> list[Cell]:
+def counts_text(seen: Overview, *, with_causes: bool = True) -> list[Cell]:
     """Return how many evaluations stand where."""
     parts: list[Cell] = [f"{counted(seen.total)}: ", (f"{seen.completed} completed", STYLES["completed"])]
     if seen.failed:
-        parts += [", ", (f"{seen.failed} failed ({causes_text(seen)})", STYLES["failed"])]
+        causes = f" ({causes_text(seen)})" if with_causes else ""
+        parts += [", ", (f"{seen.failed} failed{causes}", STYLES["failed"])]
     if seen.in_progress:
         parts += [", ", (f"{seen.in_progress} in progress", STYLES["in_progress"])]
     if seen.pending:
@@ -78,16 +80,9 @@ def progress_text(seen: Overview) -> list[Cell]:
     alive = sum(worker.state == "alive" for worker in seen.workers)
     parts: list[Cell] = [counted(alive, "worker") if alive else "no worker"]
     if seen.rate is not None:
-        rate = seen.rate
-        parts.append(
-            f", {rate:.3g} a second"
-            if rate >= 1
-            else f", {rate * 60:.3g} a minute"
-            if rate * 60 >= 1
-            else f", {rate * 3600:.3g} an hour"
-        )
+        parts.append(f", {rate(seen.rate)}")
     if (left := eta(seen)) is not None:
-        parts.append(f", done in {span(left)}")
+        parts.append(f", {span(left)} left")
     if seen.settings.paused:
         parts += [", ", ("paused", STYLES["paused"])]
     if seen.settings.concurrency is not None:

@@ -27,10 +27,10 @@ __all__ = [
     "failure",
     "instant",
     "isatty",
+    "json_line",
     "line",
     "print_json",
     "shown",
-    "span",
     "spelled",
     "text",
 ]
@@ -48,18 +48,18 @@ def shown(value: str, *, lines: bool = False) -> str:
     """Return a text with whatever is not printable spelled out, as in Python.
 
     Args:
-        value: Any text.
+        value: Any text; in a file that somebody has tinkered with, it may be none.
         lines: Whether line breaks and tabs stay.
     """
+    value = str(value)
     if lines:
         return "\n".join(visible(line) for line in value.expandtabs(4).split("\n"))
     return visible(value)
 
 
-def spelled(value: Any, limit: int | None = None) -> str:
-    """Return a value as JSON, cut off after so many characters."""
-    written = shown(json.dumps(value, ensure_ascii=False))
-    return written if limit is None or len(written) <= limit else written[: limit - 1] + "…"
+def spelled(value: Any) -> str:
+    """Return a value as JSON."""
+    return shown(json.dumps(value, ensure_ascii=False))
 
 
 def brief(value: Any) -> str:
@@ -81,37 +81,22 @@ def failure(cause: str, type_: str, message: str) -> str:
     return shown(f"{cause}: {first}")
 
 
-def span(seconds: float | None) -> str:
-    """Return a duration as people say it."""
-    if seconds is None:
-        return ""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s" if seconds >= 0.05 or seconds <= 0 else f"{seconds * 1000:.3g} ms"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{round(whole / 60)} min"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole / 86400:.1f} d"
-
-
 def instant(moment: float | None) -> str:
     """Return a moment in local time."""
     if moment is None:
         return ""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-    except (OverflowError, ValueError, OSError):  # in a file that somebody has tinkered with
-        return str(moment)
+    except (OverflowError, TypeError, ValueError, OSError):  # in a file that somebody has tinkered with
+        return shown(str(moment))
 
 
 def text(*parts: Cell) -> Text:
     """Return parts, each a text or a text and its style, as what rich prints as it is."""
     from rich.text import Text
 
-    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+    fit = [(shown(part[0]), part[1]) if isinstance(part, tuple) else shown(part) for part in parts]
+    return Text.assemble(*fit, no_wrap=True, overflow="ellipsis")
 
 
 @cache
@@ -132,12 +117,21 @@ def line(*parts: Cell) -> None:
     if isatty():
         console().print(text(*parts), soft_wrap=True)
     else:
-        sys.stdout.write("".join(part if isinstance(part, str) else part[0] for part in parts) + "\n")
+        sys.stdout.write("".join(_plain(part) for part in parts) + "\n")
+
+
+def _plain(cell: Cell) -> str:
+    return shown(cell[0] if isinstance(cell, tuple) else cell)
+
+
+def json_line(value: Any) -> str:
+    """Return a value as one line of JSON, in ASCII, so that no terminal obeys anything in it."""
+    return json.dumps(value, default=repr) + "\n"
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON, in ASCII, so that no terminal obeys anything in it."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Print a value as one line of JSON."""
+    sys.stdout.write(json_line(value))
 
 
 def columns(
@@ -154,7 +148,7 @@ def columns(
     if not isatty():
         sys.stdout.write("\t".join(head) + "\n")
         for row in rows:
-            sys.stdout.write("\t".join(cell if isinstance(cell, str) else cell[0] for cell in row) + "\n")
+            sys.stdout.write("\t".join(_plain(cell) for cell in row) + "\n")
         return
     _aligned(head, rows, right, keep)
 

@@ -15,9 +15,10 @@ import click
 
 from ..model import Failure, Overview, WorkerView
 from ..stores.base import Control
+from ..text import span
 from .look import counts_text, eta, progress_text
 from .params import as_json, database, database_name, opened
-from .text import STYLES, console, failure, instant, print_json, shown, span, text
+from .text import STYLES, console, failure, instant, line, print_json, shown, text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -95,7 +96,8 @@ def _follow_lines(control: Control, interval: float, keep: bool) -> Overview:
         now = (seen.pending, seen.in_progress, seen.completed, seen.failed, seen.settings, len(seen.workers))
         if now != before:
             parts = [instant(seen.at), "  ", *counts_text(seen), "; ", *progress_text(seen)]
-            print("".join(part if isinstance(part, str) else part[0] for part in parts), flush=True)  # noqa: T201
+            line(*parts)
+            sys.stdout.flush()
         before = now
         if _is_over(seen, keep):
             return seen
@@ -124,7 +126,10 @@ def picture(db: str, seen: Overview, width: int, height: int) -> Group:
     """Return the picture of a moment, as large as there is room for."""
     from rich.console import Group
 
-    lines = [_title(db, seen, width), _bar(seen, width), text(" ", *counts_text(seen)), text(" ", *progress_text(seen))]
+    counts = text(" ", *counts_text(seen))
+    if counts.cell_len > width:
+        counts = text(" ", *counts_text(seen, with_causes=False))
+    lines = [_title(db, seen, width), _bar(seen, width), counts, text(" ", *progress_text(seen))]
     # The workers have two thirds of the room, if they want it.
     failures = _failures(seen.failures[: max(1, height // 3 - len(lines) + 1)], seen.at)
     room = height - 1 - len(lines) - (len(failures) + 1 if failures else 0)
@@ -191,26 +196,26 @@ def _label(worker: WorkerView) -> str:
 
 def _worker(worker: WorkerView, at: float, label: int, width: int) -> Text:
     state = (f"{worker.state:6}", STYLES.get(worker.state, ""))
-    line = text(f" {_label(worker):{label}}  ", state, f"  {span(max(0.0, at - worker.started_at)):>9}  ")
+    row = text(f" {_label(worker):{label}}  ", state, f"  {span(max(0.0, at - worker.started_at)):>9}  ")
     if not worker.running:
         waits = "waits" if not worker.held else f"holds {worker.held} for their backoff"
-        return line.append(waits if not worker.ahead else f"{worker.ahead} claimed ahead", "dim")
-    left = width - line.cell_len
+        return row.append(waits if not worker.ahead else f"{worker.ahead} claimed ahead", "dim")
+    left = width - row.cell_len
     for i, run in enumerate(worker.runs):
         part = text((shown(run.name), STYLES["in_progress"]), (f" {span(max(0.0, at - run.since))}", "dim"))
         more = worker.running - i - 1
         reserved = len(f"  and {more} more") if more else 0
         if i and part.cell_len + 2 + reserved > left:
-            return line.append(f"  and {more + 1} more", "dim")
+            return row.append(f"  and {more + 1} more", "dim")
         if i:
-            line.append("  ")
+            row.append("  ")
             left -= 2
         else:
             part.truncate(max(8, left - reserved), overflow="ellipsis")
-        line.append_text(part)
+        row.append_text(part)
         left -= part.cell_len
     more = worker.running - len(worker.runs)
-    return line.append(f"  and {more} more", "dim") if more > 0 else line
+    return row.append(f"  and {more} more", "dim") if more > 0 else row
 
 
 def _failures(failures: tuple[Failure, ...], at: float) -> list[Text]:

@@ -12,14 +12,14 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import OptionError
-from ..model import Function
+from ..model import Function, Outputs
 from ..options import Options
 from .base import Executor
 
 __all__ = ["make_executor"]
 
 
-def make_executor(function: Function, options: Options, clock: Clock) -> Executor:
+def make_executor(function: Function, options: Options, clock: Clock, outputs: Outputs = (None, None)) -> Executor:
     """Return the executor that the options ask for.
 
     Raises:
@@ -44,7 +44,7 @@ def make_executor(function: Function, options: Options, clock: Clock) -> Executo
     if chosen == "process":
         from .process import ProcessExecutor
 
-        return ProcessExecutor(blocking, options.retry_on, clock)
+        return ProcessExecutor(blocking, options.retry_on, clock, outputs)
     assert not isinstance(chosen, str)
     from .foreign import ForeignExecutor
 

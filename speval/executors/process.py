@@ -24,7 +24,7 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import FunctionError
-from ..model import Claim, Function, Outcome, RetryOn
+from ..model import Claim, Function, Outcome, Outputs, RetryOn
 from .base import Executor, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
 from .call import outcome
@@ -49,6 +49,7 @@ class ProcessExecutor(Executor):
         function: The function; it is pickled here and now.
         retry_on: Exception types after which an evaluation may be tried again.
         clock: Where the time comes from.
+        outputs: What its processes get as stdout and stderr. None: those of this process.
 
     Raises:
         FunctionError: the function can't be pickled, or there is no interpreter to start.
@@ -57,16 +58,17 @@ class ProcessExecutor(Executor):
     can_stop = True
     takes_many = True
 
-    def __init__(self, function: Function, retry_on: RetryOn, clock: Clock) -> None:
+    def __init__(self, function: Function, retry_on: RetryOn, clock: Clock, outputs: Outputs = (None, None)) -> None:
         if not sys.executable or getattr(sys, "frozen", False):
             raise FunctionError(repr(function), "there is no Python interpreter to start processes with")
         self.clock = clock
+        self._outputs = outputs
         self.payload = _nameless_file()
         # The first worker starts beside all that is still to be done here: pickling the function, opening the database,
         # comparing the space. The import alone takes nearly as long as a bare interpreter's start.
         self._spare: _Process | None = None
         try:
-            self._spare = _Process(self.payload)
+            self._spare = _Process(self.payload, self._outputs)
             from .payload import write_payload
 
             write_payload(self.payload, function, retry_on)
@@ -92,7 +94,7 @@ class ProcessExecutor(Executor):
                 self._spare = self._another()
 
     def _another(self) -> _Process:
-        process = _Process(self.payload)
+        process = _Process(self.payload, self._outputs)
         process.load()
         return process
 
@@ -107,7 +109,7 @@ class ProcessExecutor(Executor):
 class _Process:
     """One worker process."""
 
-    def __init__(self, payload: int) -> None:
+    def __init__(self, payload: int, outputs: Outputs) -> None:
         self._loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         # Fails on a full pipe instead of waiting; a batch has fewer calls than a pipe has room for.
@@ -118,7 +120,14 @@ class _Process:
         # Its own session: Ctrl-C is for the parent to hear, `stty tostop` can't stop it, and it can be killed as a group.
         command = [sys.executable, *_interpreter_flags(), "-P", str(_SCRIPT), *(str(fd) for fd in fds)]
         try:
-            self._popen = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True)
+            self._popen = subprocess.Popen(
+                command,
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=outputs[0],
+                stderr=outputs[1],
+                start_new_session=True,
+            )
         except BaseException:
             ours.close()
             for fd in (tokens, self._tokens_in, self._lifeline):

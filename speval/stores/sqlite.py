@@ -43,6 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _AT_ONCE = (512, 64, 8, 1)  # rows of one statement
+_HEAVY = 10_000_000  # characters of results that are not given to one statement together
 
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
 _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
@@ -475,14 +476,14 @@ class SqliteStore(Store):
         return await self._write(put_back)
 
 
-def _for_rows(c: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]]) -> int:
+def _for_rows(c: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]], at_once: tuple[int, ...] = _AT_ONCE) -> int:
     """Execute a statement for rows, many at once, and return how many rows of the table it has changed.
 
     Each execution gives the GIL away, and has to wait for it afterwards where the event loop is busy.
     """
     changed, start = 0, 0
-    for size in _AT_ONCE:
-        one = f"({', '.join('?' * len(rows[0]))})"
+    one = f"({', '.join('?' * len(rows[0]))})"
+    for size in at_once:
         while len(rows) - start >= size:
             statement = _statement(sql, one, size)
             changed += c.execute(statement, tuple(chain.from_iterable(rows[start : start + size]))).rowcount
@@ -504,7 +505,10 @@ def _end(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> list[Clai
         holder = claim.worker if again else None
         updates.append((status, holder, seq, now, claim.id, claim.attempt, claim.worker))
     if _for_rows(c, _END, updates) == len(updates):
-        _for_rows(c, _ADD_ATTEMPT, [_attempt(u[2], e, now) for u, e in zip(updates, ended, strict=True)])
+        attempts = [_attempt(u[2], e, now) for u, e in zip(updates, ended, strict=True)]
+        # SQLite copies what a statement is given.
+        is_heavy = sum(len(e.outcome.result or "") for e in ended) > _HEAVY
+        _for_rows(c, _ADD_ATTEMPT, attempts, (1,) if is_heavy else _AT_ONCE)
         return []
     # Some are stale, and only their own rows tell which: a good one now points to its row in attempts.
     refused = []

@@ -32,7 +32,8 @@ from ..model import (
 )
 from ..space import name_to_key
 from .base import Control, ControlMode
-from .sqlite_file import SCHEMA, SqliteFile, filesystem, is_network
+from .sqlite_file import SCHEMA, SqliteFile
+from .sqlite_mount import filesystem, is_network
 from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
 
 __all__ = ["SqliteControl"]
@@ -55,8 +56,8 @@ SELECT
     (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
 """
 _CAUSES = """
-SELECT a.outcome, count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 GROUP BY a.outcome
+SELECT CAST(a.outcome AS TEXT), count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
+WHERE s.status = 3 GROUP BY 1
 """
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
@@ -79,6 +80,7 @@ JOIN evaluations AS e ON e.id = s.id JOIN attempts AS a ON a.seq = s.last LEFT J
 WHERE s.status = 3 ORDER BY s.last DESC LIMIT ?
 """
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
+_LAST_UPTO = "SELECT max(seq) FROM attempts WHERE seq <= ?"  # from one to the next that is there, however far apart they are
 _NEXT_ATTEMPT = "SELECT seq, ended_at FROM attempts WHERE seq >= ? ORDER BY seq LIMIT 1"
 _EARLIER_ATTEMPT = "SELECT ended_at FROM attempts WHERE seq <= ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
 
@@ -189,7 +191,7 @@ class SqliteControl(Control):
             settings=settings_of(c),
             workers=workers,
             failures=tuple(
-                Failure(str(name), cause, type_ or "", message or "", attempts, ended_at, _label(worker))
+                Failure(str(name), cause, str(type_ or ""), str(message or ""), attempts, float(ended_at), _label(worker))
                 for name, cause, type_, message, attempts, ended_at, *worker in shown
             ),
         )
@@ -212,11 +214,11 @@ class SqliteControl(Control):
                     host=host,
                     pid=pid,
                     state=state,
-                    started_at=started_at,
+                    started_at=float(started_at),
                     last_seen=last_seen,
                     ended_at=None,
                     lease=lease,
-                    runs=tuple(Running(str(name), since) for name, since in named),
+                    runs=tuple(Running(str(name), float(since)) for name, since in named),
                     running=running,
                     ahead=claimed - running,
                     held=held,
@@ -271,27 +273,32 @@ class SqliteControl(Control):
         return self._file.read(find)
 
     def attempts(self, name: str) -> list[Attempt]:
-        row = self._file.read(lambda c: c.execute(_STANDING, (name_to_key(name),)).fetchone())
+        id, count, upto, found = self._file.read(self._standing, name)
+        while len(found) < count and upto is not None:
+            upto, more = self._file.read(self._attempts, id, name, upto)
+            found += more
+        return sorted(found, key=lambda attempt: attempt.number)
+
+    def _standing(self, c: sqlite3.Connection, name: str) -> tuple[int, int, int | None, list[Attempt]]:
+        """Return an evaluation's id, how many attempts it has had, where to look for them first, and the one under way."""
+        row = c.execute(_STANDING, (name_to_key(name),)).fetchone()
         if row is None:
             raise UnknownNameError(self._file.shown, [name])
         id, code, latest, count, last, updated_at, *worker = row
-        found: list[Attempt] = []
-        if code == 1:
-            found.append(Attempt(latest, _label(worker), updated_at, None, None, None, None, None))
-        upto = last or 0
-        while len(found) < count and upto > 0:
-            found += self._file.read(self._attempts, id, name, max(0, upto - _SPAN), upto)
-            upto -= _SPAN
-        return sorted(found, key=lambda attempt: attempt.number)
+        under_way = [Attempt(int(latest), _label(worker), updated_at, None, None, None, None, None)] if code == 1 else []
+        return id, int(count), None if last is None else int(last), under_way
 
-    def _attempts(self, c: sqlite3.Connection, id: int, name: str, after: int, upto: int) -> list[Attempt]:
+    def _attempts(self, c: sqlite3.Connection, id: int, name: str, upto: int) -> tuple[int | None, list[Attempt]]:
+        """Return where to look further, None at the beginning, and the attempts found in one span of rows."""
+        after = upto - _SPAN
+        (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
         found = []
         for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}):
             number, started_at, ended_at, duration, outcome, result, type_, message, traceback, *worker = row
             value = None if result is None else decoded(self._file.shown, name, result)
             error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)
-            found.append(Attempt(number, _label(worker), started_at, ended_at, duration, outcome, value, error))
-        return found
+            found.append(Attempt(int(number), _label(worker), started_at, ended_at, duration, outcome, value, error))
+        return earlier, found
 
     # Steering
 
@@ -345,9 +352,9 @@ class SqliteControl(Control):
 
     def _drop_attempts(self) -> None:
         """Delete the attempts of what is not there any more; what an interrupted drop has left is found too."""
-        (newest,) = self._file.read(lambda c: c.execute(_MAX_SEQ).fetchone())
-        for low in range(0, newest, _CHUNK):
-            seqs = self._file.read(_nobodys, low, low + _CHUNK)
+        upto: int | None = self._file.read(lambda c: c.execute(_MAX_SEQ).fetchone())[0]
+        while upto is not None:
+            upto, seqs = self._file.read(_nobodys, upto)
             if seqs:
                 self._file.write(self._delete_attempts, json.dumps(seqs))
 
@@ -429,8 +436,10 @@ def _drop(c: sqlite3.Connection, ids: Sequence[int]) -> int:
     return count
 
 
-def _nobodys(c: sqlite3.Connection, after: int, upto: int) -> list[int]:
-    return [seq for (seq,) in c.execute(_NOBODYS, (after, upto))]
+def _nobodys(c: sqlite3.Connection, upto: int) -> tuple[int | None, list[int]]:
+    """Return where to look further, None at the beginning, and the attempts in one span of rows that have no evaluation."""
+    (earlier,) = c.execute(_LAST_UPTO, (upto - _CHUNK,)).fetchone()
+    return earlier, [seq for (seq,) in c.execute(_NOBODYS, (upto - _CHUNK, upto))]
 
 
 def _label(worker: Sequence[Any]) -> str | None:

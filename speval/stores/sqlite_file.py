@@ -11,11 +11,10 @@ import logging
 import os
 import random
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
@@ -32,8 +31,9 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
+from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 
-__all__ = ["SqliteFile", "filesystem", "is_network", "shown_path"]
+__all__ = ["SqliteFile", "shown_path"]
 
 logger = logging.getLogger("speval.store")
 
@@ -47,7 +47,6 @@ COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 
 _PATIENCE = 60.0  # seconds to wait for the lock of another program
 
-_NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
 _TRANSIENT = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
@@ -78,6 +77,7 @@ class SqliteFile:
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
         self.is_empty = False  # nothing in it yet, opened to read
         self.network: str | None = None  # the kind of network filesystem it is on
+        self._freshness: Freshness | None = None
         self._is_current = False
         self._identity: tuple[int, int] | None = None
         self._log: tuple[int, int] | None = None  # the same of the -wal, where there is one
@@ -87,6 +87,8 @@ class SqliteFile:
         self._closed = False
         _check_path(path, self.shown, mode)
         with self._errors():
+            if mode != "read":
+                self._check_mount()
             self.connection = self._connect(mode)
             try:
                 self._recognise(mode)
@@ -166,6 +168,10 @@ class SqliteFile:
             try:
                 if begin == "BEGIN":  # takes its lock only with the first look at the file, which may be refused as well
                     self._patiently(patience, "SELECT 1 FROM sqlite_master LIMIT 1")
+                if self._freshness is not None and not self._freshness.is_fresh():
+                    problem = f"its filesystem ({self.network}) shows this machine old data, without what others have written"
+                    fix = "mount it without caches (direct_io, timeouts of 0), or use a PostgreSQL database"
+                    raise DatabaseError(self.shown, f"{problem}; {fix}; nothing was written")
                 result = self._understanding(work, connection, *args, **kwargs)
                 self._patiently(patience, "COMMIT")
                 return result
@@ -261,6 +267,12 @@ class SqliteFile:
             raise DatabaseError(self.shown, "its folder can't be written to and its -wal file has to be merged; copy both")
         return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
 
+    def _check_mount(self) -> None:
+        """See that there are locks, where that is not to be taken for granted."""
+        with suppress(OSError):  # no folder yet, so a local one, or none that can be made
+            if is_network(kind := filesystem(self.path.parent)):
+                check_locks(self.path, self.shown, str(kind))
+
     def _create(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,9 +308,13 @@ class SqliteFile:
         connection = self.connection
         kind = filesystem(self.path)
         self.network = kind if is_network(kind) else None
+        if self.network is not None and self.network.startswith("fuse."):
+            self._freshness = Freshness(self.path)
         # All have to agree, also those for whom the disk is a local one: the file server's own programs.
         stored = self.read(_stored_journal_mode) if self._is_current else None
         mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
+        if self.network and mode == "wal":
+            raise DatabaseError(self.shown, "others use its write-ahead log, which a network filesystem loses; stop them first")
         if mode == "wal":
             self.read(_describe)  # makes the -wal
             self._log, _ = _identity(self._log_path)
@@ -446,25 +462,3 @@ def _script(connection: sqlite3.Connection, name: str) -> None:
         if sqlite3.complete_statement(statement):
             connection.execute(statement)
             statement = ""
-
-
-def filesystem(path: Path) -> str | None:
-    """Return the kind of filesystem the file is on, or None where that can't be told."""
-    if sys.platform != "linux":
-        return None
-    device = path.stat().st_dev
-    name = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with Path("/proc/self/mountinfo").open() as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] == name:
-                    return fields[fields.index("-") + 1]
-    except (OSError, ValueError):
-        pass
-    return None
-
-
-def is_network(kind: str | None) -> bool:
-    """Tell whether a kind of filesystem is shared by several machines, or may be."""
-    return kind is not None and (kind in _NETWORK or kind.startswith("fuse."))

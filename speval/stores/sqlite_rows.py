@@ -60,7 +60,7 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
 
 def error_of(cause: Any, type_: str | None, message: str | None, traceback: str | None) -> Error:
     """Return the error of an attempt that brought no result."""
-    return {"cause": cause, "type": type_ or "", "message": message or "", "traceback": traceback or ""}
+    return {"cause": cause, "type": str(type_ or ""), "message": str(message or ""), "traceback": str(traceback or "")}
 
 
 def decoded(db: str, name: object, text: str) -> Any:

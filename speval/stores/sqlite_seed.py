@@ -68,6 +68,7 @@ _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_LAST_GIVEN = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'evaluations'"
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 
 
@@ -110,12 +111,14 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     Returns:
         How many; 0 if it holds something else by now, and has to be compared.
     """
-    (last,) = c.execute("SELECT coalesce(max(id), 0) FROM evaluations").fetchone()
+    # The last id that was ever given: where all has been dropped, they do not begin with 1.
+    (last,) = c.execute(_LAST_GIVEN).fetchone()
     if last != filled or _args_version(c):
         return 0
     added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
     c.execute(_ADD_STATES, (now, last))
-    if filled + added == space.count:
+    # Unless somebody has dropped some of them meanwhile: the next start is to find out.
+    if filled + added == space.count == c.execute("SELECT count(*) FROM evaluations").fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
 
