@@ -137,7 +137,6 @@ class Lease:
             self._doubt(False)
         elif worker == self._worker:
             self._lost = worker
-            logger.warning("this worker was out of touch for too long and has been declared dead; it starts anew as another")
             self._doubt(False)
             self._on_lost(worker)
 

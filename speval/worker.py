@@ -568,6 +568,7 @@ class Worker:
     def _on_lost(self, worker: int) -> None:
         if worker != self._id or self._lost:
             return
+        logger.warning("this worker was out of touch for too long and has been declared dead; it starts anew as another")
         self._lost = True
         self._ready.clear()  # they belong to whoever took them back
         self._held.clear()

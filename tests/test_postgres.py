@@ -219,6 +219,16 @@ async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_
 # The feed
 
 
+async def test_no_server_compiles_what_is_planned_with_something_switched_off(stores, url):
+    """With it, a server that has a compiler takes thirty times as long; the one of these tests has none."""
+    await stores(url)
+    functions = "SELECT proname, coalesce(proconfig, '{}') FROM pg_proc WHERE pronamespace = ?::regnamespace"
+    found = dict(rows(url, functions, PostgresUrl.parse(url).schema))
+    planned = [name for name, settings in found.items() if any(s.startswith("enable_") for s in settings)]
+    assert "record_1" in planned
+    assert [name for name in planned if "jit=off" not in found[name]] == []
+
+
 async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)

@@ -118,6 +118,9 @@ LEFT JOIN speval.attempts AS a ON a.evaluation = e.id AND a.final;
 -- server, also behind a pooler that gives each transaction another connection. Each has a version in its name: an older release
 -- goes on with its own. Plans are made for tables that will be large, however empty they are now.
 --
+-- What is switched off in a function costs ten thousand million in the planner's eyes, and what costs so much is compiled by a
+-- server that can (jit), at a tenth of a second for each connection and each plan: so that is off too.
+--
 -- A sum with 0 keeps the planner from an index that looks as good while a table is empty.
 --
 -- Whoever moves rows to attempts holds the lock of movers, shared: a reader of attempts learns from it whether a number that
@@ -134,7 +137,7 @@ CREATE FUNCTION speval.movers() RETURNS integer LANGUAGE sql STABLE AS $$
 $$;
 
 CREATE FUNCTION speval.renew_1(p_worker bigint, p_now double precision) RETURNS boolean
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     -- A renewal that a crash of the server undoes costs nothing: nobody is judged for a lease after its start.
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -156,7 +159,7 @@ CREATE FUNCTION speval.record_1(
     p_due bigint[], p_due_attempts integer[], p_due_workers bigint[],
     p_idle integer, p_ahead integer, p_after bigint, p_first bigint, p_last bigint, p_space integer, p_since bigint
 ) RETURNS TABLE (kind integer, id bigint, attempt integer, charged integer, name text, args text)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_hashjoin = off
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET enable_hashjoin = off
 SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
@@ -370,7 +373,7 @@ END
 $$;
 
 CREATE FUNCTION speval.leave_1(p_worker bigint, p_now double precision) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(1936745846, speval.movers());
     PERFORM pg_advisory_xact_lock(p_worker);
@@ -391,7 +394,7 @@ $$;
 CREATE FUNCTION speval.take_back_1(
     p_worker bigint, p_beat bigint, p_message text, p_max_attempts integer, p_now double precision, p_bound integer
 ) RETURNS TABLE (more boolean, pending bigint, failed text[])
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_hashjoin = off
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET enable_hashjoin = off
 SET enable_mergejoin = off SET enable_bitmapscan = off SET enable_sort = off SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     v_known bigint;

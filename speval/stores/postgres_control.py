@@ -32,7 +32,7 @@ from .base import Control, ControlMode
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_rows import COLUMNS, STATES, evaluation, loading, settings_of
 from .postgres_schema import SCHEMA, Names, prepare, stored_name, true_name
-from .sqlite_rows import decoded, error_of, worker_label
+from .rows import decoded, error_of, worker_label
 
 __all__ = ["PostgresControl"]
 

@@ -14,7 +14,7 @@ from ..clock import Clock
 from ..host import Process, this_process
 from .postgres_connection import Connection, PostgresConnection
 from .postgres_schema import Names, true_name
-from .sqlite_rows import worker_label
+from .rows import worker_label
 from .watch import Reclaiming, Taken, WorkerRow, gone_here, unknown_label
 
 __all__ = ["PostgresLeaseKeeping"]

@@ -12,7 +12,7 @@ from typing import Any
 from ..model import Evaluation, Settings, Status
 from .postgres_connection import Connection
 from .postgres_schema import Names, true_name
-from .sqlite_rows import evaluation as shown_evaluation
+from .rows import evaluation as shown_evaluation
 
 __all__ = ["COLUMNS", "FINAL", "STATES", "evaluation", "in_space", "loading", "settings_of"]
 

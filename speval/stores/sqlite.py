@@ -31,9 +31,9 @@ from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Sum
 from ..space import Key, Space, name_to_key
 from . import sqlite_seed as seeding
 from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
+from .rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
-from .sqlite_rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 
 __all__ = ["SqliteStore"]
 

@@ -16,8 +16,8 @@ from ..errors import DatabaseNotEmptyError
 from ..space import name_to_key
 from .archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, StoredWorker
 from .base import StoreMode
+from .rows import settings_of
 from .sqlite_file import SqliteFile
-from .sqlite_rows import settings_of
 
 __all__ = ["SqliteArchive"]
 

@@ -32,9 +32,9 @@ from ..model import (
 )
 from ..space import name_to_key
 from .base import Control, ControlMode
+from .rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
 from .sqlite_file import SCHEMA, SqliteFile
 from .sqlite_mount import filesystem, is_network
-from .sqlite_rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
 
 __all__ = ["SqliteControl"]
 

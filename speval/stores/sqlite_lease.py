@@ -13,8 +13,8 @@ from typing import Any
 
 from ..clock import Clock
 from ..host import Process, this_process
+from .rows import worker_label
 from .sqlite_file import SqliteFile
-from .sqlite_rows import worker_label
 from .watch import Reclaiming, Taken, Watch, WorkerRow, unknown_label
 
 __all__ = ["SqliteLeaseKeeping"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..host import Process, is_gone
 from .base import LeaseKeeping, Reclaimed
-from .sqlite_rows import worker_label
+from .rows import worker_label
 
 __all__ = ["Reclaiming", "Taken", "Watch", "WorkerRow", "gone_here", "unknown_label"]
 

@@ -1,4 +1,4 @@
-"""What rows of a SQLite database mean.
+"""What the rows of either kind of database mean.
 
 Owns the codes of the statuses, and the ways from rows to an ``Evaluation`` and to ``Settings``. Invariant: a row that no
 speval has written is an error that names the evaluation, never a wrong value.
