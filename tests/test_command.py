@@ -300,7 +300,13 @@ def test_best_finds_the_smallest_and_the_largest(filled, call):
     assert len(lines(call("best", "runs.db", "duration", "--max"))) == 2
 
 
+def test_best_without_a_key_goes_by_results_that_are_numbers(here, call):
+    speval(abs, [3, -1, 2], here / "numbers.db", progress=False)
+    assert [line.split("\t")[0] for line in lines(call("best", "numbers.db", "--min", "-n", "2"))] == ["result", "1", "2"]
+
+
 def test_best_names_the_keys_there_are(filled, call):
+    assert "there are result.loss, result.text" in complaint(call("best", "runs.db", "--min", code=2))
     assert "there are result.loss, result.text" in complaint(call("best", "runs.db", "lss", "--min", code=2))
     assert "--min or --max" in complaint(call("best", "runs.db", "loss", code=2))
     speval(boom, {"c": "bad"}, filled.with_name("none.db"), progress=False)

@@ -188,7 +188,7 @@ def _attempt(attempt: Attempt) -> None:
 
 @click.command(short_help="Print the best completed evaluations.")
 @database
-@click.argument("key")
+@click.argument("key", default="result")
 @click.option("--min", "order", flag_value="min", help="The smallest are the best.")
 @click.option("--max", "order", flag_value="max", help="The largest are the best.")
 @click.option("--number", "-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many to print.")
@@ -196,8 +196,8 @@ def _attempt(attempt: Attempt) -> None:
 def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> int:
     """Print the completed evaluations that are best by KEY.
 
-    KEY is a key of the result (loss, scores.f1), "result" where that is a number itself, or a column as in `speval export`
-    (result.loss, duration).
+    KEY is a key of the result (loss, scores.f1), or a column as in `speval export` (result.loss, duration); without it, the
+    result is the number.
     """
     if order is None:
         raise click.UsageError("say --min or --max")
