@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
+from ..errors import OptionError
 from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
 from ..space import Key, Space
 
@@ -167,13 +168,19 @@ class Control(ABC):
             UnknownNameError: it is not in the database.
         """
 
-    @abstractmethod
     def set_paused(self, paused: bool) -> None:
         """Ask all workers, also those still to come, to claim nothing, or to go on; they obey with their next claim."""
+        self._set("paused", 1 if paused else None)
 
-    @abstractmethod
     def set_concurrency(self, concurrency: int | None) -> None:
         """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
+        if concurrency is not None and concurrency < 1:
+            raise OptionError("concurrency", repr(concurrency), "a whole number, 1 or more")
+        self._set("concurrency", concurrency)
+
+    @abstractmethod
+    def _set(self, key: str, value: int | None) -> None:
+        """Write a setting; None takes it back."""
 
     @abstractmethod
     def drop(self, names: Sequence[str] | None = None, *, status: Status | None = None) -> int:

@@ -359,14 +359,6 @@ class PostgresControl(Control):
 
     # Steering
 
-    def set_paused(self, paused: bool) -> None:
-        self._set("paused", 1 if paused else None)
-
-    def set_concurrency(self, concurrency: int | None) -> None:
-        if concurrency is not None and concurrency < 1:
-            raise OptionError("concurrency", repr(concurrency), "a whole number, 1 or more")
-        self._set("concurrency", concurrency)
-
     def _set(self, key: str, value: int | None) -> None:
         def change(c: Connection) -> None:
             if value is None:
