@@ -1,6 +1,7 @@
 """The file: recognised before it is touched, made private, migrated in one transaction, refused by name."""
 
 import os
+import pwd
 import shutil
 import sqlite3
 import stat
@@ -20,7 +21,8 @@ from speval.errors import (
     OptionError,
     SpevalError,
 )
-from speval.stores.sqlite_file import APPLICATION_ID, SCHEMA, SqliteFile
+from speval.stores.sqlite_file import SqliteFile
+from speval.stores.sqlite_schema import APPLICATION_ID, SCHEMA
 
 from .conftest import Scripts, rows
 
@@ -292,6 +294,9 @@ except speval.SpevalError as error:
 """
 
 
+OWNER = pwd.getpwuid(os.geteuid()).pw_name
+
+
 @pytest.fixture
 def open_folder():
     """A folder that everybody may enter, which pytest's own are not."""
@@ -307,9 +312,10 @@ def open_folder():
 def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scripts):
     open_folder.chmod(0o555)
     done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
-    assert done.stdout == f"DatabaseError {open_folder}/runs.db: can't be created in {open_folder}: Permission denied\n", (
-        done.stderr
-    )
+    fix = f"{open_folder} belongs to {OWNER} and has mode 555; `chmod {'u' if os.geteuid() else 'o'}+w {open_folder}`"
+    assert done.stdout.startswith(
+        f"DatabaseError {open_folder}/runs.db: can't be created in {open_folder}: Permission denied; {fix}"
+    ), done.stderr
     assert list(open_folder.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import sqlite3
 import threading
@@ -224,7 +225,9 @@ class SqliteStore(Store):
 
     async def open(self) -> None:
         def connect() -> sqlite3.Connection:
-            self._file = SqliteFile(self.path, self._mode, self._durability, given_up=self._given_up)
+            # A copy that starts waits for as long as one that runs.
+            patience = math.inf if self._mode == "create" else None
+            self._file = SqliteFile(self.path, self._mode, self._durability, patience, self._given_up)
             self._file.connection.execute(_OPENED)
             return self._file.connection
 
@@ -241,23 +244,27 @@ class SqliteStore(Store):
         self._connection = connection
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
-                "%s is on a network filesystem (%s): commits are slow there, and safe only where its locks work; "
-                "for many machines a PostgreSQL database is the way",
+                "%s is on a network filesystem (%s), or on what may be one: commits are slow there, and safe only where its "
+                "locks work; for many machines a PostgreSQL database is the way",
                 self._shown,
                 self._file.network,
             )
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is not None and self._file is not None and self._file.owner.is_here:
             self._given_up.set()
-            await connection.finish()
+            try:
+                await connection.finish()
+            finally:
+                self._file.close()
 
     def abandon(self) -> None:
         self._given_up.set()
 
     def lease_keeping(self) -> LeaseKeeping:
-        return SqliteLeaseKeeping(self.path, self._clock)
+        # A symbolic link may lead elsewhere by now.
+        return SqliteLeaseKeeping(self._file.path if self._file else self.path, self._clock)
 
     async def _write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         connection, file = self._opened()
@@ -270,6 +277,7 @@ class SqliteStore(Store):
     def _opened(self) -> tuple[_Connection, SqliteFile]:
         if self._connection is None or self._file is None:
             raise StoreClosedError(self._shown)
+        self._file.owner.check()  # the connection's thread is none in a fork, and would never answer
         return self._connection, self._file
 
     # The space
@@ -327,7 +335,9 @@ class SqliteStore(Store):
         process, worker = this_process(), secrets.randbits(47)
         values = {"id": worker, "lease": lease, "now": self._clock.wall(), "machine": process.machine}
         values |= {"host": process.host, "pid": process.pid, "start": process.start}
+        _, file = self._opened()
         await self._write(lambda c: c.execute(_REGISTER, values).rowcount)
+        file.wait_as_usual()  # what is to be written from now on is kept by the worker meanwhile
         return worker
 
     async def record(

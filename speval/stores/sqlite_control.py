@@ -33,8 +33,9 @@ from ..model import (
 from ..space import name_to_key
 from .base import Control, ControlMode
 from .rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
-from .sqlite_file import SCHEMA, SqliteFile
+from .sqlite_file import SqliteFile
 from .sqlite_mount import filesystem, is_network
+from .sqlite_schema import SCHEMA
 
 __all__ = ["SqliteControl"]
 

@@ -1,7 +1,8 @@
 """The filesystem a SQLite file is on.
 
 Owns what can be found out about it: its kind, whether its locks exclude, and whether it shows what other machines have written.
-Invariant: no descriptor of a database is ever closed here, because that would drop the locks of this process on it.
+Invariant: no descriptor of a database is ever closed here, because that would drop the locks of this process on it; those of
+``O_PATH`` have no part in locks.
 """
 
 from __future__ import annotations
@@ -12,41 +13,72 @@ import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 from ..errors import DatabaseError
 
-__all__ = ["Freshness", "check_locks", "filesystem", "is_network"]
+__all__ = ["Freshness", "check_locks", "filesystem", "is_mount_point", "is_network"]
 
-_NETWORK = {
-    "9p", "acfs", "afs", "beegfs", "ceph", "cifs", "coda", "glusterfs", "gfs2", "gpfs", "lustre", "mmfs", "ncpfs", "nfs",
-    "nfs4", "ocfs2", "orangefs", "panfs", "prl_fs", "pvfs2", "smb2", "smb3", "smbfs", "vboxsf", "virtiofs", "wekafs",
+# One kernel alone writes to these. Any other kind, also one that is yet to be made, may be shared by several machines.
+_LOCAL = {
+    "apfs", "aufs", "bcachefs", "btrfs", "cramfs", "devtmpfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk",
+    "hfs", "hfsplus", "iso9660", "jffs2", "jfs", "minix", "msdos", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiser4",
+    "reiserfs", "rootfs", "squashfs", "tmpfs", "ubifs", "udf", "ufs", "vfat", "xfs", "zfs",
 }  # fmt: skip
+_UNKNOWN = "unknown"
 _HEADER = 100  # bytes of a database file, the counter of its changes among them
 _LOCKLESS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def filesystem(path: Path) -> str | None:
-    """Return the kind of filesystem the file is on, or None where that can't be told."""
+    """Return the kind of filesystem the file is on, ``"unknown"`` where Linux does not tell, None on other systems."""
     if sys.platform != "linux":
         return None
-    device = path.stat().st_dev
+    # By the number of the mount: a file's device is another one than its mount's in a subvolume and in an overlay.
+    number, device = _mount_of(path), path.stat().st_dev
     name = f"{os.major(device)}:{os.minor(device)}"
+    for fields in _mounts():
+        if fields[0] == number if number else fields[2] == name:
+            return fields[fields.index("-") + 1]
+    return _UNKNOWN
+
+
+def is_mount_point(path: Path) -> bool:
+    """Tell whether a file has been mounted by itself, away from the folder that it is in (``docker -v runs.db:/runs.db``)."""
+    if sys.platform != "linux":
+        return False
+    number = _mount_of(path)
+    if number is not None:
+        return number != _mount_of(path.parent)
+    escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in str(path))
+    return any(fields[4] == escaped for fields in _mounts())
+
+
+def _mounts() -> Iterator[list[str]]:
+    """Yield the fields of each line of the mount table, as far as it can be read."""
+    with suppress(OSError), Path("/proc/self/mountinfo").open(errors="surrogateescape") as mounts:
+        for line in mounts:
+            yield line.split(" ")
+
+
+def _mount_of(path: Path) -> str | None:
+    """Return the number of the mount a file is in, None where the kernel does not tell."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        with Path("/proc/self/mountinfo").open() as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] == name:
-                    return fields[fields.index("-") + 1]
-    except (OSError, ValueError):
-        pass
-    return None
+        with Path(f"/proc/self/fdinfo/{descriptor}").open() as lines:
+            return next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def is_network(kind: str | None) -> bool:
     """Tell whether a kind of filesystem is shared by several machines, or may be."""
-    return kind is not None and (kind in _NETWORK or kind.startswith("fuse."))
+    return kind is not None and kind not in _LOCAL
 
 
 def check_locks(path: Path, shown: str, kind: str) -> None:

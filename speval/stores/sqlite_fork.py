@@ -1,0 +1,62 @@
+"""Which process has which SQLite file open.
+
+Owns what a forked process has to know of its parent. Invariant: SQLite keeps its locks in the memory of the process that took
+them, so a fork believes that it has its parent's, which the kernel has not given it; no fork uses a connection of its parent,
+nor opens a file that its parent had open when it forked.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import DatabaseError
+
+__all__ = ["Owner"]
+
+_FIX = "start it as a new process (multiprocessing.get_context('spawn') or 'forkserver'), or fork before the database is opened"
+_open: dict[tuple[int, int, int], int] = {}  # process, device and number of a file: how many connections to it
+
+
+class Owner:
+    """The process that opens a file, entered as long as the file is open.
+
+    Args:
+        file: Device and number of the file.
+        shown: The file, for messages.
+
+    Raises:
+        DatabaseError: this is a fork of a process that had the file open.
+    """
+
+    def __init__(self, file: tuple[int, int], shown: str) -> None:
+        self._pid = os.getpid()
+        self._shown = shown
+        self._key = (self._pid, *file)
+        for pid, *other in list(_open):
+            if pid != self._pid and tuple(other) == file:
+                problem = f"was open in process {pid} when this process ({self._pid}) was forked from it, and is of no use here"
+                raise DatabaseError(shown, f"{problem}; {_FIX}")
+        _open[self._key] = _open.get(self._key, 0) + 1
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether this is still the process that opened the file."""
+        return os.getpid() == self._pid
+
+    def check(self) -> None:
+        """See that this is still the process that opened the file.
+
+        Raises:
+            DatabaseError: it is a fork of it.
+        """
+        if not self.is_here:
+            problem = f"was opened by process {self._pid}, and this one ({os.getpid()}) is a fork of it, which can't use it"
+            raise DatabaseError(self._shown, f"{problem}; {_FIX}")
+
+    def leave(self) -> None:
+        """Take the entry back, the file being closed; calling it again does nothing, nor does a fork's call."""
+        if self.is_here and self._key in _open:
+            _open[self._key] -= 1
+            if not _open[self._key]:
+                del _open[self._key]
+            self._key = (0, 0, 0)

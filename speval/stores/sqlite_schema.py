@@ -1,0 +1,69 @@
+"""The schema of a SQLite file.
+
+Owns what tells a database of speval from other files, and making one, also out of one of speval 0.1.1. Invariant: a file is
+brought to SCHEMA within the transaction that looked at it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from importlib import resources
+
+__all__ = ["APPLICATION_ID", "COLUMNS_0_1", "SCHEMA", "describe", "migrate", "stored_journal_mode", "stored_release"]
+
+APPLICATION_ID = 0x7370_6576  # "spev"
+SCHEMA = 1
+RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
+COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
+
+
+def describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[str]]:
+    """Return (application id, schema version, tables, columns of the table evals)."""
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(evals)")]
+    return application_id, version, tables, columns
+
+
+def stored_journal_mode(connection: sqlite3.Connection) -> str | None:
+    """Return the journal mode that all copies have agreed on."""
+    row = connection.execute("SELECT value FROM meta WHERE key = 'journal_mode'").fetchone()
+    return None if row is None else str(row[0])
+
+
+def stored_release(connection: sqlite3.Connection) -> str | None:
+    """Return the first release that reads the schema of the file."""
+    row = connection.execute("SELECT value FROM meta WHERE key = 'release'").fetchone()
+    return None if row is None else str(row[0])
+
+
+def migrate(connection: sqlite3.Connection) -> bool:
+    """Bring the file to SCHEMA; looked at again under the lock, because many copies start at once.
+
+    Returns:
+        Whether it was a file of speval 0.1.1.
+    """
+    application_id, version, _, columns = describe(connection)
+    if application_id == APPLICATION_ID and version == SCHEMA:
+        return False
+    from_0_1 = columns == COLUMNS_0_1
+    if from_0_1:
+        connection.execute("ALTER TABLE evals RENAME TO evals_0_1")
+    _script(connection, "schema.sql")
+    if from_0_1:
+        _script(connection, "from_0_1.sql")
+    connection.execute("INSERT INTO meta VALUES ('release', ?)", (RELEASE_FOR_SCHEMA,))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
+    return from_0_1
+
+
+def _script(connection: sqlite3.Connection, name: str) -> None:
+    """Execute a script statement by statement; executescript() would commit the open transaction first."""
+    statement = ""
+    for line in resources.files(__package__).joinpath(name).read_text(encoding="utf-8").splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""
