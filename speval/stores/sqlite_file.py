@@ -285,7 +285,8 @@ class SqliteFile:
         # mode=ro for reading: a reader that may write cleans up behind itself.
         uri = f"file:{quote(str(self.path))}?mode=rw"
         connection = _connected(uri)
-        if mode != "read" or not is_unreadable(connection):
+        is_open = os.access(self.path.parent, os.W_OK, effective_ids=True)
+        if mode != "read" or is_open or not is_unreadable(connection):
             return connection
         connection.close()
         # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.

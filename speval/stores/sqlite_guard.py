@@ -47,7 +47,7 @@ def _library_problem() -> str | None:
     with closing(sqlite3.connect(":memory:")) as connection:
         try:
             connection.execute("SELECT value FROM json_each('[1]')").fetchall()
-        except sqlite3.OperationalError:
+        except sqlite3.Error:
             return f"({version}) was built without JSON functions"
     return None
 
