@@ -157,7 +157,11 @@ def test_locks_that_work_pass_and_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["nfs", "nfs4", "lustre", "gpfs", "ceph", "cifs", "smb3", "9p", "virtiofs", "fuse.sshfs", "fuse.juicefs"]
+    "kind",
+    [
+        *("nfs", "nfs4", "lustre", "gpfs", "ceph", "cifs", "smb3", "9p", "virtiofs", "fuse.sshfs", "fuse.juicefs"),
+        *("fuse", "fakeowner", "drvfs", "dvs", "quobyte", "unknown", "one that is yet to be made"),
+    ],
 )
 def test_filesystems_that_several_machines_may_share_are_recognised(kind):
     assert is_network(kind)

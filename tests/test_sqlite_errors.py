@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from speval import aio
-from speval.errors import DatabaseError, DatabaseUnavailableError
+from speval.errors import DatabaseError
 
 from .conftest import Scripts
 
@@ -225,17 +225,3 @@ async def test_where_temporary_files_find_no_room_their_folder_is_named_and_not_
     out, err = process.communicate(timeout=60)
     told = f"runs.db: temporary files can't be written in {disk} (No space left on device); nothing is lost, make room there"
     assert told in out, out + err
-
-
-def test_a_quota_that_is_used_up_is_named_and_passes(mounted, as_nobody):
-    disk = mounted("size=50m,usrquota,usrquota_block_hardlimit=200k")
-    (disk / "filler").write_bytes(bytes(1000))
-    os.chown(disk / "filler", 65534, 65534)
-    with (disk / "filler").open("r+b") as filler:
-        filler.truncate(190_000)
-    out = as_nobody("speval", disk / "runs.db")
-    assert out.startswith(f"DatabaseUnavailableError {disk}/runs.db: the disk quota for {disk} is used up"), out
-
-
-def test_errors_that_pass_are_of_another_type_than_those_that_do_not():
-    assert issubclass(DatabaseUnavailableError, DatabaseError)

@@ -74,6 +74,7 @@ class SqliteFile:
         self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
         self.is_empty = False  # nothing in it yet, opened to read
         self.network: str | None = None  # the kind of filesystem it is on, if other machines may share that
+        self._kind: str | None = None
         self._freshness: Freshness | None = None
         self._is_current = False
         self._identity: tuple[int, int] | None = None
@@ -297,8 +298,9 @@ class SqliteFile:
     def _check_mount(self) -> None:
         """See that there are locks, where that is not to be taken for granted."""
         with suppress(OSError):  # no folder yet, so a local one, or none that can be made
-            if is_network(kind := filesystem(self.path.parent)):
-                check_locks(self.path, self.shown, str(kind))
+            self._kind = filesystem(self.path.parent)
+            if is_network(self._kind):
+                check_locks(self.path, self.shown, str(self._kind))
 
     def _create(self) -> None:
         try:
@@ -338,7 +340,7 @@ class SqliteFile:
 
     def _prepare(self, durability: str) -> None:
         connection = self.connection
-        kind = filesystem(self.path)
+        kind = self._kind or filesystem(self.path)  # it is in its folder's, or would have been refused
         self.network = kind if is_network(kind) else None
         if self.network is not None and self.network.startswith("fuse"):
             self._freshness = Freshness(self.path)

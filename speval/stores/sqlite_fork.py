@@ -14,7 +14,7 @@ from ..errors import DatabaseError
 __all__ = ["Owner"]
 
 _FIX = "start it as a new process (multiprocessing.get_context('spawn') or 'forkserver'), or fork before the database is opened"
-_open: dict[tuple[int, int, int], int] = {}  # process, device and number of a file: how many connections to it
+_open: set[Owner] = set()  # of this process and of those it was forked from; without a lock, each access is atomic
 
 
 class Owner:
@@ -30,13 +30,16 @@ class Owner:
 
     def __init__(self, file: tuple[int, int], shown: str) -> None:
         self._pid = os.getpid()
+        self._file = file
         self._shown = shown
-        self._key = (self._pid, *file)
-        for pid, *other in list(_open):
-            if pid != self._pid and tuple(other) == file:
-                problem = f"was open in process {pid} when this process ({self._pid}) was forked from it, and is of no use here"
-                raise DatabaseError(shown, f"{problem}; {_FIX}")
-        _open[self._key] = _open.get(self._key, 0) + 1
+        for other in _open.copy():
+            if other._file == file and not other.is_here:
+                problem = f"was open in process {other._pid} when this process ({self._pid}) was forked from it"
+                raise DatabaseError(shown, f"{problem}, and can't be used here; {_FIX}")
+        _open.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Owner of {self._shown!r}: process {self._pid}>"
 
     @property
     def is_here(self) -> bool:
@@ -55,8 +58,5 @@ class Owner:
 
     def leave(self) -> None:
         """Take the entry back, the file being closed; calling it again does nothing, nor does a fork's call."""
-        if self.is_here and self._key in _open:
-            _open[self._key] -= 1
-            if not _open[self._key]:
-                del _open[self._key]
-            self._key = (0, 0, 0)
+        if self.is_here:
+            _open.discard(self)
