@@ -225,3 +225,13 @@ async def test_where_temporary_files_find_no_room_their_folder_is_named_and_not_
     out, err = process.communicate(timeout=60)
     told = f"runs.db: temporary files can't be written in {disk} (No space left on device); nothing is lost, make room there"
     assert told in out, out + err
+
+
+async def test_a_folder_that_is_closed_under_a_reader_is_named_by_the_next_call(folder, as_nobody):
+    db = folder / "inner" / "runs.db"
+    await aio.speval(double, [1], db)
+    db.chmod(0o644)
+    (folder / "inner").chmod(0o755)
+    assert as_nobody("load_evals", db) == "[2]"
+    (folder / "inner").chmod(0o744)
+    assert f"{folder}/inner belongs to {ME} and has mode 744; `chmod o+x {folder}/inner`" in as_nobody("load_evals", db)

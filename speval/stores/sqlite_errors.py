@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError
 
-__all__ = ["BUSY", "SIDE_FILES", "code_of", "is_unreadable", "name_problem", "permission", "shown_path", "translated"]
-__all__ += ["translated_os"]
+__all__ = ["BUSY", "SIDE_FILES", "code_of", "is_unreadable", "may_use", "name_problem", "permission", "shown_path"]
+__all__ += ["translated", "translated_os"]
 
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 SIDE_FILES = ("-journal", "-wal", "-shm")
@@ -36,6 +36,11 @@ def shown_path(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
+
+
+def may_use(path: Path, mode: int) -> bool:
+    """Tell what ``os.access`` does, by the rights that this process has now."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def code_of(error: sqlite3.Error) -> int:
@@ -78,11 +83,16 @@ def translated(
         return DatabaseError(shown, "damaged: what should be text in it is none")
     if code in BUSY:
         return DatabaseLockedError(shown, waited)
-    if code in _PROBED and (found := _cause(code, path, writes)):
-        problem, passes = found
-        if passes:
-            return DatabaseUnavailableError(shown, problem)
-        return DatabaseError(shown, f"can't be {'written to' if writes else 'read'} ({error}): {problem}")
+    if code in _PROBED:
+        try:
+            found = _cause(code, path, writes)
+        except OSError as met:  # a folder on the way has been closed
+            return translated_os(met, path, shown)
+        if found is not None:
+            problem, passes = found
+            if passes:
+                return DatabaseUnavailableError(shown, problem)
+            return DatabaseError(shown, f"can't be {'written to' if writes else 'read'} ({error}): {problem}")
     if code == sqlite3.SQLITE_FULL:
         return DatabaseUnavailableError(shown, _FULL)
     if code == sqlite3.SQLITE_READONLY:
@@ -95,7 +105,7 @@ def translated(
 def translated_os(error: OSError, path: Path, shown: str) -> DatabaseError:
     """Return the error to raise in place of the system's, met on the way to a file."""
     if error.errno in (errno.EACCES, errno.EPERM):
-        closed = next((f for f in reversed(path.parents) if not os.access(f, os.X_OK, effective_ids=True)), None)
+        closed = next((f for f in reversed(path.parents) if not may_use(f, os.X_OK)), None)
         return DatabaseError(shown, f"can't be reached: {permission(closed, 'x') if closed else error.strerror}")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return DatabaseUnavailableError(shown, _many_open(error))
@@ -163,9 +173,9 @@ def _forbidden(path: Path, writes: bool) -> str | None:
         return f"the filesystem of {shown_path(path.parent)} is mounted read-only"
     mode, wanted = (os.R_OK | os.W_OK, "rw") if writes else (os.R_OK, "r")
     for file in (path, *(Path(f"{path}{suffix}") for suffix in SIDE_FILES)):
-        if file.exists() and not os.access(file, mode, effective_ids=True):
+        if file.exists() and not may_use(file, mode):
             return permission(file, wanted)
-    if writes and not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+    if writes and not may_use(path.parent, os.W_OK | os.X_OK):
         return permission(path.parent, "wx")
     return None
 

@@ -29,7 +29,7 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
-from .sqlite_errors import BUSY, code_of, is_unreadable, permission, shown_path, translated
+from .sqlite_errors import BUSY, code_of, is_unreadable, may_use, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
@@ -286,7 +286,7 @@ class SqliteFile:
         # mode=ro for reading: a reader that may write cleans up behind itself.
         uri = f"file:{quote(str(self.path))}?mode=rw"
         connection = _connected(uri)
-        is_open = os.access(self.path.parent, os.W_OK, effective_ids=True)
+        is_open = may_use(self.path.parent, os.W_OK)
         if mode != "read" or is_open or not is_unreadable(connection):
             return connection
         connection.close()
