@@ -242,6 +242,17 @@ async def test_a_filesystem_that_is_not_known_to_be_local_is_treated_as_shared(d
     assert caplog.text.count("is on a network filesystem (fakeowner), or on what may be one") == 1
 
 
+async def test_where_others_use_the_write_ahead_log_a_copy_that_must_not_says_so_and_does_not_wait_for_ever(db, monkeypatch):
+    other = SqliteFile(db, "create")
+    try:
+        monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "fakeowner")
+        monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.05)
+        with pytest.raises(DatabaseError, match="others use its write-ahead log, which is lost on fakeowner; stop them first"):
+            await aio.speval(double, [1], db)
+    finally:
+        other.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the mount table")
 def test_the_filesystem_is_told_by_the_mount_that_a_file_is_in(tmp_path, mounted):
     inside = tmp_path / "in side"

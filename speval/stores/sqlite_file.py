@@ -239,11 +239,8 @@ class SqliteFile:
                 how = "has lost its -wal file, which was deleted or replaced"
             elif links > 1 and not self._is_linked:  # of no harm to those who have it open: no copy is let in by either name
                 self._is_linked = True
-                logger.warning(
-                    "%s has got a second name (a hard link): remove that, no copy can start before, and another program "
-                    "that writes to it by that name destroys it",
-                    self.shown,
-                )
+                if self.patience >= _PATIENCE:  # not the lease's thread as well
+                    logger.warning("%s has got a second name (a hard link): remove it, no copy starts before", self.shown)
         except OSError:
             return None  # a folder or a server out of reach: SQLite will say
         self._was_filled = self._was_filled or size > 0
@@ -312,10 +309,8 @@ class SqliteFile:
                 raise DatabaseError(self.shown, f"can't be created in {self.path.parent}: it is a file") from None
         except OSError as error:
             folder = next(f for f in self.path.absolute().parents if f.exists())
-            problem = f"can't be created in {folder}: {error.strerror}"
-            if error.errno == errno.EACCES:
-                problem += f"; {permission(folder, 'wx')}"
-            raise DatabaseError(self.shown, problem) from error
+            why = f"; {permission(folder, 'wx')}" if error.errno == errno.EACCES else ""
+            raise DatabaseError(self.shown, f"can't be created in {folder}: {error.strerror}{why}") from error
 
     def _recognise(self, mode: str) -> None:
         """Tell what the file is, writing nothing."""
@@ -348,7 +343,7 @@ class SqliteFile:
         stored = self.read(stored_journal_mode) if self._is_current else None
         mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
         if self.network and mode == "wal":
-            raise DatabaseError(self.shown, "others use its write-ahead log, which a network filesystem loses; stop them first")
+            raise DatabaseError(self.shown, f"others use its write-ahead log, which is lost on {self.network}; stop them first")
         if mode == "wal":
             self.read(describe)  # makes the -wal
             self._log = _identity(self._log_path)[0]
@@ -366,8 +361,14 @@ class SqliteFile:
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""
-        # Somebody may have the file open in the other mode, or be changing the mode right now.
-        (mode,) = self._patiently(self.patience, f"PRAGMA journal_mode = {wanted}").fetchone()
+        # Somebody may be changing the mode right now, or have the file open in the other one, and a write-ahead log is kept.
+        patience = self.patience if wanted == "wal" else min(self.patience, _PATIENCE)
+        try:
+            (mode,) = self._patiently(patience, f"PRAGMA journal_mode = {wanted}").fetchone()
+        except DatabaseLockedError:
+            (mode,) = self.connection.execute("PRAGMA journal_mode").fetchone()
+            if wanted == "wal" or mode != "wal" or self._given_up.is_set():
+                raise
         return str(mode)
 
     @contextmanager
