@@ -54,7 +54,7 @@ async def test_a_file_with_a_second_name_is_refused_by_either_before_anything_is
     assert (await aio.speval(double, [1, 2], db)).completed == 2
 
 
-async def test_a_second_name_given_under_a_run_is_told_and_lets_nobody_in(db, caplog):
+async def test_a_second_name_given_under_a_run_is_told_and_lets_no_copy_in(db, caplog):
     other = db.with_name("other.db")
 
     async def function(args):
@@ -214,7 +214,7 @@ async def test_what_lies_beside_a_database_must_lead_nowhere_else(db, suffix, ki
         os.mkfifo(beside)  # to open it would wait for ever
     else:
         beside.mkdir()
-    expected = {"hard link": "has other names", "pipe": "is no ordinary file", "folder": "is no ordinary file"}
+    expected = {"hard link": "has other names", "pipe": "is not an ordinary file", "folder": "is not an ordinary file"}
     match = rf"runs\.db: .*runs\.db{suffix} {expected.get(kind, 'is a symbolic link')}"
     if kind != "pipe":
         await refused(db, match)
@@ -224,7 +224,7 @@ async def test_what_lies_beside_a_database_must_lead_nowhere_else(db, suffix, ki
     assert not db.with_name("to be made").exists()
 
 
-async def test_a_pipe_or_a_device_is_no_database(tmp_path):
+async def test_a_pipe_or_a_device_is_not_a_database(tmp_path):
     os.mkfifo(tmp_path / "pipe.db")
     for path in (tmp_path / "pipe.db", Path(os.devnull)):
         for call in (aio.speval(double, [1], path), aio.load_evals(path)):

@@ -277,7 +277,7 @@ class SqliteStore(Store):
     def _opened(self) -> tuple[_Connection, SqliteFile]:
         if self._connection is None or self._file is None:
             raise StoreClosedError(self._shown)
-        self._file.owner.check()  # the connection's thread is none in a fork, and would never answer
+        self._file.owner.check()  # a fork does not have the thread that would answer
         return self._connection, self._file
 
     # The space

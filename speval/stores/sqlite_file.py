@@ -361,7 +361,7 @@ class SqliteFile:
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""
-        # Somebody may be changing the mode right now, or have the file open in the other one, and a write-ahead log is kept.
+        # Another copy may be changing the mode right now. One that has the file open keeps its write-ahead log.
         patience = self.patience if wanted == "wal" else min(self.patience, _PATIENCE)
         try:
             (mode,) = self._patiently(patience, f"PRAGMA journal_mode = {wanted}").fetchone()

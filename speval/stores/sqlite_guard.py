@@ -125,7 +125,7 @@ def _check_beside(file: Path, database: os.stat_result | None, shown: str) -> No
         return
     name = shown_path(file)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "no ordinary file"
+        kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not an ordinary file"
         what = "has other names (hard links)" if stat.S_ISREG(status.st_mode) else f"is {kind}"
         raise DatabaseError(
             shown, f"{name} {what}, and SQLite would write to what it leads to; find out who made it, and remove it"
