@@ -82,7 +82,7 @@ def test_the_options_have_these_defaults(name):
 def test_every_parameter_is_documented(flavour, name):
     function = getattr(flavour, name)
     for parameter in inspect.signature(function).parameters:
-        assert f"        {parameter}: " in function.__doc__
+        assert f"    {parameter}: " in inspect.getdoc(function)
 
 
 SAMPLES = [

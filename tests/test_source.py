@@ -170,22 +170,24 @@ async def test_a_cancelled_call_closes_its_iterator_and_holds_nothing(db):
 
 
 async def test_an_iterator_that_refuses_to_be_cancelled_is_left_behind(db, caplog):
-    end = asyncio.Event()
+    asked, end, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def stubborn():
         yield 1
+        asked.set()
         while not end.is_set():
             with suppress(asyncio.CancelledError):
                 await end.wait()
+        over.set()
 
     call = asyncio.create_task(aio.speval(double, stubborn(), db))
-    await until(lambda: made(db) and rows(db, "SELECT 1 FROM evals WHERE status = 'completed'"))
+    await asked.wait()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     assert "the eval space refuses to be cancelled: it is left behind" in caplog.messages
     end.set()
-    await asyncio.sleep(0)
+    await over.wait()
 
 
 # Functions that look at what has ended
