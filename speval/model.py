@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 
 from .errors import EvaluationsFailed
 from .text import visible
@@ -100,6 +99,21 @@ class Evaluation(TypedDict):
     worker: str | None
 
 
+class _Causes(dict[Cause, int]):
+    """Counts by cause that can't be changed; a dict, so that ``dataclasses.asdict``, ``json`` and ``copy`` take it."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("a Summary can't be changed")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)  # not item by item, as dicts are
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """How a call ended: the evaluations of its eval space by status.
@@ -125,12 +139,7 @@ class Summary:
     stopped: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "causes", MappingProxyType(dict(self.causes)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A mapping proxy can't be pickled.
-        counts = (self.pending, self.in_progress, self.completed, self.failed)
-        return type(self), (*counts, dict(self.causes), self.recorded, self.seconds, self.stopped)
+        object.__setattr__(self, "causes", _Causes(self.causes))
 
     @property
     def total(self) -> int:

@@ -22,7 +22,7 @@ from anyio import CancelScope
 from .clock import Clock
 from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
-from .executors.base import Executor
+from .executors.base import Executor, NoRoomError
 from .lease import Lease
 from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
@@ -81,6 +81,8 @@ class Worker:
         self._drawer: Drawer | None = None
         self._failure: Exception | None = None  # raised when all that has ended is recorded
         self._slots = 0
+        self._equipped: set[int] = set()  # the slots that have run something
+        self._room: int | None = None  # as many slots as the system has room for, where that is known
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._interrupted: set[int] = set()  # slots
         self._mean = 1.0  # seconds an evaluation takes, over the last ones
@@ -415,6 +417,8 @@ class Worker:
             if self._paused:
                 self._give_back_ready()
         concurrency = settings.concurrency or self._options.concurrency
+        if self._room is not None:
+            concurrency = min(concurrency, self._room)
         if concurrency != self._concurrency:
             logger.info("concurrency is %d now, it was %d", concurrency, self._concurrency)
             self._concurrency = concurrency
@@ -498,6 +502,11 @@ class Worker:
                 self._running[number] = entry
                 try:
                     await slot.run(claims, timeout, take, take_unstarted, one_more)
+                    self._equipped.add(number)
+                except NoRoomError as error:
+                    self._do_without(number, error)
+                    take_unstarted(list(running))
+                    return
                 except asyncio.CancelledError:
                     if number not in self._interrupted or task.uncancel():
                         raise
@@ -513,6 +522,17 @@ class Worker:
                     raise asyncio.CancelledError
         finally:
             await slot.close()
+
+    def _do_without(self, number: int, error: NoRoomError) -> None:
+        """Go on with the other slots; the system has no room for this one."""
+        self._equipped.discard(number)
+        others = len((self._equipped | self._running.keys()) - {number})
+        if not others:
+            raise error.fatal from error
+        if self._room is None:
+            logger.warning("fewer evaluations run at once than the %d wanted: %s", self._concurrency, error.problem)
+        self._room = others
+        self._concurrency = min(self._concurrency, others)
 
     def _batch(self) -> int:
         """Return how many evaluations to hand to a slot at once."""

@@ -78,11 +78,14 @@ async def test_a_plain_copy_made_in_this_process_drops_its_locks_and_what_comes_
             async for e in evaluations:
                 seen.add(e["name"])
 
+    ended = None
     try:
         await run()
     except DatabaseError as error:
+        ended = str(error)
+    if ended is not None:
         assert was_deleted == [True]
-        assert re.search(r"has lost its -wal file.* all that was recorded is in .*rescued: rename it", str(error))
+        assert re.search(r"has lost its -wal file.* all that was recorded is in .*rescued: rename it", ended)
         assert seen <= {e["name"] for e in await aio.load_evals(f"{db}.rescued", status="completed")}
     else:
         assert was_deleted == [False]

@@ -621,21 +621,22 @@ def test_what_was_printed_before_a_crash_is_on_the_terminal(terminal, db):  # no
 
 
 def test_a_large_closure_is_written_once_mapped_by_all_and_not_sent_again(db, monkeypatch):
-    from speval.executors import payload, process
+    from speval.executors import payload
+    from speval.executors.worker_process import WorkerProcess
 
     written, sent = [], []
-    write_payload, frame = payload.write_payload, process._frame
+    write_payload, frame = payload.write_payload, WorkerProcess._frame
 
     def write(fd, *args):
         write_payload(fd, *args)
         written.append(os.fstat(fd).st_size)
 
-    def counted(message):
-        sent.append(len(frame(message)))
-        return frame(message)
+    def counted(process, message):
+        sent.append(len(frame(process, message)))
+        return frame(process, message)
 
     monkeypatch.setattr(payload, "write_payload", write)
-    monkeypatch.setattr(process, "_frame", counted)
+    monkeypatch.setattr(WorkerProcess, "_frame", counted)
     weights = numpy.ones(13_000_000)  # 104 MB
     weights[17] = 4.5
 

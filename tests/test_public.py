@@ -1,7 +1,9 @@
 """The public face: names, parameters, errors."""
 
 import copy
+import dataclasses
 import inspect
+import json
 import pickle
 import subprocess
 import sys
@@ -156,3 +158,16 @@ def test_importing_speval_starts_nothing_and_stays_light():
     code = "import sys, threading, speval; print(threading.active_count(), {'aiosqlite', 'numpy', 'tqdm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1 set()\n"
+
+
+def test_a_summary_can_be_copied_pickled_and_taken_apart_and_not_changed():
+    summary = Summary(0, 0, 3, 2, {"timeout": 2}, 5, 1.5)
+    assert dataclasses.asdict(summary)["causes"] == {"timeout": 2}
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["causes"] == {"timeout": 2}
+    for same in (copy.deepcopy(summary), copy.copy(summary), pickle.loads(pickle.dumps(summary))):
+        assert same == summary
+        assert hash(same) == hash(summary)
+    with pytest.raises(TypeError, match="can't be changed"):
+        summary.causes["timeout"] = 3
+    with pytest.raises(TypeError, match="can't be changed"):
+        summary.causes.update(timeout=3)

@@ -44,7 +44,7 @@ def make_executor(function: Function, options: Options, clock: Clock, outputs: O
     if chosen == "process":
         from .process import ProcessExecutor
 
-        return ProcessExecutor(blocking, options.retry_on, clock, outputs)
+        return ProcessExecutor(blocking, options.retry_on, clock, outputs, options.concurrency)
     assert not isinstance(chosen, str)
     from .foreign import ForeignExecutor
 

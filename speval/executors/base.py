@@ -9,10 +9,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from ..errors import SpevalError
 from ..model import Claim, Outcome, Result
 from .call import outcome
 
-__all__ = ["Executor", "Slot", "as_outcome", "timed_out"]
+__all__ = ["Executor", "NoRoomError", "Slot", "as_outcome", "timed_out"]
+
+
+class NoRoomError(Exception):
+    """A slot can't run anything: the system has no room for another process or thread. Its claims have not begun.
+
+    Args:
+        problem: What limit is reached, and what raises it.
+        fatal: What to raise where no other slot can run anything either.
+    """
+
+    def __init__(self, problem: str, fatal: SpevalError) -> None:
+        super().__init__(problem, fatal)
+        self.problem, self.fatal = problem, fatal
 
 
 class Slot(ABC):
@@ -49,6 +63,9 @@ class Slot(ABC):
             ended: Told of each outcome as soon as there is one, in this order.
             back: Given those that have not started and shall run elsewhere, since one before them takes long.
             more: May be asked for another one when all before it have ended; None ends it.
+
+        Raises:
+            NoRoomError: there is no room for this slot; nothing has begun.
         """
         for claim in claims:
             ended(claim, await self.call(claim.name, claim.args, timeout))

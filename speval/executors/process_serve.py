@@ -34,14 +34,29 @@ __all__ = ["serve"]
 _F_SETSIG = 10  # Linux
 _SIGINT = 2
 _SIGKILL = 9
+_HIGH = 200  # where the descriptors go that are ours: above those a program has usually
 
 
-def serve(calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int) -> None:
-    """Load the function when the parent says so, then make the calls that arrive until it closes the socket."""
-    # A grandchild that held them would keep our death from being noticed, and its parent's death from being noticed by it.
-    for fd in (calls_fd, tokens_fd, lifeline_fd, payload_fd):
-        os.set_inheritable(fd, False)
+def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int, *open_files: int) -> None:
+    """Load the function when the parent says so, then make the calls that arrive until it closes the socket.
+
+    Args:
+        tag: What each message begins and ends with, in hexadecimal digits.
+        calls_fd: The socket.
+        tokens_fd: The pipe with a token for each call.
+        lifeline_fd: The pipe that is closed when the parent is gone.
+        payload_fd: The file with the function.
+        open_files: The soft and the hard limit of open files that the user has set, if the parent has raised them for itself.
+    """
+    if open_files:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)  # type: ignore[arg-type]
+    calls_fd, tokens_fd, lifeline_fd = (_out_of_the_way(fd) for fd in (calls_fd, tokens_fd, lifeline_fd))
+    os.set_inheritable(payload_fd, False)
+    os.set_blocking(calls_fd, True)
     _die_with_the_parent(lifeline_fd)
+    calls = _Channel(calls_fd, bytes.fromhex(tag))
     # Ctrl-C does not reach this session, but Slurm sends SIGINT to all processes of a job step. What to do then is for the
     # parent to say. A handler, because what is ignored would be so in every program the function starts.
     _signal.signal(_SIGINT, lambda *_: None)
@@ -49,7 +64,7 @@ def serve(calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int) -> N
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
-    if _receive(calls_fd) is None:  # the function could not be pickled
+    if calls.receive() is None:  # the function could not be pickled
         return
     clock = Clock()
     try:
@@ -57,15 +72,15 @@ def serve(calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int) -> N
     except BaseException as error:
         import traceback
 
-        _send(calls_fd, ("broken", "".join(traceback.format_exception(error))))
+        calls.send(("broken", "".join(traceback.format_exception(error))))
         return
-    _send(calls_fd, ("ready", os.getpid()))
-    _make_calls(calls_fd, tokens_fd, lambda name, args: _evaluate(function, name, args, retry_on, clock))
+    calls.send(("ready", os.getpid()))
+    _make_calls(calls, tokens_fd, lambda name, args: _evaluate(function, name, args, retry_on, clock))
 
 
-def _make_calls(calls: int, tokens_fd: int, call: Callable[[str, str], Any]) -> None:
+def _make_calls(calls: _Channel, tokens_fd: int, call: Callable[[str, str], Any]) -> None:
     """Make the calls that arrive until the parent closes the socket."""
-    while (batch := _receive(calls)) is not None:
+    while (batch := calls.receive()) is not None:
         left = len(batch)
         for name, args in batch:
             # Each call has a token in a pipe. Whoever reads it, this process to start the call or the parent to take it back,
@@ -76,9 +91,9 @@ def _make_calls(calls: int, tokens_fd: int, call: Callable[[str, str], Any]) -> 
                 break  # the rest has been taken back
             left -= 1
             # Its own statement and no name: a big result is not kept while the next one is made.
-            _send(calls, (call(name, args), left == 0))
+            calls.send((call(name, args), left == 0))
         if left:
-            _send(calls, (None, True))
+            calls.send((None, True))
 
 
 def _evaluate(function: Any, name: str, args: str, retry_on: Any, clock: Any) -> Any:
@@ -132,38 +147,61 @@ def _load(payload_fd: int) -> tuple[Any, Any]:
         del sys.speval_loading  # type: ignore[attr-defined]
 
 
-def _receive(calls: int) -> Any:
-    head = _exactly(calls, 8)
-    if head is None:
-        return None
-    data = _exactly(calls, int.from_bytes(head, "little"))
-    return None if data is None else marshal.loads(data)
-
-
-def _exactly(calls: int, size: int) -> bytes | bytearray | None:
-    """Return so many bytes, or None when the parent has closed the socket."""
-    data = _read(calls, size)
-    if len(data) == size:
-        return data
-    whole = bytearray(data)
-    while data and len(whole) < size:
-        data = _read(calls, size - len(whole))
-        whole += data
-    return whole if len(whole) == size else None
-
-
-def _read(calls: int, size: int) -> bytes:
+def _out_of_the_way(fd: int) -> int:
+    """Move a descriptor to a high number, so that a function that uses low ones it has not opened does not hit it."""
+    # Not inheritable: a grandchild that held it would keep our death from being noticed, or our parent's from it.
     try:
-        return os.read(calls, min(size, 1 << 20))
-    except ConnectionResetError:  # closed with something of ours unread
-        return b""
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    except (OSError, ValueError):  # the limit is too low for that
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return high
 
 
-def _send(calls: int, message: Any) -> None:
-    data = marshal.dumps(message)
-    view = memoryview(len(data).to_bytes(8, "little") + data)
-    try:
-        while view:
-            view = view[os.write(calls, view) :]
-    except (BrokenPipeError, ConnectionResetError):  # the parent is gone, and nobody wants a traceback of that
-        os.killpg(0, _SIGKILL)
+class _Channel:
+    """The socket to the parent. A message is the tag, eight bytes of length, the data and the tag once more."""
+
+    def __init__(self, fd: int, tag: bytes) -> None:
+        self._fd = fd
+        self._tag = tag
+
+    def receive(self) -> Any:
+        """Return the next message, None when the parent has closed the socket."""
+        mark = len(self._tag)
+        head = self._exactly(mark + 8)
+        if head is None:
+            return None
+        data = self._exactly(int.from_bytes(head[mark:], "little") + mark)
+        if data is None:
+            return None
+        if head[:mark] != self._tag or data[-mark:] != self._tag:
+            os._exit(70)  # the function has read from the socket: nothing that comes now can be trusted
+        return marshal.loads(memoryview(data)[:-mark])
+
+    def send(self, message: Any) -> None:
+        """Send a message whole."""
+        data = marshal.dumps(message)
+        view = memoryview(b"".join((self._tag, len(data).to_bytes(8, "little"), data, self._tag)))
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except (BrokenPipeError, ConnectionResetError):  # the parent is gone, and a traceback helps no reader
+            os.killpg(0, _SIGKILL)
+
+    def _exactly(self, size: int) -> bytes | bytearray | None:
+        """Return so many bytes, or None when the parent has closed the socket."""
+        data = self._read(size)
+        if len(data) == size:
+            return data
+        whole = bytearray(data)
+        while data and len(whole) < size:
+            data = self._read(size - len(whole))
+            whole += data
+        return whole if len(whole) == size else None
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return os.read(self._fd, min(size, 1 << 20))
+        except ConnectionResetError:  # closed with something of ours unread
+            return b""

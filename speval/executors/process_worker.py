@@ -19,7 +19,7 @@ def main() -> None:
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "speval"]:
         del sys.modules[name]
-    serve(*(int(number) for number in sys.argv[1:5]))
+    serve(sys.argv[1], *(int(number) for number in sys.argv[2:]))
 
 
 if __name__ == "__main__":

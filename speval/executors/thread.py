@@ -18,14 +18,17 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from ..clock import Clock
+from ..errors import ExecutorError
 from ..model import Claim, Function, Outcome, RetryOn
-from .base import Executor, Slot, as_outcome, timed_out
+from .base import Executor, NoRoomError, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
-from .call import evaluate
+from .call import evaluate, outcome
 
 __all__ = ["ThreadExecutor"]
 
 logger = logging.getLogger("speval.executor")
+
+_LOOK = 3.0  # seconds between looks at a thread, which as a rule tells of its end itself
 
 
 class ThreadExecutor(Executor):
@@ -113,11 +116,48 @@ class _Thread:
 
     def __init__(self, executor: ThreadExecutor, number: int) -> None:
         self._executor = executor
+        self._loop = asyncio.get_running_loop()
+        self.on_end: Callable[[], None] = lambda: None  # called in the loop
         self.work: SimpleQueue[_Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"speval slot {number}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system starts no more threads
+            problem = f"{error} (`ulimit -u`, or the pids limit of a container)"
+            raise NoRoomError(problem, ExecutorError("'thread'", problem)) from error
+        # The exception can hit what tells of the end, too.
+        self._timer = self._loop.call_later(_LOOK, self._look)
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether it has ended, as it does when an exception is raised in it from outside."""
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._make_calls()
+        except BaseException as error:
+            # Raised in this thread from outside, between two lines of ours: the slot gets another thread.
+            logger.warning("thread %s ends: %s was raised in it from outside", self._thread.name, type(error).__name__)
+        finally:
+            with suppress(RuntimeError):  # the loop is over
+                self._loop.call_soon_threadsafe(self._tell_end)
+
+    def _tell_end(self) -> None:
+        self.on_end()
+
+    def _look(self) -> None:
+        if self.is_dead:
+            self.on_end()
+        else:
+            self._timer = self._loop.call_later(_LOOK, self._look)
+
+    def let_go(self) -> None:
+        """Let it end once it has done what it has begun."""
+        self._timer.cancel()
+        self.work.put(None)
+
+    def _make_calls(self) -> None:
         executor = self._executor
         while (work := self.work.get()) is not None:
             while (call := work.next()) is not None:
@@ -150,15 +190,22 @@ class _ThreadSlot(BatchSlot):
         back: Callable[[Sequence[Claim]], None],
         more: Callable[[], Claim | None],
     ) -> None:
+        if self._thread is not None and self._thread.is_dead:
+            self._abandon()
         if self._thread is None:
             self._thread = _Thread(self._executor, self._number)
-        work = _Work(claims)
+        thread, work = self._thread, _Work(claims)
         work.batch = batch = Batch(work, claims, timeout, ended, back, self._executor.clock)
-        self._thread.work.put(work)
+        thread.on_end = batch.wake
+        thread.work.put(work)
         try:
             while batch.pending:
                 await batch.wait()
                 work.receive()  # what is overdue may have ended this moment
+                if batch.pending and thread.is_dead:
+                    self._abandon()
+                    self._settle(batch, work, back)
+                    return
                 if batch.pending and batch.pending[0] is batch.overdue:
                     assert timeout is not None
                     self._executor.warn_of_abandoned(batch.overdue.name, timeout)
@@ -172,13 +219,26 @@ class _ThreadSlot(BatchSlot):
                 self._abandon()
                 raise
         finally:
+            thread.on_end = lambda: None
             work.batch = None
+
+    def _settle(self, batch: Batch, work: _Work, back: Callable[[Sequence[Claim]], None]) -> None:
+        """Tell what became of the calls of a thread that is dead."""
+        batch.give_back(work.take_back(len(batch.pending)))
+        if batch.pending:
+            started_at, duration = batch.since_wall, batch.running()
+            message = "its thread was ended by an exception raised in it from outside"
+            batch.end(as_outcome(outcome("crash", "ThreadDied", message, "", started_at, duration, again=True)))
+        if batch.pending:
+            rest = list(batch.pending)
+            batch.pending.clear()
+            back(rest)
 
     def _abandon(self) -> _Thread:
         """Let go of a thread that is still at work; the next call gets a new one."""
         thread, self._thread = self._thread, None
         assert thread is not None
-        thread.work.put(None)
+        thread.let_go()
         return thread
 
     async def close(self) -> None:
