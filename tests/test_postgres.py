@@ -181,8 +181,8 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
-    proxy.lose_the_answer_to("COMMIT")
     store = await stores(through)
+    proxy.lose_the_answer_to("COMMIT")
     seeded = await seed(store, range(100))
     assert (seeded.new, seeded.unchanged) in {(100, 0), (0, 100)}
     assert rows(through, "SELECT count(*), count(DISTINCT name) FROM evaluations") == [(100, 100)]
@@ -661,7 +661,8 @@ def test_no_password_is_ever_shown(postgres, scripts, wrong):
         logging.basicConfig(level=0)
         from speval import aio, speval
         from speval.options import checked_database
-        from speval.stores import make_store
+        from speval.stores import make_store, postgres_connection
+        postgres_connection._LIMITS = dict.fromkeys(postgres_connection._LIMITS, 0.5)
         url = "postgresql://{user}:sesame@{place[wrong]}?sslpassword=sesame&connect_timeout=2"
         db = checked_database(url)
         print(repr(db), str(db), make_store(db))

@@ -14,10 +14,10 @@ from ..errors import DatabaseError, DatabaseMissingError, ForeignDatabaseError, 
 from ..url import PostgresUrl
 from .base import StoreMode
 from .postgres_connection import Connection
+from .postgres_errors import SCHEMA
 
-__all__ = ["SCHEMA", "Names", "prepare", "stored_name", "true_name"]
+__all__ = ["READY", "SCHEMA", "Names", "prepare", "stored_name", "true_name"]
 
-SCHEMA = 1
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 
 _NAME = re.compile(r"\bspeval\.")
@@ -33,6 +33,10 @@ _META = "SELECT key, value FROM speval.meta WHERE key IN ('application', 'schema
 # By its name: before the schema is there, nothing else tells it from others.
 _LOCK = "SELECT pg_advisory_xact_lock(1936745846, hashtext(%s))"
 _SIGN = "INSERT INTO speval.meta VALUES ('application', 'speval'), ('schema', %s), ('release', %s)"
+
+
+# In a transaction that changes something, once it has the lock that a release that changes the schema needs too.
+READY = "SELECT speval.ready_1()"
 
 
 class Names:
@@ -65,7 +69,7 @@ def true_name(stored: str) -> str:
 
 
 def prepare(connection: Connection, url: PostgresUrl, mode: StoreMode) -> None:
-    """Recognise the schema, and make it if it is missing and ``mode`` is "create".
+    """Recognise the schema, and make it if it is missing and ``mode`` is "create", in one transaction.
 
     Raises:
         DatabaseError: it can't be used; it is as it was.
@@ -73,16 +77,15 @@ def prepare(connection: Connection, url: PostgresUrl, mode: StoreMode) -> None:
     if _recognise(connection, url, mode):
         return
     names = Names(url.schema)
-    with connection.transaction():
-        connection.execute(_LOCK, (url.schema,))
-        if _recognise(connection, url, mode):
-            return  # another one has made it meanwhile
-        (exists,) = _one(connection, "SELECT to_regnamespace(%s) IS NOT NULL", url.schema)
-        if not exists:
-            connection.execute(names("CREATE SCHEMA speval.").rstrip("."))
-        script = resources.files(__package__).joinpath("postgres.sql").read_text(encoding="utf-8")
-        connection.execute(names(script))
-        connection.execute(names(_SIGN), (str(SCHEMA), RELEASE_FOR_SCHEMA))
+    connection.execute(_LOCK, (url.schema,))
+    if _recognise(connection, url, mode):
+        return  # another one has made it meanwhile
+    (exists,) = _one(connection, "SELECT to_regnamespace(%s) IS NOT NULL", url.schema)
+    if not exists:
+        connection.execute(names("CREATE SCHEMA speval.").rstrip("."))
+    script = resources.files(__package__).joinpath("postgres.sql").read_text(encoding="utf-8")
+    connection.execute(names(script))
+    connection.execute(names(_SIGN), (str(SCHEMA), RELEASE_FOR_SCHEMA))
 
 
 def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> bool:
