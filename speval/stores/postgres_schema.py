@@ -15,6 +15,7 @@ from ..url import PostgresUrl
 from .base import StoreMode
 from .postgres_connection import Connection
 from .postgres_errors import SCHEMA
+from .postgres_trust import check_functions, check_owners
 
 __all__ = ["READY", "SCHEMA", "Names", "prepare", "stored_name", "true_name"]
 
@@ -97,6 +98,8 @@ def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> boo
     namespace, meta, encoding, tables = row
     if encoding != "UTF8":
         raise DatabaseError(url.shown, f"its encoding is {encoding}, which can't hold every text; create one with UTF8")
+    if namespace is not None:
+        check_owners(connection, url)
     if meta is None:
         if namespace is not None and tables:
             raise ForeignDatabaseError(url.shown, f"a schema {schema} of something else")
@@ -109,6 +112,7 @@ def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> boo
     version = int(stored["schema"])
     if version > SCHEMA:
         raise NewerSchemaError(url.shown, version, SCHEMA, stored["release"])
+    check_functions(connection, url, reads=mode == "read")
     return True
 
 
