@@ -81,7 +81,10 @@ class Server:
 
     def _is_readable(self) -> bool:
         """Tell whether the user the server runs as may execute the binaries where they are."""
-        return subprocess.run([self.bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
+        try:
+            return subprocess.run([self.bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
+        except PermissionError:  # a folder on the way is another user's alone
+            return False
 
     def _call(self, name: str, *arguments: object) -> None:
         command = [str(self.bin / name), *map(str, arguments)]
