@@ -318,18 +318,3 @@ async def test_among_many_workers_one_that_dies_on_this_machine_is_noticed_at_on
         sleeper.kill()
         sleeper.wait()
         await store.close()
-
-
-async def test_a_worker_that_has_left_is_not_told_that_it_was_declared_dead(place):
-    store = place.store()
-    await store.open()
-    try:
-        worker = await store.register(30)
-        keeping = store.lease_keeping()
-        await store.leave(worker)
-        assert await asyncio.to_thread(keeping.renew, worker, 10) is True
-        gone = await store.register(30)
-        place.execute("UPDATE workers SET dead = true WHERE id = ?", gone)
-        assert await asyncio.to_thread(keeping.renew, gone, 10) is False
-    finally:
-        await store.close()

@@ -156,7 +156,7 @@ BEGIN
 END
 $$;
 
--- Null: nobody has looked at the others for some seconds. False: declared dead, or unknown. One that has left was never dead.
+-- Null: nobody has looked at the others for some seconds. False: declared dead, has left, or unknown.
 CREATE FUNCTION speval.renew_1(p_worker bigint, p_now double precision, p_overdue double precision) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
@@ -166,7 +166,7 @@ BEGIN
     UPDATE speval.workers AS w SET beat = beat + 1, last_seen = p_now, expires_at = speval.clock() + lease
     WHERE w.id = p_worker AND ended_at IS NULL AND NOT dead;
     IF NOT FOUND THEN
-        RETURN EXISTS (SELECT FROM speval.workers AS w WHERE w.id = p_worker AND NOT w.dead);
+        RETURN false;
     END IF;
     RETURN CASE WHEN (SELECT s.last_value FROM speval.looked AS s) >= (speval.clock() - p_overdue) * 1000 THEN true END;
 END
@@ -200,7 +200,7 @@ BEGIN
         AND (w.dead OR w.machine = p_machine OR v_now > greatest(w.expires_at, v_started + w.lease))
     ORDER BY w.id;
     -- From holder to holder through the index, however many evaluations each of them holds; among many workers not each time.
-    IF random() * v_living < 4 THEN
+    IF random() * v_living < 16 THEN
         RETURN QUERY
         WITH RECURSIVE holders (worker) AS (
             (SELECT r.worker FROM speval.running AS r ORDER BY r.worker LIMIT 1)

@@ -24,7 +24,7 @@ _PATIENCE = 1.0  # seconds at most: taking back can wait for the next look, one'
 _LONG = 2.0  # seconds without an answer after which others may have had none either
 
 _LOOKS = 10.0  # looks per second of all workers together
-_SELDOM = 0.4  # seconds between two looks of one worker, up to which all may look at each beat
+_FEW = 16  # workers that may all look at each beat
 _OVERDUE = 3.0  # seconds without a look of anybody, after which the next one who renews looks at once
 
 # Calls of functions with qualified names alone: these run outside of a transaction with settings of its own.
@@ -142,5 +142,4 @@ class PostgresLeaseKeeping(Reclaiming):
 
 def _pause(living: int) -> float:
     """Return the seconds until one of so many workers looks again."""
-    pause = living / _LOOKS
-    return pause * random.uniform(0.5, 1.5) if pause > _SELDOM else 0.0
+    return living / _LOOKS * random.uniform(0.5, 1.5) if living > _FEW else 0.0
