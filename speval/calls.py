@@ -7,6 +7,7 @@ waits for nothing, since it may be called in the very thread that would have to 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import gc
 import os
@@ -15,7 +16,7 @@ import time
 from contextlib import suppress
 from typing import Any, Protocol
 
-__all__ = ["add", "discard", "is_collecting", "watch_collections"]
+__all__ = ["add", "discard", "interrupt_soon", "is_collecting", "watch_collections"]
 
 _PATIENCE = 15.0  # seconds the exit waits; a worker that stops takes 11 at most, unless something blocks its event loop
 
@@ -50,12 +51,10 @@ def add(call: _Call) -> None:
         atexit.register(_end, everywhere=True)
         # It comes late for a call that the main thread has left open: pools of threads are closed by then, and an evaluation
         # that wants one would fail for good. What closes the pools is registered with this hook, and runs after ours.
-        import concurrent.futures.thread  # noqa: F401
+        with suppress(AttributeError, RuntimeError):  # it is not there any more; the exit has begun
+            import concurrent.futures.thread  # noqa: F401
 
-        register = getattr(threading, "_register_atexit", None)
-        if register is not None:
-            with suppress(RuntimeError):  # the exit has begun
-                register(_end)
+            threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 
 def discard(call: _Call) -> None:
@@ -95,6 +94,13 @@ def _note(phase: str, info: dict[str, Any], collecting: list[int] = _collecting,
 def is_collecting() -> bool:
     """Tell whether this thread is within a garbage collection, so that it must not wait for any other."""
     return threading.get_ident() in _collecting
+
+
+def interrupt_soon() -> None:
+    """Have Ctrl-C come out of the main thread a moment later: Python drops what comes out of a finalizer."""
+    timer = threading.Timer(0.05, _thread.interrupt_main)
+    timer.name, timer.daemon = "speval interrupt", True
+    timer.start()
 
 
 if hasattr(os, "register_at_fork"):

@@ -103,20 +103,23 @@ class Call(Generic[T]):
     Args:
         main: Makes the coroutine, in the loop.
         ended: Told how it ended.
+        owner: Kept as long as the call.
 
     Attributes:
         has_begun: Whether the coroutine was begun.
         asker: The thread that has asked for something last.
     """
 
-    def __init__(self, main: Callable[[], Coroutine[Any, Any, T]], ended: Future[T]) -> None:
+    def __init__(self, main: Callable[[], Coroutine[Any, Any, T]], ended: Future[T], owner: object = None) -> None:
         self.has_begun = False
         self.asker = threading.get_ident()
         self._main = main
         self._ended = ended
+        self._owner = owner
         self._process = os.getpid()
-        # Re-entrant, since the garbage collector may call stop() within any statement.
-        self._guard = threading.RLock()
+        # No locks: an interrupt may come, and a finalizer may call stop(), within any statement. The caller writes _is_stopping
+        # and then reads what the thread writes; the thread writes and then reads _is_stopping: so one of them sees the other.
+        self._is_awake = False
         self._is_stopping = False
         self._is_at_exit = False
         self._is_left = False
@@ -161,11 +164,7 @@ class Call(Generic[T]):
         self.asker = threading.get_ident()
         future: Future[Any] = Future()
         self._asked.append(future)
-        with self._guard:
-            loop = self._loop
-        if loop is not None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._wanted.set)
+        self._signal(lambda: self._wanted.set())
         if self._ended.done():
             self._answer_all()
         handed = self._waited(future)
@@ -199,7 +198,7 @@ class Call(Generic[T]):
         if self.is_over or self._process != os.getpid():
             return
         self.stop()
-        if not self.has_begun:  # and never will
+        if not self._is_awake:  # and never will be
             calls.discard(self)
         elif self._interrupts < 2 and not calls.is_collecting() and threading.get_ident() != self._thread.ident:
             try:
@@ -214,18 +213,20 @@ class Call(Generic[T]):
         """Have the call end in good order; it waits for nothing, and any thread may call it, finalizers too."""
         if self._process != os.getpid():
             return
-        with self._guard:
-            self._is_stopping = True
-            self._is_at_exit = self._is_at_exit or at_exit
-            self._signal(self._cancel)
+        self._is_stopping = True
+        if at_exit:
+            self._is_at_exit = True
+        self._signal(self._cancel)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until a call that has begun is over, or until only what refuses to end is left of it."""
+        if not self._is_awake:
+            return
         until = None if timeout is None else time.monotonic() + timeout
-        while self.has_begun and not self._ended.done() and not self._over.wait(_LOOK):
+        while not self._ended.done() and not self._over.wait(_LOOK):
             if until is not None and time.monotonic() > until:
                 return
-        if self.has_begun and self._over.wait(_END_WITHIN):
+        if self._over.wait(_END_WITHIN):
             self._thread.join(_END_WITHIN)  # it has nothing left to do
 
     def leave(self) -> None:
@@ -236,29 +237,28 @@ class Call(Generic[T]):
             self._signal(self._cancel_again)
 
     def _signal(self, callback: Callable[[], object]) -> None:
-        with self._guard:
-            if self._loop is not None:
-                with suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(callback)
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(callback)
 
     # In the loop's thread
 
     def _run(self) -> None:
-        with self._guard:
-            if self._is_stopping:
-                return
-            self.has_begun = True
+        self._is_awake = True
         try:
+            if self._is_stopping:
+                raise asyncio.CancelledError  # the caller may have left already
+            self.has_begun = True
             with asyncio.Runner() as runner:
                 loop = runner.get_loop()
                 self._wanted = asyncio.Event()
                 self._is_cancelled = False
                 self._task = loop.create_task(self._main(), name="speval call")
                 del self._main  # it knows us
-                with self._guard:
-                    self._loop = loop
-                    if self._is_stopping:
-                        self._cancel()
+                self._loop = loop
+                if self._is_stopping:
+                    self._cancel()
                 self._bring(_complete(loop, self._task))
         except BaseException as error:
             if self._ended.done():
@@ -266,7 +266,7 @@ class Call(Generic[T]):
             else:
                 self._bring(error)
         finally:
-            self._loop = None
+            self._loop = self._owner = None
             calls.discard(self)
             self._over.set()
 

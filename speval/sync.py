@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import aclosing, suppress
@@ -258,7 +259,8 @@ class _Completed(Generator[Evaluation, None, None]):
                     call.hand_over(batch)
                     await call.asked()
 
-        self._call = call = Call(main, Future())
+        # It is told twice that we are gone, since an interrupt may come between any two steps of a finalizer too.
+        self._call = call = Call(main, Future(), weakref.ref(self, lambda _: call.stop()))
         call.start()
 
     def send(self, value: None) -> Evaluation:
@@ -290,10 +292,16 @@ class _Completed(Generator[Evaluation, None, None]):
             return
         # A loop that is left drops us in the thread that ran it, and what follows it may rely on all being given back. In any
         # other place a finalizer may be called in the middle of anything, so it must not wait.
-        if threading.get_ident() == call.asker:
-            self._end(_PATIENCE)
-        else:
+        if threading.get_ident() != call.asker:
             call.stop()
+            return
+        try:
+            try:
+                self._end(_PATIENCE)
+            finally:
+                self._end(_PATIENCE)
+        except KeyboardInterrupt:
+            calls.interrupt_soon()
 
 
 def _encoded(eval_space: EvalSpace) -> Space | Source:
