@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 __all__ = ["add", "discard", "interrupt_soon", "is_collecting", "watch_collections"]
@@ -38,7 +39,11 @@ class _Call(Protocol):
 
 _open: set[_Call] = set()  # without a lock, which a fork might copy while it is held: each access is atomic
 _is_installed = False
-_collecting: list[int] = []  # the thread that collects garbage now; only one does at any time
+# Both phases of the last garbage collection with what Python told about them, the later one last; and the same of each thread.
+# They are filled by callbacks written in C: Ctrl-C that arrives during a collection comes out of the first step of Python code
+# after it, and would be dropped if that were a callback.
+_phases: dict[str, Any] = {}
+_here = threading.local()
 
 
 def add(call: _Call) -> None:
@@ -79,21 +84,14 @@ def _end(everywhere: bool = False) -> None:
 
 def watch_collections() -> None:
     """Take note from now on of the thread that collects garbage."""
-    if _note not in gc.callbacks:
-        gc.callbacks.append(_note)
-
-
-# Called until late in the interpreter's end, when the names of this module may be gone.
-def _note(phase: str, info: dict[str, Any], collecting: list[int] = _collecting, me: Any = threading.get_ident) -> None:
-    if phase == "start":
-        collecting.append(me())
-    else:
-        collecting.clear()
+    if _phases.pop not in gc.callbacks:
+        gc.callbacks.extend((_phases.pop, _phases.setdefault, partial(setattr, _here)))
 
 
 def is_collecting() -> bool:
     """Tell whether this thread is within a garbage collection, so that it must not wait for any other."""
-    return threading.get_ident() in _collecting
+    last = next(reversed(_phases), "stop")
+    return last == "start" and getattr(_here, "start", None) is _phases.get("start")
 
 
 def interrupt_soon() -> None:
