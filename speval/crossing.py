@@ -168,7 +168,8 @@ class Call(Generic[T]):
         if self._ended.done():
             self._answer_all()
         handed = self._waited(future)
-        if handed is None and (self._is_at_exit or not self._is_stopping):
+        is_told = self._is_at_exit and threading.current_thread().daemon  # its loop must not seem to have come to its end
+        if handed is None and (is_told or not self._is_stopping):
             self.result()  # raises, if the coroutine did
         return handed
 
