@@ -30,7 +30,11 @@ from collections.abc import Callable
 from speval import Evaluation, load_evals, speval
 
 COUNT, LEASE = 240, 2.0
-BRIDGE, HOSTS = "speval0", ("ada", "grace", "barbara", "frances")
+HOSTS = ("ada", "grace", "barbara", "frances")
+# Names of its own: nothing that anything else has made is touched.
+BRIDGE = f"sp{os.getpid()}"
+NAMESPACES = {host: f"speval-{os.getpid()}-{host}" for host in HOSTS}
+CABLES = {host: f"{BRIDGE}to{number}" for number, host in enumerate(HOSTS)}
 
 
 def work(args: dict[str, int]) -> int:
@@ -47,28 +51,30 @@ def ip(*arguments: str, check: bool = True) -> None:
     subprocess.run(["ip", *arguments], check=check, stderr=None if check else subprocess.DEVNULL)
 
 
-def build() -> None:
+def build(made: list[tuple[str, ...]]) -> None:
+    """Make the network, and note what takes it away again."""
     ip("link", "add", BRIDGE, "address", "02:00:00:00:00:01", "type", "bridge")
+    made.append(("link", "delete", BRIDGE))
     ip("address", "add", "10.91.0.1/24", "dev", BRIDGE)
     ip("link", "set", BRIDGE, "up")
     for number, host in enumerate(HOSTS, 11):
-        ip("netns", "add", host)
-        ip("link", "add", f"to-{host}", "type", "veth", "peer", "name", "eth0", "netns", host)
-        ip("link", "set", f"to-{host}", "master", BRIDGE, "up")
-        ip("-n", host, "address", "add", f"10.91.0.{number}/24", "dev", "eth0")
-        ip("-n", host, "link", "set", "eth0", "up")
+        ip("netns", "add", NAMESPACES[host])
+        made.append(("netns", "delete", NAMESPACES[host]))
+        ip("link", "add", CABLES[host], "type", "veth", "peer", "name", "eth0", "netns", NAMESPACES[host])
+        ip("link", "set", CABLES[host], "master", BRIDGE, "up")
+        ip("-n", NAMESPACES[host], "address", "add", f"10.91.0.{number}/24", "dev", "eth0")
+        ip("-n", NAMESPACES[host], "link", "set", "eth0", "up")
 
 
-def tear_down() -> None:
-    for host in HOSTS:
-        ip("netns", "delete", host, check=False)
-    ip("link", "delete", BRIDGE, check=False)
+def tear_down(made: list[tuple[str, ...]]) -> None:
+    for command in reversed(made):
+        ip(*command, check=False)
 
 
 def start(host: str, url: str) -> subprocess.Popen[bytes]:
     named = f"hostname {host} && exec {sys.executable} {__file__} {url!r} copy"
     alone = ["unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", named]
-    return subprocess.Popen(["ip", "netns", "exec", host, *alone], start_new_session=True)
+    return subprocess.Popen(["ip", "netns", "exec", NAMESPACES[host], *alone], start_new_session=True)
 
 
 def completed(url: str) -> list[Evaluation]:
@@ -80,26 +86,26 @@ def host_of(e: Evaluation) -> str:
 
 
 def main(url: str) -> None:
-    tear_down()  # what an earlier run may have left
-    build()
     copies: dict[str, subprocess.Popen[bytes]] = {}
+    made: list[tuple[str, ...]] = []
     try:
+        build(made)
         speval(work, [], url, progress=False)  # makes the database, so that it can be looked at at once
         copies.update((host, start(host, url)) for host in HOSTS)
         wait_until(lambda: {host_of(e) for e in completed(url)} == set(HOSTS))
         print("ada's cable is pulled, and grace's power fails")
-        ip("link", "set", "to-ada", "down")
+        ip("link", "set", CABLES["ada"], "down")
         os.killpg(copies["grace"].pid, signal.SIGKILL)
         time.sleep(2 * LEASE)
         print("ada's cable is back")
-        ip("link", "set", "to-ada", "up")
+        ip("link", "set", CABLES["ada"], "up")
         codes = {host: copy.wait() for host, copy in copies.items()}
         evaluations = load_evals(url)
     finally:
         for copy in copies.values():
             if copy.poll() is None:
                 os.killpg(copy.pid, signal.SIGKILL)
-        tear_down()
+        tear_down(made)
     shares = Counter(host_of(e) for e in evaluations)
     print(f"all {COUNT} completed as they should be:", [e["result"] for e in evaluations] == [n**2 for n in range(COUNT)])
     print("ended well:", sorted(host for host, code in codes.items() if code == 0))

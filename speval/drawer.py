@@ -93,6 +93,10 @@ class Drawer:
                         return
         except Exception as error:
             self._on_failure(error)
+        except SystemExit as error:  # else it would end the loop, or the space would pass for one that is over
+            failure = RuntimeError(f"the eval space raised {error!r}")
+            failure.__cause__ = error
+            self._on_failure(failure)
         finally:
             asyncio.get_running_loop().call_soon(self._on_drawn)  # when the task is done
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from .errors import OptionError
 from .model import Durability, OnChanged, Status
-from .url import PostgresUrl, is_postgres
+from .url import PostgresUrl, is_conninfo, is_postgres
 
 __all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]
 
@@ -88,6 +88,8 @@ def checked_database(db: Any) -> Database:
         raise OptionError("db", repr(text), _DATABASES)
     if is_postgres(text):
         return PostgresUrl.parse(text)
+    if is_conninfo(text):
+        raise OptionError("db", "'host=... dbname=...'", "write it as a URL: postgresql://USER@HOST:PORT/DBNAME")
     if text == ":memory:" or text.startswith("file:"):
         raise OptionError("db", repr(text), "evaluations are kept in a file, so name one: other copies and later runs need it")
     if "://" in text:

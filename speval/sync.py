@@ -1,24 +1,23 @@
 """speval for code that blocks: the same four calls as ``speval.aio``, each run in an event loop of its own.
 
-Owns the way from blocking code into the event loop and back. Invariant: the loop runs in a thread of its own, so a call
-works wherever a loop is already running; the first Ctrl-C ends it in good order and the second one at once.
+Owns the public names; ``crossing`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
+gives back what it holds.
 """
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterable
-from concurrent.futures import Future
-from contextlib import contextmanager
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from contextlib import aclosing, suppress
 from os import PathLike
+from types import TracebackType
 from typing import Any, TypeVar
 
-import anyio
-from anyio.from_thread import BlockingPortal
-
-from . import aio
-from .errors import SpevalError
+from . import aio, calls
+from .crossing import Call, Future
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database
 from .source import Source, is_source
@@ -28,7 +27,7 @@ __all__ = ["as_completed", "load_evals", "retry", "speval"]
 
 T = TypeVar("T")
 
-_JOIN_WITHIN = 2.0  # seconds to wait for the loop's thread, which a coroutine that refuses to end keeps alive
+_PATIENCE = 15.0  # seconds a generator that is dropped waits for its end, which takes 11 at most, unless a function blocks it
 
 
 def speval(
@@ -92,8 +91,7 @@ def speval(
         progress=progress,
     )
     space = _encoded(eval_space)
-    with _loop() as loop:
-        return loop.call(aio.evaluated, func, space, db, options)
+    return _called(lambda: aio.evaluated(func, space, db, options), space)
 
 
 def as_completed(
@@ -155,7 +153,7 @@ def as_completed(
         durability=durability,
         progress=progress,
     )
-    return _as_completed(func, eval_space, checked_database(db), options)
+    return _Completed(func, eval_space, checked_database(db), options)
 
 
 def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:
@@ -171,8 +169,7 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
     Raises:
         DatabaseError: there is no such file, or it can't be read.
     """
-    with _loop() as loop:
-        return loop.call(lambda: aio.load_evals(db, status=status))
+    return _called(lambda: aio.load_evals(db, status=status))
 
 
 def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
@@ -190,22 +187,121 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
         UnknownNameError: a name is not in the database; nothing was changed.
         DatabaseError: the file can't be used as a database.
     """
-    with _loop() as loop:
-        return loop.call(lambda: aio.retry(db, names, status=status))
+    return _called(lambda: aio.retry(db, names, status=status))
 
 
-def _as_completed(
-    func: Callable[[Any], Any], eval_space: EvalSpace, db: Database, options: Options
-) -> Generator[Evaluation, None, None]:
-    space = _encoded(eval_space)
-    with _loop() as loop:
-        batches = aio.batches(func, space, db, options)
+def _called(main: Callable[[], Coroutine[Any, Any, T]], space: Space | Source | None = None) -> T:
+    """Run a coroutine and return what it returns; it closes the space once it has begun."""
+    call = Call(main, Future())
+    try:
         try:
-            while batch := loop.call(anext, batches, None):
-                yield from batch
+            call.start()
+            return call.result()
         finally:
-            if not loop.is_abandoned:
-                loop.call(batches.aclose)
+            call.close()
+    finally:
+        call.close()
+        if space is not None and not call.has_begun:
+            space.close()
+
+
+class _Completed(Generator[Evaluation, None, None]):
+    """Yields evaluations as a generator does, and ends the call as soon as it is closed, exhausted, interrupted or dropped."""
+
+    _call: Call[None] | None = None
+    _space: Space | Source | None = None
+
+    def __init__(self, func: Callable[[Any], Any], eval_space: EvalSpace, db: Database, options: Options) -> None:
+        self._make = (func, eval_space, db, options)
+        self._ready: deque[Evaluation] = deque()
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "not started" if self._call is None else "open"
+        return f"<as_completed in {self._make[2]!r} {state}>"
+
+    def __next__(self) -> Evaluation:
+        try:
+            try:
+                while not self._is_closed:
+                    with suppress(IndexError):  # nothing is there, or another thread was quicker
+                        return self._ready.popleft()
+                    self._fetch()
+            except BaseException:
+                self.close()
+                raise
+        except BaseException:
+            self.close()  # what an interrupt has kept the other one from doing
+            raise
+        raise StopIteration
+
+    def _fetch(self) -> None:
+        """Get all that has ended since; the first time, begin."""
+        if self._call is None:
+            self._begin()
+        assert self._call is not None
+        batch = self._call.ask()
+        if batch is None:
+            self.close()
+        else:
+            self._ready.extend(batch)
+
+    def _begin(self) -> None:
+        func, eval_space, db, options = self._make
+        self._space = space = _encoded(eval_space)
+        calls.watch_collections()
+
+        # Not a method: the call must not know us, or we would never be dropped.
+        async def main() -> None:
+            async with aclosing(aio.batches(func, space, db, options)) as batches:
+                await call.asked()
+                async for batch in batches:
+                    call.hand_over(batch)
+                    await call.asked()
+
+        # It is told twice that we are gone, since an interrupt may come between any two steps of a finalizer too.
+        self._call = call = Call(main, Future(), weakref.ref(self, lambda _: call.stop()))
+        call.start()
+
+    def send(self, value: None) -> Evaluation:
+        return self.__next__()
+
+    def throw(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> Evaluation:
+        self.close()
+        return super().throw(typ, val, tb)
+
+    def close(self) -> None:
+        """End the call and wait until it has given back what it held; any thread may do so."""
+        self._is_closed = True
+        self._ready.clear()
+        try:
+            self._end()
+        finally:
+            self._end()
+
+    def _end(self, timeout: float | None = None) -> None:
+        call = self._call
+        if call is not None:
+            call.close(timeout)
+        if self._space is not None and (call is None or not call.has_begun):
+            self._space.close()
+
+    def __del__(self) -> None:
+        call = self._call
+        if call is None or call.is_over or sys.is_finalizing():
+            return
+        # A loop that is left drops us in the thread that ran it, and what follows it may rely on all being given back. In any
+        # other place a finalizer may be called in the middle of anything, so it must not wait.
+        if threading.get_ident() != call.asker:
+            call.stop()
+            return
+        try:
+            try:
+                self._end(_PATIENCE)
+            finally:
+                self._end(_PATIENCE)
+        except KeyboardInterrupt:
+            calls.interrupt_soon()
 
 
 def _encoded(eval_space: EvalSpace) -> Space | Source:
@@ -220,73 +316,3 @@ def _encoded(eval_space: EvalSpace) -> Space | Source:
         space.close()
         raise
     return space
-
-
-class _Loop:
-    """An event loop in a thread of its own, and the way into it."""
-
-    def __init__(self, portal: BlockingPortal, loop: asyncio.AbstractEventLoop) -> None:
-        self._portal = portal
-        self._loop = loop
-        self.is_abandoned = False
-
-    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run ``function(*args)`` in the loop and wait for it."""
-        # anyio's future is done as soon as it is cancelled, and what we wait for is the end of the clean-up.
-        ended = threading.Event()
-
-        async def run() -> T:
-            try:
-                return await function(*args)
-            finally:
-                ended.set()
-
-        try:
-            future = self._portal.start_task_soon(run)
-            return future.result()
-        except SpevalError as error:
-            # The way through two threads is of no use to whoever reads the traceback, and the message says it all.
-            raise error.with_traceback(None) from None
-        except KeyboardInterrupt:
-            # The first one ends the call in good order. Another one meanwhile comes out of this wait and is the last word.
-            self.is_abandoned = True
-            future.cancel()
-            ended.wait()
-            self.is_abandoned = False
-            raise
-
-    def stop(self) -> None:
-        """End the loop; called once, from outside, and not waiting for anything."""
-        self._loop.call_soon_threadsafe(self._stop)
-
-    def _stop(self) -> None:
-        self._stopping = self._loop.create_task(self._portal.stop(cancel_remaining=True))
-
-
-@contextmanager
-def _loop() -> Generator[_Loop, None, None]:
-    """Run an event loop in a thread of its own."""
-    ready: Future[_Loop] = Future()
-
-    async def serve() -> None:
-        async with BlockingPortal() as portal:
-            ready.set_result(_Loop(portal, asyncio.get_running_loop()))
-            await portal.sleep_until_stopped()
-
-    def run() -> None:
-        try:
-            anyio.run(serve)
-        except BaseException as error:
-            if not ready.done():
-                ready.set_exception(error)
-
-    # Not start_blocking_portal(), which waits for its thread at the end: the second Ctrl-C waits for nothing.
-    thread = threading.Thread(target=run, name="speval loop", daemon=True)
-    thread.start()
-    loop = ready.result()
-    try:
-        yield loop
-    finally:
-        loop.stop()
-        if not loop.is_abandoned:
-            thread.join(timeout=_JOIN_WITHIN)

@@ -12,16 +12,33 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from .errors import OptionError
 
-__all__ = ["PostgresUrl", "is_postgres"]
+__all__ = ["PostgresUrl", "is_conninfo", "is_postgres"]
 
 _SCHEMES = ("postgresql", "postgres")
 _SPACE = re.compile(r"[a-z0-9_]{1,50}", re.ASCII)
+# What libpq would refuse only when it connects, where it can't be told from a server that is away.
+_CHOICES = {
+    "sslmode": ("prefer", "disable", "allow", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+    "gssencmode": ("prefer", "disable", "require"),
+    "channel_binding": ("prefer", "disable", "require"),
+    "load_balance_hosts": ("disable", "random"),
+}
+# A connection string of libpq: words with values, at least one of which says where.
+_WORDS = r"(?:host|hostaddr|port|dbname|user|password|passfile|service|options|application_name|connect_timeout|\w*ssl\w*)"
+_VALUE = r"\s*=\s*(?:'(?:[^'\\]|\\.)*'|[^\s']*)"
+_CONNINFO = re.compile(rf"\s*(?=.*\b(?:host|hostaddr|dbname|service)\s*=)(?:{_WORDS}{_VALUE}\s*)+", re.ASCII)
 _ENCODE = "write / ? # @ : % and spaces in user and password percent-encoded (@ is %40), or keep the password in ~/.pgpass"
 
 
 def is_postgres(text: str) -> bool:
     """Tell whether a database argument is meant as a PostgreSQL URL."""
     return text.partition("://")[0].lower() in _SCHEMES and "://" in text
+
+
+def is_conninfo(text: str) -> bool:
+    """Tell whether a database argument is meant as a connection string of libpq, such as ``host=db dbname=runs``."""
+    return _CONNINFO.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +49,13 @@ class PostgresUrl:
         parameters: What libpq is told, by its own keywords; the password among them.
         space: The name of the eval space in the database, empty for the one without a name.
         shown: The URL as messages show it.
+        owners: Roles whose schemas we use besides our own.
     """
 
     parameters: dict[str, str] = field(repr=False, hash=False)
     space: str
     shown: str
+    owners: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.shown
@@ -73,8 +92,14 @@ class PostgresUrl:
             raise OptionError("db", f"{parts.scheme}://...?space={space[:60]!r}", "a space has 1 to 50 of a to z, 0 to 9 and _")
         if any("\0" in value for value in [*parameters.values(), *query, *query.values()]):
             raise _refused("it holds a NUL character")
+        owners = tuple(filter(None, query.pop("owner", "").split(",")))
+        for key, allowed in _CHOICES.items():
+            if query.get(key, allowed[0]) not in allowed:
+                raise OptionError(
+                    "db", f"{parts.scheme}://...?{key}={query[key][:30]!r}", f"{key} is one of {', '.join(allowed)}"
+                )
         parameters |= query
-        return cls(parameters, space, _shown(parameters, space))
+        return cls(parameters, space, _shown(parameters, space), owners)
 
 
 def _places(text: str) -> tuple[list[str], list[str]]:

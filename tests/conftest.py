@@ -32,6 +32,14 @@ from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
 
+REQUIRED = frozenset(filter(None, os.environ.get("SPEVAL_REQUIRE", "").split(",")))  # packages whose tests must not be skipped
+
+
+def needs(package: str, is_there: bool, reason: str) -> pytest.MarkDecorator:
+    """Skip a test for want of a package, but not where ``SPEVAL_REQUIRE`` names it: there it fails."""
+    return pytest.mark.skipif(not is_there and package not in REQUIRED, reason=reason)
+
+
 WAIT = 60.0  # seconds a condition may take on a busy machine before a test fails
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ from speval.options import Database as Argument
 from speval.options import checked_database
 from speval.stores import make_control, make_store
 from speval.stores.base import Control, Store
+from speval.stores.postgres_trust import sources
 from speval.url import PostgresUrl
 
 from .conftest import MovableClock, rows
@@ -134,6 +136,7 @@ class PostgresPlace(Place):
         asyncio.run(self._create())
         self.execute("CREATE TABLE test_clock AS SELECT 0::double precision AS now")
         body = f"SELECT now FROM {self.url.schema}.test_clock"
+        sources(self.url.schema)["clock"].add(hashlib.sha256(body.encode()).hexdigest())
         self.execute(f"CREATE OR REPLACE FUNCTION {self.url.schema}.clock() RETURNS double precision LANGUAGE sql AS '{body}'")
         clock.tell = lambda now: self.execute("UPDATE test_clock SET now = %s", now)
         clock.tell(clock.now)

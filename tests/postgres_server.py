@@ -55,9 +55,8 @@ class Server:
             nobody = pwd.getpwnam("nobody")
             self.owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             if not self._is_readable():
-                shutil.copytree(self.bin.parent, self.folder / "pg", symlinks=True)
                 self.folder.chmod(0o755)
-                self.bin = self.folder / "pg" / self.bin.name
+                self.bin = self._copied()
             os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
         self.data = self.folder / "data"
         self._call("initdb", "--no-sync", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
@@ -81,7 +80,21 @@ class Server:
 
     def _is_readable(self) -> bool:
         """Tell whether the user the server runs as may execute the binaries where they are."""
-        return subprocess.run([self.bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
+        try:
+            return subprocess.run([self.bin / "postgres", "--version"], capture_output=True, **self.owner).returncode == 0
+        except PermissionError:  # a folder on the way is another user's alone
+            return False
+
+    def _copied(self) -> Path:
+        """Return the folder of binaries copied to where everybody may read it, with what they are linked to beside them."""
+        installed = self.bin.parent
+        package = installed.parent
+        copied = self.folder / "pg" / package.name / installed.name
+        shutil.copytree(installed, copied, symlinks=True)
+        libraries = package.with_name(f"{package.name}.libs")  # where a wheel has them
+        if libraries.is_dir():
+            shutil.copytree(libraries, self.folder / "pg" / libraries.name)
+        return copied / self.bin.name
 
     def _call(self, name: str, *arguments: object) -> None:
         command = [str(self.bin / name), *map(str, arguments)]

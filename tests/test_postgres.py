@@ -33,7 +33,7 @@ from speval.stores.base import Ended
 from speval.stores.watch import WorkerRow
 from speval.url import PostgresUrl
 
-from .conftest import WAIT, rows, server_url, wait_for
+from .conftest import WAIT, needs, rows, server_url, wait_for
 from .postgres_server import Server, free_port
 from .proxy import Proxy
 
@@ -181,8 +181,8 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
-    proxy.lose_the_answer_to("COMMIT")
     store = await stores(through)
+    proxy.lose_the_answer_to("COMMIT")
     seeded = await seed(store, range(100))
     assert (seeded.new, seeded.unchanged) in {(100, 0), (0, 100)}
     assert rows(through, "SELECT count(*), count(DISTINCT name) FROM evaluations") == [(100, 100)]
@@ -433,7 +433,7 @@ def test_a_full_disk_is_waited_for(own, tmp_path, caplog):
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
-@pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+@needs("pgbouncer", PGBOUNCER is not None, "pgbouncer is not installed")
 def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scripts, tmp_path):
     port, folder = free_port(), own.folder
     (folder / "pgbouncer.ini").write_text(
@@ -464,18 +464,22 @@ def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scr
 def may_make_namespaces() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))):
         return False
-    made = subprocess.run(["ip", "netns", "add", "speval-try"], capture_output=True).returncode == 0
-    subprocess.run(["ip", "netns", "delete", "speval-try"], capture_output=True)
+    name = f"speval-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
     return made
 
 
 @pytest.mark.skipif(not may_make_namespaces(), reason="needs to make network namespaces")
 def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
     server = Server(listen_addresses="'*'")
+    is_ours = False
     try:
         server.trust("10.91.0.0/24")
         server.start()
         url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        is_ours = subprocess.run(["ip", "netns", "add", "ada"], capture_output=True).returncode == 0
         command = [sys.executable, "examples/10_four_hosts.py", url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
         assert "all 240 completed as they should be: True" in done.stdout, done.stdout + done.stderr
@@ -483,7 +487,13 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
         assert "evaluated by all: True" in done.stdout
         assert "could not be renewed" in done.stderr
         assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+        # One that the example has not made is still there, and of its own nothing is.
+        left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+        assert "ada" in left.split()
+        assert "-ada" not in left
     finally:
+        if is_ours:
+            subprocess.run(["ip", "netns", "delete", "ada"], check=True)
         server.close()
 
 
@@ -661,7 +671,8 @@ def test_no_password_is_ever_shown(postgres, scripts, wrong):
         logging.basicConfig(level=0)
         from speval import aio, speval
         from speval.options import checked_database
-        from speval.stores import make_store
+        from speval.stores import make_store, postgres_connection
+        postgres_connection._LIMITS = dict.fromkeys(postgres_connection._LIMITS, 0.5)
         url = "postgresql://{user}:sesame@{place[wrong]}?sslpassword=sesame&connect_timeout=2"
         db = checked_database(url)
         print(repr(db), str(db), make_store(db))

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import CoroutineType
 
 from ..clock import Clock
@@ -23,7 +24,7 @@ from .base import Executor, Slot, as_outcome, timed_out
 from .batch import BatchSlot
 from .call import completed, failed, leave_if_forked
 
-__all__ = ["CoroutineExecutor"]
+__all__ = ["CoroutineExecutor", "fail_evaluation"]
 
 logger = logging.getLogger("speval.executor")
 
@@ -104,6 +105,7 @@ class _CoroutineSlot(BatchSlot):
         self._is_told = False
         self._evaluation = _Evaluation(self._executor, claim.name, claim.args)
         self._task = self._loop.create_task(self._evaluation.run(), name=f"speval evaluation {claim.name}")
+        self._evaluation.task = self._task
         self._task.add_done_callback(self._on_end)
         if self._timeout is not None:
             self._set_alarm(self._loop.call_later(self._timeout, self._wake))
@@ -138,7 +140,9 @@ class _CoroutineSlot(BatchSlot):
 class _Evaluation:
     """One call of the function; a thousand may be under way, so the garbage collector has little of each to look at."""
 
-    __slots__ = ("_args", "_executor", "name", "started", "started_at", "stopped")
+    __slots__ = ("_args", "_executor", "exit", "name", "started", "started_at", "stopped", "task")
+
+    task: asyncio.Task[Outcome]
 
     def __init__(self, executor: CoroutineExecutor, name: str, args: str) -> None:
         self._executor = executor
@@ -147,14 +151,19 @@ class _Evaluation:
         self.started_at = executor.clock.wall()
         self.started = executor.clock.monotonic()
         self.stopped = False
+        self.exit: BaseException | None = None  # what one of its callbacks has raised
 
     async def run(self) -> Outcome:
         clock, pid = self._executor.clock, os.getpid()
+        _evaluating.set(self)
         try:
             result = self._executor.function(decode(self._args))
             if type(result) is CoroutineType or inspect.isawaitable(result):
                 result = await result
-        except BaseException as error:
+            if self.exit is not None:
+                raise self.exit
+        except BaseException as raised:
+            error = self.exit or raised
             leave_if_forked(pid, error)
             # The user's own second Ctrl-C arrives here only where the loop runs in the main thread.
             kind = type(error)  # not isinstance(), which asks the exception itself
@@ -165,6 +174,31 @@ class _Evaluation:
             return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
         leave_if_forked(pid, None)
         return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
+
+
+_evaluating: ContextVar[_Evaluation] = ContextVar("speval evaluation")  # of all that the function starts in the loop
+
+
+def fail_evaluation(error: BaseException) -> bool:
+    """Fail the evaluation whose callback has raised what came out of the event loop; False if that is not known.
+
+    What a task has raised is left to those who await it.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not asyncio.Handle._run.__code__:
+        trace = trace.tb_next
+    if trace is None:  # another kind of loop
+        return False
+    below = trace.tb_next
+    if below is not None and below.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
+        return True
+    context = getattr(trace.tb_frame.f_locals["self"], "_context", None)
+    evaluation = context.get(_evaluating) if context is not None else None
+    if evaluation is None or evaluation.task.done():
+        return False
+    evaluation.exit = error.with_traceback(trace)
+    evaluation.task.cancel()
+    return True
 
 
 async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:

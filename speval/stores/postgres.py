@@ -28,7 +28,7 @@ from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_feed import Feed
 from .postgres_lease import PostgresLeaseKeeping
 from .postgres_rows import evaluation, in_space, loading
-from .postgres_schema import Names, prepare, stored_name, true_name
+from .postgres_schema import READY, Names, prepare, stored_name, true_name
 from .postgres_seed import Extent, Seeding
 
 __all__ = ["PostgresStore"]
@@ -44,7 +44,8 @@ _LEAVE = 8.0  # seconds a worker tries to leave in good order
 _MOST_TEXT = 64_000_000  # characters of results sent in one statement
 
 _RECORD = f"SELECT * FROM speval.record_1({', '.join(['%s'] * 4)}, {{}}, {', '.join(['%s'] * 7)})"
-_ENDED_TYPES = ("bigint", "integer", "bigint", "boolean", "text", "double precision", "double precision", *["text"] * 4)
+_TEXT = "pg_catalog.text"  # the other types are key words, which no search_path changes
+_ENDED_TYPES = ("bigint", "integer", "bigint", "boolean", _TEXT, "double precision", "double precision", *[_TEXT] * 4)
 _TOKEN_TYPES = ("bigint", "integer", "bigint")
 _RECORD = _RECORD.format(", ".join(f"%s::{type_}[]" for type_ in (*_ENDED_TYPES, *_TOKEN_TYPES, *_TOKEN_TYPES)))
 _NO_ENDED: tuple[str | None, ...] = (None,) * len(_ENDED_TYPES)
@@ -104,7 +105,7 @@ class PostgresStore(Store):
         self._shown = url.shown
         self._mode: StoreMode = mode
         self._clock = clock or Clock()
-        self._connection = PostgresConnection(url, works=mode == "create")
+        self._connection = PostgresConnection(url, works=mode == "create", writes=mode != "read")
         self._thread: WorkThread | None = None
         self._names = Names(url.schema)
         self._seeding = Seeding(self._names, self._shown)
@@ -191,7 +192,12 @@ class PostgresStore(Store):
         process, worker = this_process(), secrets.randbits(47)
         values = {"id": worker, "lease": lease, "now": self._clock.wall(), "machine": process.machine}
         values |= {"host": process.host, "pid": process.pid, "start": process.start}
-        await self._run(lambda c: self._execute(c, _REGISTER, values).rowcount)
+
+        def enter(c: Connection) -> None:
+            self._execute(c, READY)
+            self._execute(c, _REGISTER, values)
+
+        await self._run(enter)
         self._lease = lease
         self._unanswered = None  # what is not known to be claimed belongs to the one before
         return worker
@@ -214,7 +220,7 @@ class PostgresStore(Store):
             self._calls += 1
             call = self._calls
             try:
-                recorded = self._connection.run_once(_ANSWER, self._record, worker, call, ended, released, due, *wanted)
+                recorded = self._connection.call(_ANSWER, self._record, worker, call, ended, released, due, *wanted)
             except BaseException:
                 if self._unanswered is None:
                     self._unanswered = call
@@ -244,7 +250,7 @@ class PostgresStore(Store):
         if len(pieces) == 1:
             recorded = self._send(c, worker, call, pieces[0], refused, *given)
         else:
-            with c.transaction():
+            with c.block():
                 for piece in pieces[:-1]:
                     self._send(c, worker, call, piece, refused, (), (), 0, 0, None)
                 recorded = self._send(c, worker, call, pieces[-1], refused, *given)
@@ -299,7 +305,8 @@ class PostgresStore(Store):
         return recorded
 
     async def leave(self, worker: int) -> None:
-        await self._run_once(_LEAVE, lambda c: self._execute(c, _LEAVE_NOW, (worker, self._clock.wall())).fetchone())
+        thread, values = self._opened(), (worker, self._clock.wall())
+        await thread.run(lambda: self._connection.call(_LEAVE, lambda c: self._execute(c, _LEAVE_NOW, values).fetchone()))
 
     # Reading
 
@@ -336,14 +343,14 @@ class PostgresStore(Store):
         sql = _RETRY_COMPLETED if status == "completed" else _RETRY_FAILED
 
         def put_back(c: Connection) -> int:
-            with c.transaction():
-                if given is not None:
-                    unknown = [true_name(name) for (name,) in self._execute(c, _UNKNOWN, (given,)).fetchall()]
-                    if unknown:
-                        raise UnknownNameError(self._shown, unknown)
-                count: int = self._execute(c, sql, {"ids": given, "now": self._clock.wall()}).rowcount
-                self._execute(c, _NEWS)
-                return count
+            self._execute(c, READY)
+            if given is not None:
+                unknown = [true_name(name) for (name,) in self._execute(c, _UNKNOWN, (given,)).fetchall()]
+                if unknown:
+                    raise UnknownNameError(self._shown, unknown)
+            count: int = self._execute(c, sql, {"ids": given, "now": self._clock.wall()}).rowcount
+            self._execute(c, _NEWS)
+            return count
 
         return await self._run_once(_ANSWER, put_back)
 

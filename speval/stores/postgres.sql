@@ -84,6 +84,8 @@ CREATE TABLE speval.workers (
     ended_at double precision
 ) WITH (fillfactor = 50);
 CREATE INDEX workers_here ON speval.workers (id) WHERE ended_at IS NULL;
+-- When any of the workers has last looked at all others, in milliseconds. No row: a sequence leaves no dead ones behind.
+CREATE SEQUENCE speval.looked MINVALUE 0 START 0;
 
 -- Spaces that were compared with what is stored: a start of the same space finds its digest and compares nothing.
 CREATE TABLE speval.spaces (
@@ -136,14 +138,81 @@ CREATE FUNCTION speval.movers() RETURNS integer LANGUAGE sql STABLE AS $$
     SELECT 'speval.attempts'::regclass::oid::integer
 $$;
 
-CREATE FUNCTION speval.renew_1(p_worker bigint, p_now double precision) RETURNS boolean
+-- Called first by those that do not look themselves. SP001: the client has to open a transaction of its own, since this one is not
+-- as needed: its snapshot would be older than the locks it waits for, or NULL in an array would have been read as a text. SP002: a
+-- newer release has changed the schema, and this function is not up to it.
+CREATE FUNCTION speval.ready_1() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_schema text := (SELECT m.value FROM speval.meta AS m WHERE m.key = 'schema');
+    v_release text := (SELECT m.value FROM speval.meta AS m WHERE m.key = 'release');
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' OR current_setting('array_nulls') <> 'on' THEN
+        RAISE EXCEPTION 'this transaction is not as speval needs it' USING ERRCODE = 'SP001';
+    END IF;
+    IF v_schema IS DISTINCT FROM '1' THEN
+        RAISE EXCEPTION '% %', v_schema, v_release USING ERRCODE = 'SP002';
+    END IF;
+END
+$$;
+
+-- Null: nobody has looked at the others for some seconds. False: declared dead, has left, or unknown.
+CREATE FUNCTION speval.renew_1(p_worker bigint, p_now double precision, p_overdue double precision) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
+    PERFORM speval.ready_1();
     -- A renewal that a crash of the server undoes costs nothing: nobody is judged for a lease after its start.
     PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE speval.workers AS w SET beat = beat + 1, last_seen = p_now, expires_at = speval.clock() + lease
     WHERE w.id = p_worker AND ended_at IS NULL AND NOT dead;
-    RETURN FOUND;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    RETURN CASE WHEN (SELECT s.last_value FROM speval.looked AS s) >= (speval.clock() - p_overdue) * 1000 THEN true END;
+END
+$$;
+
+-- A look at the other workers. Answers: kind 0, once: id is how many have not ended, this one among them. Kind 1: one that is dead,
+-- or whose lease is over by this server's clock. Kind 2: another one on the machine of the caller. Kind 3: whoever is said to hold
+-- something and is none of those that have not ended.
+CREATE FUNCTION speval.look_1(p_worker bigint, p_machine text) RETURNS TABLE (
+    kind integer, id bigint, host text, pid bigint, machine text, start text, lease double precision, beat bigint, dead boolean
+)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_now double precision := speval.clock();
+    -- A server that has just started has kept nobody's lease.
+    v_started double precision := extract(epoch FROM pg_postmaster_start_time());
+    v_living bigint;
+BEGIN
+    PERFORM speval.ready_1();
+    PERFORM set_config('synchronous_commit', 'off', true);
+    PERFORM setval('speval.looked', greatest(0, v_now * 1000)::bigint);
+    v_living := (SELECT count(*) FROM speval.workers AS w WHERE w.ended_at IS NULL);
+    RETURN QUERY
+    SELECT 0, v_living, NULL::text, NULL::bigint, NULL::text, NULL::text, NULL::double precision, NULL::bigint, NULL::boolean;
+    RETURN QUERY
+    SELECT CASE WHEN w.dead OR v_now > greatest(w.expires_at, v_started + w.lease) THEN 1 ELSE 2 END,
+        w.id, w.host, w.pid, w.machine, w.start, w.lease, w.beat, w.dead
+    FROM speval.workers AS w
+    WHERE w.ended_at IS NULL AND w.id <> p_worker
+        AND (w.dead OR w.machine = p_machine OR v_now > greatest(w.expires_at, v_started + w.lease))
+    ORDER BY w.id;
+    -- From holder to holder through the index, however many evaluations each of them holds; among many workers not each time.
+    IF random() * v_living < 16 THEN
+        RETURN QUERY
+        WITH RECURSIVE holders (worker) AS (
+            (SELECT r.worker FROM speval.running AS r ORDER BY r.worker LIMIT 1)
+            UNION ALL
+            SELECT (SELECT r.worker FROM speval.running AS r WHERE r.worker > holders.worker ORDER BY r.worker LIMIT 1)
+            FROM holders WHERE holders.worker IS NOT NULL
+        )
+        SELECT 3, h.worker, NULL::text, NULL::bigint, NULL::text, NULL::text, NULL::double precision, NULL::bigint, NULL::boolean
+        FROM holders AS h
+        WHERE h.worker IS NOT NULL
+            AND NOT EXISTS (SELECT FROM speval.workers AS w WHERE w.id = h.worker AND w.ended_at IS NULL);
+    END IF;
 END
 $$;
 
@@ -166,6 +235,7 @@ DECLARE
     v_writes boolean := p_ids IS NOT NULL OR p_released IS NOT NULL OR p_due IS NOT NULL;
     v_floor integer;
     v_lost boolean;
+    v_schema text;
     v_paused boolean;
     v_concurrency integer;
     v_rows tid[] := '{}';
@@ -175,6 +245,9 @@ DECLARE
     v_open boolean;
     v_failures bigint;
 BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' OR current_setting('array_nulls') <> 'on' THEN
+        PERFORM speval.ready_1();
+    END IF;
     -- A claim that a crash of the server undoes is an evaluation that runs again; a result is kept.
     IF p_ids IS NULL THEN
         PERFORM set_config('synchronous_commit', 'off', true);
@@ -188,8 +261,14 @@ BEGIN
     IF v_floor > p_call THEN
         RETURN;  -- its worker has given this call up, and a later one has been here
     END IF;
-    SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0', max(m.value) FILTER (WHERE m.key = 'concurrency')
-    INTO v_paused, v_concurrency FROM speval.meta AS m WHERE m.key IN ('paused', 'concurrency');
+    SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0',
+        CASE WHEN length(max(m.value) FILTER (WHERE m.key = 'concurrency')) > 9 THEN 999999999
+            ELSE max(m.value) FILTER (WHERE m.key = 'concurrency')::integer END,
+        max(m.value) FILTER (WHERE m.key = 'schema')
+    INTO v_paused, v_concurrency, v_schema FROM speval.meta AS m WHERE m.key IN ('paused', 'concurrency', 'schema');
+    IF v_schema IS DISTINCT FROM '1' THEN
+        PERFORM speval.ready_1();
+    END IF;
 
     IF p_ids IS NOT NULL THEN
         WITH gone AS (
@@ -376,6 +455,7 @@ CREATE FUNCTION speval.leave_1(p_worker bigint, p_now double precision) RETURNS 
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(1936745846, speval.movers());
+    PERFORM speval.ready_1();  -- a release that changes the schema holds this lock
     PERFORM pg_advisory_xact_lock(p_worker);
     WITH back AS (
         DELETE FROM speval.running AS r WHERE r.worker = p_worker RETURNING r.*
@@ -403,6 +483,7 @@ DECLARE
     v_failed text[];
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(1936745846, speval.movers());
+    PERFORM speval.ready_1();  -- a release that changes the schema holds this lock
     PERFORM pg_advisory_xact_lock(p_worker);
     IF p_beat IS NULL THEN
         IF EXISTS (SELECT FROM speval.workers AS w WHERE w.id = p_worker AND w.ended_at IS NULL) THEN

@@ -17,7 +17,7 @@ from .archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, 
 from .base import StoreMode
 from .postgres_connection import Connection, PostgresConnection
 from .postgres_rows import settings_of
-from .postgres_schema import Names, prepare, stored_name, true_name
+from .postgres_schema import READY, Names, prepare, stored_name, true_name
 
 __all__ = ["PostgresArchive"]
 
@@ -90,7 +90,7 @@ class PostgresArchive(Archive):
     def __init__(self, url: PostgresUrl, mode: StoreMode) -> None:
         self._shown = url.shown
         self._names = Names(url.schema)
-        self._connection = PostgresConnection(url)
+        self._connection = PostgresConnection(url, writes=mode != "read")
         try:
             self._connection.open()
             self._connection.run(prepare, url, mode)
@@ -108,7 +108,7 @@ class PostgresArchive(Archive):
         return self._connection.run_once(_FOR_LONG, self._read, work)
 
     def _read(self, c: Connection, work: Callable[[Content], T]) -> T:
-        with c.transaction(), ExitStack() as stack:
+        with ExitStack() as stack:
             c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
             def rows(sql: str, name: str) -> Iterator[tuple[Any, ...]]:
@@ -130,8 +130,9 @@ class PostgresArchive(Archive):
         return self._connection.run_once(_FOR_LONG, self._fill, content)
 
     def _fill(self, c: Connection, content: Content) -> Counts:
-        with c.transaction():
+        with c.block():
             self._one(c, _LOCK)
+            self._one(c, READY)
             (is_empty,) = self._one(c, _IS_EMPTY)
             if not is_empty:
                 raise DatabaseNotEmptyError(self._shown)

@@ -31,7 +31,7 @@ from ..url import PostgresUrl
 from .base import Control, ControlMode
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_rows import COLUMNS, STATES, evaluation, loading, settings_of
-from .postgres_schema import SCHEMA, Names, prepare, stored_name, true_name
+from .postgres_schema import READY, SCHEMA, Names, prepare, stored_name, true_name
 from .rows import decoded, error_of, worker_label
 
 __all__ = ["PostgresControl"]
@@ -174,7 +174,7 @@ class PostgresControl(Control):
         self._clock = clock or Clock()
         self._machine = this_process().machine
         self._names = Names(url.schema)
-        self._connection = PostgresConnection(url)
+        self._connection = PostgresConnection(url, writes=mode != "read")
         try:
             self._connection.open()
             self._connection.run(prepare, url, mode)
@@ -193,9 +193,8 @@ class PostgresControl(Control):
 
     @contextmanager
     def _snapshot(self, c: Connection) -> Iterator[None]:
-        with c.transaction():
-            c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            yield
+        c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        yield
 
     # Looking
 
@@ -317,7 +316,7 @@ class PostgresControl(Control):
         sql = f"{loading(status)} AND {_FILTERED} ORDER BY e.id LIMIT %(limit)s"
         found: list[Evaluation] = []
         size = 0
-        with c.transaction(), c.cursor(name="speval") as cursor:
+        with c.cursor(name="speval") as cursor:
             cursor.itersize = _FETCH
             cursor.execute(self._names(sql), values | {"after": after, "limit": limit})
             for row in cursor:
@@ -361,6 +360,7 @@ class PostgresControl(Control):
 
     def _set(self, key: str, value: int | None) -> None:
         def change(c: Connection) -> None:
+            self._execute(c, READY)
             if value is None:
                 self._execute(c, _UNSET, (key,))
             else:
@@ -382,8 +382,9 @@ class PostgresControl(Control):
         return dropped
 
     def _drop_named(self, c: Connection, names: list[str]) -> int:
-        with c.transaction():
+        with c.block():
             self._execute(c, _STAND_STILL)
+            self._execute(c, READY)
             rows = self._execute(c, _NAMED, (texts(names),)).fetchall()
             if unknown := [true_name(name) for name, id, _ in rows if id is None]:
                 raise UnknownNameError(self._shown, unknown)
@@ -393,8 +394,9 @@ class PostgresControl(Control):
 
     def _drop_some(self, c: Connection, status: Status) -> int:
         """Drop a bounded number, and return how many."""
-        with c.transaction():
+        with c.block():
             self._execute(c, _STAND_STILL)
+            self._execute(c, READY)
             return self._drop(c, [id for (id,) in self._execute(c, _WITH_STATUS[status], (_CHUNK,))])
 
     def _drop(self, c: Connection, ids: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ be renewed with.
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -22,25 +23,13 @@ __all__ = ["PostgresLeaseKeeping"]
 _PATIENCE = 1.0  # seconds at most: taking back can wait for the next look, one's own renewal can't wait for it
 _LONG = 2.0  # seconds without an answer after which others may have had none either
 
-_RENEW = "SELECT speval.renew_1(%s, %s)"
-# A server that has just started has kept nobody's lease.
-_OTHERS = """
-SELECT w.id, w.host, w.pid, w.machine, w.start, w.lease, w.beat, w.dead, speval.clock() > greatest(
-    w.expires_at, extract(epoch FROM pg_postmaster_start_time())::double precision + w.lease)
-FROM speval.workers AS w WHERE w.ended_at IS NULL AND w.id <> %s ORDER BY w.id
-"""
-# From holder to holder through the index, however many evaluations each of them holds.
-_ORPHANED = """
-WITH RECURSIVE holders (worker) AS (
-    (SELECT r.worker FROM speval.running AS r ORDER BY r.worker LIMIT 1)
-    UNION ALL
-    SELECT (SELECT r.worker FROM speval.running AS r WHERE r.worker > holders.worker ORDER BY r.worker LIMIT 1)
-    FROM holders WHERE holders.worker IS NOT NULL
-)
-SELECT h.worker FROM holders AS h
-WHERE h.worker IS NOT NULL
-    AND NOT EXISTS (SELECT FROM speval.workers AS w WHERE w.id = h.worker AND w.ended_at IS NULL)
-"""
+_LOOKS = 10.0  # looks per second of all workers together
+_FEW = 16  # workers that may all look at each beat
+_OVERDUE = 3.0  # seconds without a look of anybody, after which the next one who renews looks at once
+
+# Calls of functions with qualified names alone: these run outside of a transaction with settings of its own.
+_RENEW = "SELECT speval.renew_1(%s, %s, %s)"
+_LOOK = "SELECT kind, id, host, pid, machine, start, lease, beat, dead FROM speval.look_1(%s, %s)"
 _TAKE_BACK = "SELECT more, pending, failed FROM speval.take_back_1(%s, %s, %s, %s, %s, %s)"
 
 
@@ -66,32 +55,47 @@ class PostgresLeaseKeeping(Reclaiming):
         self._given_up = threading.Event()
         self._connected = connection.connected
         self._undisturbed: float | None = None  # since when, monotonic; None: always
+        self._next_look = 0.0  # monotonic
+        self._here: list[WorkerRow] = []  # the living of this machine, as they were at the last look
 
     def __repr__(self) -> str:
         return f"<PostgresLeaseKeeping {self._connection.shown!r}>"
 
     def renew(self, worker: int, patience: float) -> bool:
-        def beat(c: Connection) -> bool:
-            (alive,) = self._execute(c, _RENEW, worker, self._clock.wall()).fetchone()
-            return bool(alive)
+        def beat(c: Connection) -> bool | None:
+            alive: bool | None
+            (alive,) = self._execute(c, _RENEW, worker, self._clock.wall(), _OVERDUE).fetchone()
+            return alive
 
-        return bool(self._run(patience, beat))
+        alive = self._run(patience, beat)
+        if alive is None:
+            self._next_look = 0.0  # most of those who would have looked by now are gone
+        return alive is None or bool(alive)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
-        def ask(c: Connection) -> tuple[list[tuple[Any, ...]], list[object]]:
-            others = self._execute(c, _OTHERS, worker).fetchall()
-            return others, [holder for (holder,) in self._execute(c, _ORPHANED)]
+        """Return who is dead, and who holds something and is none of those that have not ended.
 
-        others, orphaned = self._run(self._patience, ask)
+        The server compares all leases with its clock for whoever looks, so few of many workers need to: each looks the less
+        often, the more there are. In between, one that dies on this machine is noticed without asking the server.
+        """
+        if self._clock.monotonic() < self._next_look and not gone_here(self._here, worker, self._machine):
+            return [], []
+        found = self._run(self._patience, lambda c: self._execute(c, _LOOK, worker, self._machine).fetchall())
         now = self._clock.monotonic()
         dead: list[WorkerRow] = []
-        others_alive: list[WorkerRow] = []
-        for id, host, pid, machine, start, lease, beat, is_dead, has_expired in others:
-            row = WorkerRow(id, Process(host, pid, machine, start), lease, beat, is_dead)
-            # When we were cut off, others may have been, and have had no time yet to say that they live.
-            has_had_time = self._undisturbed is None or now - self._undisturbed >= lease
-            (dead if is_dead or (has_expired and has_had_time) else others_alive).append(row)
-        return dead + gone_here(others_alive, worker, self._machine), orphaned
+        orphaned: list[object] = []
+        self._here = []
+        for kind, id, host, pid, machine, start, lease, beat, is_dead in found:
+            if kind == 0:
+                self._next_look = now + _pause(id)
+            elif kind == 3:
+                orphaned.append(id)
+            else:
+                row = WorkerRow(id, Process(host, pid, machine, start), lease, beat, is_dead)
+                # When we were cut off, others may have been, and have had no time yet to say that they live.
+                has_had_time = self._undisturbed is None or now - self._undisturbed >= lease
+                (dead if is_dead or (kind == 1 and has_had_time) else self._here).append(row)
+        return dead + gone_here(self._here, worker, self._machine), orphaned
 
     def take_back(self, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
         label = worker_label(row.id, row.process.host, row.process.pid)
@@ -111,6 +115,7 @@ class PostgresLeaseKeeping(Reclaiming):
         return taken
 
     def forget(self) -> None:
+        self._next_look = 0.0
         self._undisturbed = self._clock.monotonic()
 
     def give_up(self) -> None:
@@ -122,7 +127,7 @@ class PostgresLeaseKeeping(Reclaiming):
     def _run(self, patience: float, work: Any) -> Any:
         started = self._clock.monotonic()
         try:
-            result = self._connection.run_within(patience, False, self._given_up, work)
+            result = self._connection.run_within(patience, False, self._given_up, work, bare=True)
         except BaseException:
             self.forget()
             raise
@@ -133,3 +138,8 @@ class PostgresLeaseKeeping(Reclaiming):
 
     def _execute(self, c: Connection, sql: str, *values: object) -> Any:
         return c.execute(self._names(sql), values)
+
+
+def _pause(living: int) -> float:
+    """Return the seconds until one of so many workers looks again."""
+    return living / _LOOKS * random.uniform(0.5, 1.5) if living > _FEW else 0.0

@@ -14,10 +14,11 @@ from ..errors import DatabaseError, DatabaseMissingError, ForeignDatabaseError, 
 from ..url import PostgresUrl
 from .base import StoreMode
 from .postgres_connection import Connection
+from .postgres_errors import SCHEMA
+from .postgres_trust import check_functions, check_owners
 
-__all__ = ["SCHEMA", "Names", "prepare", "stored_name", "true_name"]
+__all__ = ["READY", "SCHEMA", "Names", "prepare", "stored_name", "true_name"]
 
-SCHEMA = 1
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 
 _NAME = re.compile(r"\bspeval\.")
@@ -33,6 +34,10 @@ _META = "SELECT key, value FROM speval.meta WHERE key IN ('application', 'schema
 # By its name: before the schema is there, nothing else tells it from others.
 _LOCK = "SELECT pg_advisory_xact_lock(1936745846, hashtext(%s))"
 _SIGN = "INSERT INTO speval.meta VALUES ('application', 'speval'), ('schema', %s), ('release', %s)"
+
+
+# In a transaction that changes something, once it has the lock that a release that changes the schema needs too.
+READY = "SELECT speval.ready_1()"
 
 
 class Names:
@@ -65,7 +70,7 @@ def true_name(stored: str) -> str:
 
 
 def prepare(connection: Connection, url: PostgresUrl, mode: StoreMode) -> None:
-    """Recognise the schema, and make it if it is missing and ``mode`` is "create".
+    """Recognise the schema, and make it if it is missing and ``mode`` is "create", in one transaction.
 
     Raises:
         DatabaseError: it can't be used; it is as it was.
@@ -73,16 +78,15 @@ def prepare(connection: Connection, url: PostgresUrl, mode: StoreMode) -> None:
     if _recognise(connection, url, mode):
         return
     names = Names(url.schema)
-    with connection.transaction():
-        connection.execute(_LOCK, (url.schema,))
-        if _recognise(connection, url, mode):
-            return  # another one has made it meanwhile
-        (exists,) = _one(connection, "SELECT to_regnamespace(%s) IS NOT NULL", url.schema)
-        if not exists:
-            connection.execute(names("CREATE SCHEMA speval.").rstrip("."))
-        script = resources.files(__package__).joinpath("postgres.sql").read_text(encoding="utf-8")
-        connection.execute(names(script))
-        connection.execute(names(_SIGN), (str(SCHEMA), RELEASE_FOR_SCHEMA))
+    connection.execute(_LOCK, (url.schema,))
+    if _recognise(connection, url, mode):
+        return  # another one has made it meanwhile
+    (exists,) = _one(connection, "SELECT to_regnamespace(%s) IS NOT NULL", url.schema)
+    if not exists:
+        connection.execute(names("CREATE SCHEMA speval.").rstrip("."))
+    script = resources.files(__package__).joinpath("postgres.sql").read_text(encoding="utf-8")
+    connection.execute(names(script))
+    connection.execute(names(_SIGN), (str(SCHEMA), RELEASE_FOR_SCHEMA))
 
 
 def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> bool:
@@ -94,6 +98,8 @@ def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> boo
     namespace, meta, encoding, tables = row
     if encoding != "UTF8":
         raise DatabaseError(url.shown, f"its encoding is {encoding}, which can't hold every text; create one with UTF8")
+    if namespace is not None:
+        check_owners(connection, url)
     if meta is None:
         if namespace is not None and tables:
             raise ForeignDatabaseError(url.shown, f"a schema {schema} of something else")
@@ -106,6 +112,7 @@ def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> boo
     version = int(stored["schema"])
     if version > SCHEMA:
         raise NewerSchemaError(url.shown, version, SCHEMA, stored["release"])
+    check_functions(connection, url, reads=mode == "read")
     return True
 
 

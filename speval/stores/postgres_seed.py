@@ -17,7 +17,7 @@ from ..model import OnChanged
 from ..space import Key, Space
 from .base import Seeded
 from .postgres_connection import Connection, numbers, texts
-from .postgres_schema import Names, stored_name, true_name
+from .postgres_schema import READY, Names, stored_name, true_name
 
 __all__ = ["Extent", "Seeding"]
 
@@ -120,8 +120,9 @@ class Seeding:
         known = self._known(c, space)
         if known is not None:
             return known
-        with c.transaction():
+        with c.block():
             self._one(c, _LOCK)
+            self._one(c, READY)
             known = self._known(c, space)
             if known is not None:
                 return known  # another copy has done it meanwhile
@@ -150,8 +151,9 @@ class Seeding:
     def extend(self, c: Connection, rows: Sequence[tuple[Key, str]], on_changed: OnChanged, now: float) -> Seeded:
         """Compare and add a few evaluations, in one transaction."""
         given = {stored_name(str(name)): args for name, args in rows}
-        with c.transaction():
+        with c.block():
             self._one(c, _LOCK)
+            self._one(c, READY)
             found = self._execute(c, _FIND, texts(given)).fetchall()
             changed = [(id, name, args) for name, id, args in found if not same(args, given[name])]
             if changed and on_changed == "error":
