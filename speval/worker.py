@@ -7,6 +7,7 @@ only after the commit that records it, and everything claimed is either recorded
 from __future__ import annotations
 
 import asyncio
+import errno
 import heapq
 import logging
 import random
@@ -23,6 +24,7 @@ from .clock import Clock
 from .drawer import Drawer
 from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor, NoRoomError
+from .executors.call import OUTPUT_CLOSED
 from .lease import Lease
 from .model import Claim, Outcome, Settings, Summary, counted
 from .options import Options
@@ -549,6 +551,11 @@ class Worker:
 
     def _take_outcome(self, running: list[Claim], claim: Claim, outcome: Outcome) -> None:
         running.remove(claim)
+        if outcome.cause == OUTPUT_CLOSED:
+            self._released.append(claim)
+            text = "standard output is closed: the evaluations under way are given back, what is recorded stays"
+            self._fail(BrokenPipeError(errno.EPIPE, text))
+            return
         again = outcome.again and claim.charged < self._options.max_attempts
         self._ended.append(Ended(claim, outcome, again))
         self._is_slow = False

@@ -349,3 +349,48 @@ def test_a_forked_child_that_ends_takes_no_worker_with_it(scripts: Scripts, db):
     )
     assert "60 completed" in done.stdout, done.stderr
     assert len({e["result"] for e in load_evals(db)}) == 2
+
+
+# A reader that goes away
+
+
+PRINTING = """
+import sys
+from speval import speval
+async def later(n):
+    return now(n)
+def now(n):
+    print("done", n, "." * 5000, flush=True)
+    return n
+executor = sys.argv[1]
+speval(later if executor == "coroutine" else now, range(200), "runs.db", executor=executor, concurrency=2)
+"""
+
+
+@pytest.mark.parametrize("executor", ["coroutine", "thread", "process"])
+def test_when_the_reader_of_what_is_printed_goes_the_call_ends_and_no_evaluation_fails(scripts: Scripts, db, executor):
+    script = scripts.start(scripts.write(PRINTING), executor)
+    assert script.stdout is not None
+    assert script.stdout.readline().startswith("done")
+    script.stdout.close()
+    script.stdout = None  # as `| head -1` ends
+    assert script.stderr is not None
+    errors = script.stderr.read()
+    assert script.wait(60) != 0
+    assert "standard output is closed: the evaluations under way are given back" in errors
+    statuses = Counter(e["status"] for e in load_evals(db))
+    assert set(statuses) == {"completed", "pending"}
+    assert {e["attempts"] for e in load_evals(db, status="pending")} == {0}
+
+
+def test_a_broken_pipe_of_the_functions_own_is_its_failure(db):
+    def function(n):
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            os.write(write, b"x")
+        finally:
+            os.close(write)
+
+    for executor in ("thread", "process"):
+        assert speval(function, range(2), f"{db}.{executor}", executor=executor).causes == {"exception": 2}

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..clock import Clock
     from ..model import Function, Result, RetryOn
 
-__all__ = ["completed", "evaluate", "failed", "outcome"]
+__all__ = ["OUTPUT_CLOSED", "completed", "evaluate", "failed", "outcome"]
+
+OUTPUT_CLOSED = "output closed"  # a cause that is never recorded: the end of the call, not of the evaluation
 
 _LONGEST_MESSAGE = 10_000  # characters; an exception that carries a whole document is cut
 _LONGEST_TRACEBACK = 100_000
@@ -71,8 +73,24 @@ def completed(result: Any, name: str, started_at: float, duration: float) -> Res
 
 def failed(error: BaseException, retry_on: RetryOn, started_at: float, duration: float) -> Result:
     """Return the outcome of a function that raised."""
+    if type(error) is BrokenPipeError and _output_is_closed():
+        return outcome(OUTPUT_CLOSED, "BrokenPipeError", str(error), "", started_at, duration)
     # Not isinstance(), which asks the exception itself.
     return _shown("exception", error, started_at, duration, again=issubclass(type(error), retry_on))
+
+
+def _output_is_closed() -> bool:
+    """Tell whether what this process prints has no reader any more, as behind ``| head -1``."""
+    import select
+
+    closed = select.POLLERR | select.POLLHUP
+    try:
+        poll = select.poll()
+        for fd in (1, 2):
+            poll.register(fd, 0)
+        return any(event & closed for _, event in poll.poll(0))
+    except OSError:
+        return False
 
 
 def _shown(cause: str, error: BaseException, started_at: float, duration: float, again: bool) -> Result:
