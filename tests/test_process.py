@@ -711,15 +711,16 @@ async def test_what_waits_behind_a_slow_call_is_given_to_others():
     slot = executor.slot(0)
     claims = [Claim(i, 1, 1, str(i), "0.4" if i == 1 else "0", 1) for i in range(6)]
     ended, back, order = [], [], []
-    await slot.run(
-        claims,
-        None,
-        lambda c, o: (ended.append(c.id), order.append("ended")),
-        lambda cs: (back.extend(cs), order.append("back")),
-        lambda: None,
-    )
-    assert ended == [0, 1]
-    assert [c.id for c in back] == [2, 3, 4, 5]
+    while ended != [0, 1]:  # on a busy machine the first call may look slow too
+        ended, back, order = [], [], []
+        await slot.run(
+            claims,
+            None,
+            lambda c, o: (ended.append(c.id), order.append("ended")),
+            lambda cs: (back.extend(cs), order.append("back")),
+            lambda: None,
+        )
+        assert ended + [c.id for c in back] == [0, 1, 2, 3, 4, 5]
     assert order == ["ended", "back", "ended"]
     ended.clear()
     await slot.run(back, None, lambda c, o: ended.append(c.id), pytest.fail, lambda: None)
@@ -747,16 +748,16 @@ async def test_of_a_batch_only_the_call_that_hangs_times_out_and_only_the_one_th
 @pytest.fixture
 def batch_sizes(monkeypatch) -> list[int]:
     """How many calls each message to a worker process had."""
-    from speval.executors import process
+    from speval.executors import worker_process
 
     sizes = []
-    original = process._Process.send
+    original = worker_process.WorkerProcess.send
 
     def send(self, calls):
         sizes.append(len(calls))
         original(self, calls)
 
-    monkeypatch.setattr(process._Process, "send", send)
+    monkeypatch.setattr(worker_process.WorkerProcess, "send", send)
     return sizes
 
 
