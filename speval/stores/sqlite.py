@@ -36,6 +36,7 @@ from .rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
 from .sqlite_unrecorded import take_in
+from .sqlite_watchman import missing_log
 
 __all__ = ["SqliteStore"]
 
@@ -252,6 +253,7 @@ class SqliteStore(Store):
                 self._file.close()
             raise
         self._connection = connection
+        await self._look_for_log()
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
                 "%s is on a network filesystem (%s): commits are slow there, and safe only where its locks work; "
@@ -259,6 +261,13 @@ class SqliteStore(Store):
                 self._shown,
                 self._file.network,
             )
+
+    async def _look_for_log(self) -> None:
+        """Warn of a file that was copied without its -wal; with workers of this machine, another program may have merged it."""
+        if self._mode == "create" and self._file is not None and self._file.lacks_log:
+            problem = await self._read(missing_log, this_process().machine)
+            if problem is not None:
+                logger.warning("%s: %s; what is not in it is evaluated again", self._shown, problem)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

@@ -32,6 +32,7 @@ from ..errors import (
 )
 from ..model import Durability
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
+from .sqlite_watchman import Watchman, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
 
@@ -79,10 +80,8 @@ class SqliteFile:
         self.network: str | None = None  # the kind of network filesystem it is on
         self._freshness: Freshness | None = None
         self._is_current = False
-        self._identity: tuple[int, int] | None = None
-        self._log: tuple[int, int] | None = None  # the same of the -wal, where there is one
-        self._was_filled = False
-        self._rescued = ""  # what was said of it
+        self._watchman = Watchman(path)
+        self.lacks_log = lacks_log(path)
         self._given_up = given_up or threading.Event()
         self._closed = False
         _check_path(path, self.shown, mode)
@@ -131,7 +130,7 @@ class SqliteFile:
         Raises:
             DatabaseError: it does not.
         """
-        if how := self._taken_away():
+        if how := self._watchman.taken_away():
             raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
 
     def data_version(self) -> int:
@@ -140,6 +139,11 @@ class SqliteFile:
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
+
+    def checkpoint(self) -> None:
+        """Move what is in the -wal into the file, as far as that keeps nobody waiting."""
+        with suppress(sqlite3.Error):
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def close(self) -> None:
         """Close the connection; calling it again does nothing."""
@@ -197,40 +201,8 @@ class SqliteFile:
 
     def _look_after_the_file(self) -> None:
         """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
-        if how := self._taken_away():
-            self._rescued = self._rescued or self._rescue()
-            raise DatabaseError(self.shown, f"{how} while in use; {self._rescued}")
-
-    def _taken_away(self) -> str | None:
-        """Return what has happened to the files, None if they are there."""
-        how = None
-        try:
-            found, size = _identity(self.path)
-            if self._identity is None:
-                self._identity = found
-            if found != self._identity:
-                how = "was deleted" if found is None else "was replaced by another file"
-            elif self._was_filled and not size:
-                how = "was emptied"
-            # SQLite itself deletes it only when the last one closes the database, and it holds what is not in the database yet.
-            elif self._log is not None and _identity(self._log_path)[0] != self._log:
-                how = "has lost its -wal file, which was deleted or replaced"
-        except OSError:
-            return None  # a folder or a server out of reach: SQLite will say
-        self._was_filled = self._was_filled or size > 0
-        return how
-
-    def _rescue(self) -> str:
-        """Copy what the open file still holds beside the name it had, and say where to."""
-        rescued = Path(f"{self.path}.rescued")
-        try:
-            os.close(os.open(rescued, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            self.connection.execute("VACUUM INTO ?", (str(rescued),))
-        except FileExistsError:
-            return f"all that was recorded is in {rescued}, unless that is an older one"
-        except (OSError, sqlite3.Error) as error:
-            return f"what was recorded could not be saved: {error}"
-        return f"all that was recorded is in {rescued}: rename it and start again"
+        if how := self._watchman.taken_away():
+            raise DatabaseError(self.shown, f"{how} while in use; {self._watchman.rescue(self.connection)}")
 
     def _patiently(self, patience: float, statement: str) -> None:
         """Execute a statement that may find the database locked."""
@@ -317,7 +289,7 @@ class SqliteFile:
             raise DatabaseError(self.shown, "others use its write-ahead log, which a network filesystem loses; stop them first")
         if mode == "wal":
             self.read(_describe)  # makes the -wal
-            self._log, _ = _identity(self._log_path)
+            self._watchman.note_log()
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"
         connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
@@ -328,6 +300,7 @@ class SqliteFile:
             self.is_0_1 = False
         if mode != stored:
             self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
+            self.checkpoint()  # so that the file itself is one of speval, with or without its -wal
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""
@@ -381,15 +354,6 @@ def shown_path(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(path)
-
-
-def _identity(path: Path) -> tuple[tuple[int, int] | None, int]:
-    """Return what tells a file from every other one, None if there is none of that name, and its size."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None, 0
-    return (status.st_dev, status.st_ino), status.st_size
 
 
 def _code(error: sqlite3.Error) -> int:
