@@ -674,13 +674,19 @@ async def test_a_result_that_does_not_fit_changes_nothing_and_is_named_with_the_
             await store.record(worker, [done(newer, '"new"')])
         if why == "put back":
             await store.retry(None, "completed")
-    tables = {table: sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables}
+
+    def stored():
+        return [sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables]
+
+    before = stored()
     taken = await store.take_in([kept])
     assert not taken.recorded
     ((named, reason),) = taken.waits if why in ("held", "unknown") else taken.refused
     assert named == kept.claim
     assert reason
-    assert {table: sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables} == tables
+    assert {
+        table: sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables
+    } == tables
 
 
 async def test_a_completed_result_stands_above_a_later_failure(database):

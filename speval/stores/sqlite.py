@@ -468,10 +468,14 @@ class SqliteStore(Store):
     async def summary(self, *, at_end: bool = False) -> Summary:
         def count(c: sqlite3.Connection) -> Summary:
             counts: dict[str, int] = dict.fromkeys(STATUS.values(), 0)
+            ended = 0
             for status, number, *seqs in c.execute(_COUNTS, {"last": self._last}).fetchall():
                 # The first and the last attempt stand for all: whoever deletes attempts deletes the oldest or all of them.
                 is_kept = status not in (2, 3) or all(c.execute(_IS_KEPT, (seq,)).fetchone() for seq in seqs)
                 counts[STATUS[status]] += number if is_kept or not at_end else 0
+                ended += number if status in (2, 3) else 0
+            if at_end:  # after all were deleted, their numbers are given again
+                counts["completed"] -= min(counts["completed"], max(0, ended - c.execute(_MAX_SEQ).fetchone()[0]))
             causes: dict[Cause, int] = dict(c.execute(_CAUSES, {"last": self._last}).fetchall())
             return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
 
