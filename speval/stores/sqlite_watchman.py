@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 
@@ -61,25 +61,40 @@ class Watchman:
 
     def rescue(self, connection: sqlite3.Connection) -> str:
         """Copy what the open file still holds beside the name it had, once, and say where to."""
-        self._rescued = self._rescued or self._copy(connection)
+        if not self._rescued:
+            try:
+                path = self._copy(connection)
+            except (OSError, sqlite3.Error) as error:
+                self._rescued = f"what was recorded could not be saved: {error}"
+            else:
+                self._rescued = f"all that was recorded is in {path}: rename it and start again"
+                self._remove_log()
         return self._rescued
 
-    def _copy(self, connection: sqlite3.Connection) -> str:
-        try:
-            held = _newest(connection)
-            for number in count(1):
-                path = Path(f"{self._path}.rescued{'' if number == 1 else f'-{number}'}")
-                try:
-                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-                    break
-                except FileExistsError:
-                    # Of another copy, to which the same has happened; or an older one.
-                    if _holds(path, held, connection):
-                        return f"all that was recorded is in {path}: rename it and start again"
-            connection.execute("VACUUM INTO ?", (str(path),))
-        except (OSError, sqlite3.Error) as error:
-            return f"what was recorded could not be saved: {error}"
-        return f"all that was recorded is in {path}: rename it and start again"
+    def _remove_log(self) -> None:
+        """Remove the -wal of a file that is gone: SQLite would apply it to the next file of that name and so destroy that."""
+        with suppress(OSError):
+            if (
+                self._log is not None
+                and _identity(self._path)[0] != self._identity
+                and _identity(self._log_path)[0] == self._log
+            ):
+                self._log_path.unlink()
+                Path(f"{self._path}-shm").unlink()
+
+    def _copy(self, connection: sqlite3.Connection) -> Path:
+        """Return the copy: a new one, or one that another copy of the script has made of the same."""
+        held = _newest(connection)
+        for number in count(1):
+            path = Path(f"{self._path}.rescued{'' if number == 1 else f'-{number}'}")
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                break
+            except FileExistsError:
+                if _holds(path, held, connection):
+                    return path
+        connection.execute("VACUUM INTO ?", (str(path),))
+        return path
 
 
 def lacks_log(path: Path) -> bool:
