@@ -7,8 +7,10 @@ only after the commit that records it, and everything claimed is either recorded
 from __future__ import annotations
 
 import asyncio
+import atexit
 import heapq
 import logging
+import os
 import random
 import shlex
 from collections import deque
@@ -17,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 from anyio import CancelScope
 
@@ -80,6 +83,7 @@ class Worker:
         self._ready: deque[Claim] = deque()
         self._running: dict[int, tuple[list[Claim], asyncio.Task[None]]] = {}
         self._ended: list[Ended] = []
+        self._in_flight: Sequence[Ended] = ()  # on their way to the database
         self._unrecorded: list[Ended] = []  # ended, and not to be recorded any more
         self._refused: deque[Ended] = deque(maxlen=_MOST_REFUSED)
         self._final: Summary | None = None  # as counted at the end
@@ -132,7 +136,9 @@ class Worker:
                 await self._executor.close()
                 await self._store.close()
             raise
+        self._pid = os.getpid()
         self._task = asyncio.create_task(self._run(), name="speval worker")
+        _running.add(self)
 
     async def _seed(self) -> None:
         if isinstance(self._space, Source):
@@ -278,6 +284,12 @@ class Worker:
         self._stopping = f"{self._stopping}; {text}" if self._stopping else text
         return text
 
+    def keep_at_exit(self) -> None:
+        """Keep what is not known to be recorded, when the interpreter ends without waiting for this worker."""
+        if self._task is not None and not self._task.done() and self._pid == os.getpid():
+            self._unrecorded += self._in_flight
+            self._keep()
+
     def _explained(self, error: BaseException) -> BaseException:
         """Return an error that says where results are kept that it left unrecorded."""
         note = "; ".join(filter(None, (self._note, self._keep())))  # slots may have ended some more
@@ -411,29 +423,29 @@ class Worker:
         wanted: dict[str, int] = {"idle": idle, "ahead": ahead}
         count_failures = self._failure_limit is not None
         pause, has_warned = 0.05, False
-        while True:
-            try:
-                return await self._store.record(
-                    self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
-                )
-            except (DatabaseLockedError, DatabaseUnavailableError) as error:
-                if self._is_hurried:
-                    self._unrecorded += ended
-                    return None
-                if not has_warned:
-                    logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
-                    has_warned = True
-                if self._stopping:
-                    wanted = {"idle": 0, "ahead": 0}
-            except BaseException:
-                self._unrecorded += ended
-                raise
-            try:
+        self._in_flight = ended
+        try:
+            while True:
+                try:
+                    return await self._store.record(
+                        self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
+                    )
+                except (DatabaseLockedError, DatabaseUnavailableError) as error:
+                    if self._is_hurried:
+                        self._unrecorded += ended
+                        return None
+                    if not has_warned:
+                        logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
+                        has_warned = True
+                    if self._stopping:
+                        wanted = {"idle": 0, "ahead": 0}
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            except BaseException:
-                self._unrecorded += ended
-                raise
-            pause = min(pause * 2, 5.0)
+                pause = min(pause * 2, 5.0)
+        except BaseException:
+            self._unrecorded += ended
+            raise
+        finally:
+            self._in_flight = ()
 
     async def _patiently_register(self) -> None:
         """Register anew after the lease was lost."""
@@ -668,3 +680,13 @@ def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[T], None], value:
     """Call back in the event loop, unless it is over."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(partial(callback, value))
+
+
+# The second Ctrl-C waits for nothing: the threads of the call end with the interpreter.
+_running: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _keep_all() -> None:
+    for worker in list(_running):
+        worker.keep_at_exit()

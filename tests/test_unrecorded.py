@@ -10,7 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psycopg
@@ -131,6 +131,29 @@ def test_copies_that_start_together_or_die_before_they_remove_the_file_record_it
     assert not side_files(tmp_path)
     assert rows(db, "SELECT count(*) FROM attempts WHERE outcome = 'completed'") == [(30,)]
     assert len(answers(db)) == 30
+
+
+def test_a_second_ctrl_c_does_not_cost_what_waits_for_a_locked_database(db, scripts, tmp_path):
+    process = scripts.start(
+        scripts.write(PAID.replace("except KeyboardInterrupt:", "except KeyboardInterrupt:\n    print('out')"))
+    )
+    wait_for(lambda: exists(db) and len(rows(db, "SELECT name FROM evals WHERE status = 'in_progress'")) == 30)
+    lock, paid = Locked(db), tmp_path / "paid.txt"
+    try:
+        (tmp_path / "go").touch()
+        wait_for(lambda: paid.exists() and len(paid.read_text().split()) == 20, "20 answers")
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):  # where both come as one, the one is enough
+            process.wait(0.2)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=WAIT)[1]
+    finally:
+        lock.close()
+    lines = [line for path in side_files(tmp_path) for line in path.read_text().splitlines()]
+    assert len(lines) == 20, err
+    scripts.run(AGAIN)
+    assert sorted(map(int, paid.read_text().split())) == list(range(30))
+    assert answers(db) == {str(n): f"answer {n}" for n in range(30)}
 
 
 async def test_a_second_deletion_of_the_file_keeps_all_again_beside_the_first_rescue(db, tmp_path):
