@@ -9,13 +9,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
 from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
 from ..space import Key, Space
 
-__all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
+__all__ = [
+    "Control",
+    "ControlMode",
+    "Ended",
+    "LeaseKeeping",
+    "Reclaimed",
+    "Recorded",
+    "Seeded",
+    "Store",
+    "StoreMode",
+    "TakenIn",
+]
 
 StoreMode = Literal["create", "write", "read"]  # make it if it is missing; it must be there; change nothing
 ControlMode = Literal["write", "read"]
@@ -77,6 +89,23 @@ class Reclaimed:
     workers: list[str] = field(default_factory=list)
     pending: int = 0
     failed: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TakenIn:
+    """What became of results that an earlier run could not record.
+
+    Attributes:
+        recorded: The attempts recorded now.
+        known: Those that were recorded already.
+        waits: Those that can't be recorded now and may be later, with the reason.
+        refused: Those that never can, with the reason.
+    """
+
+    recorded: list[Claim] = field(default_factory=list)
+    known: list[Claim] = field(default_factory=list)
+    waits: list[tuple[Claim, str]] = field(default_factory=list)
+    refused: list[tuple[Claim, str]] = field(default_factory=list)
 
 
 class LeaseKeeping(ABC):
@@ -223,6 +252,16 @@ class Store(ABC):
     Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
     """
 
+    @property
+    @abstractmethod
+    def shown(self) -> str:
+        """Return the database as messages name it."""
+
+    @property
+    @abstractmethod
+    def beside(self) -> Path:
+        """Return the path that files are named after which belong to the database and lie outside of it."""
+
     @abstractmethod
     async def open(self) -> None:
         """Open the database; nothing else may be called before.
@@ -294,6 +333,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        """Record what an earlier run could not, in one transaction; each attempt once, however often it is handed in.
+
+        An attempt is recorded when its evaluation, found by its name, has the same args, is not completed, and no living worker
+        holds it under another token. A number that is taken by now is replaced by the next one.
+        """
+
+    @abstractmethod
     async def leave(self, worker: int) -> None:
         """Give back all the worker still holds, charging nothing, and end it."""
 
@@ -315,8 +362,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def summary(self) -> Summary:
-        """Count the evaluations of the space by status, and the failed ones by cause."""
+    async def summary(self, *, at_end: bool = False) -> Summary:
+        """Count the evaluations of the space by status, and the failed ones by cause.
+
+        Args:
+            at_end: Look for the attempts of the ended ones as well, as far as that is cheap: an evaluation without its attempt
+                is not counted then.
+        """
 
     @abstractmethod
     async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:

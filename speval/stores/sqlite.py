@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import secrets
 import sqlite3
 import threading
@@ -31,10 +32,12 @@ from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
 from . import sqlite_seed as seeding
-from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
 from .rows import CODES, COLUMNS, STATUS, evaluation, settings_of
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
+from .sqlite_unrecorded import take_in
+from .sqlite_watchman import missing_log
 
 __all__ = ["SqliteStore"]
 
@@ -136,7 +139,10 @@ WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN s
 """
 )
 
-_COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
+_COUNTS = """
+SELECT status, count(*), min(last), max(last) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status
+"""
+_IS_KEPT = "SELECT 1 FROM attempts WHERE seq = ?"
 _CAUSES = """
 SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
 FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
@@ -223,6 +229,14 @@ class SqliteStore(Store):
     def __repr__(self) -> str:
         return f"<SqliteStore {self._shown!r}{'' if self._connection else ' closed'}>"
 
+    @property
+    def shown(self) -> str:
+        return self._shown
+
+    @property
+    def beside(self) -> Path:
+        return Path(os.path.realpath(self.path))  # one name, by whichever link a copy was given the file
+
     async def open(self) -> None:
         def connect() -> sqlite3.Connection:
             # A copy that starts waits for as long as one that runs.
@@ -242,6 +256,7 @@ class SqliteStore(Store):
                 self._file.close()
             raise
         self._connection = connection
+        await self._look_for_log()
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
                 "%s is on a network filesystem (%s), or on what may be one: commits are slow there, and safe only where its "
@@ -249,6 +264,13 @@ class SqliteStore(Store):
                 self._shown,
                 self._file.network,
             )
+
+    async def _look_for_log(self) -> None:
+        """Warn of a file that was copied without its -wal; with workers of this machine, another program may have merged it."""
+        if self._mode == "create" and self._file is not None and self._file.lacks_log:
+            problem = await self._read(missing_log, this_process().machine)
+            if problem is not None:
+                logger.warning("%s: %s; what is not in it is evaluated again", self._shown, problem)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -425,6 +447,9 @@ class SqliteStore(Store):
         fix = f"`sqlite3 {self._shown} REINDEX` may mend it"
         return DatabaseError(self._shown, f"damaged: what it says is pending is not there to be had; {fix}")
 
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        return await self._write(take_in, ended, self._clock.wall(), _end)
+
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:
             now = self._clock.wall()
@@ -450,11 +475,17 @@ class SqliteStore(Store):
 
         return await self._read(fetch)
 
-    async def summary(self) -> Summary:
+    async def summary(self, *, at_end: bool = False) -> Summary:
         def count(c: sqlite3.Connection) -> Summary:
             counts: dict[str, int] = dict.fromkeys(STATUS.values(), 0)
-            for status, number in c.execute(_COUNTS, {"last": self._last}):
-                counts[STATUS[status]] += number
+            ended = 0
+            for status, number, *seqs in c.execute(_COUNTS, {"last": self._last}).fetchall():
+                # The first and the last attempt stand for all: whoever deletes attempts deletes the oldest or all of them.
+                is_kept = status not in (2, 3) or all(c.execute(_IS_KEPT, (seq,)).fetchone() for seq in seqs)
+                counts[STATUS[status]] += number if is_kept or not at_end else 0
+                ended += number if status in (2, 3) else 0
+            if at_end:  # after all were deleted, their numbers are given again
+                counts["completed"] -= min(counts["completed"], max(0, ended - c.execute(_MAX_SEQ).fetchone()[0]))
             causes: dict[Cause, int] = dict(c.execute(_CAUSES, {"last": self._last}).fetchall())
             return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
 

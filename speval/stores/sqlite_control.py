@@ -36,6 +36,7 @@ from .rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, wo
 from .sqlite_file import SqliteFile
 from .sqlite_mount import filesystem, is_network
 from .sqlite_schema import SCHEMA
+from .sqlite_watchman import missing_log
 
 __all__ = ["SqliteControl"]
 
@@ -401,6 +402,9 @@ class SqliteControl(Control):
         meta = dict(c.execute("SELECT key, value FROM meta").fetchall())
         facts: dict[str, str | int | None] = {"journal": journal, "schema": SCHEMA, "since release": meta.get("release")}
         findings = []
+        if self._file.lacks_log and (problem := missing_log(c)):
+            fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; if it is no copy, nothing is missing'
+            findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
         if stored is not None and journal not in (stored, "memory"):
             problem = f"its journal mode is {journal}, and the copies agreed on {stored}"

@@ -58,6 +58,8 @@ VALUES ((SELECT coalesce(max(seq), 0) + 1 FROM attempts), ?, ?, ?, ?, ?, 'lost',
 """
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 
+_CHECKPOINT_EVERY = 5.0  # seconds of answers, about, that a copy without the -wal lacks at most
+
 
 class SqliteLeaseKeeping(Reclaiming):
     """The lease thread's own connection; it may be made in one thread and used in another.
@@ -72,6 +74,7 @@ class SqliteLeaseKeeping(Reclaiming):
         self._clock = clock
         self._file: SqliteFile | None = None
         self._watch = Watch(this_process().machine)
+        self._checkpoint_at = 0.0  # monotonic; with the first look, the space and its workers get into the file
 
     def __repr__(self) -> str:
         return f"<SqliteLeaseKeeping {str(self._path)!r}>"
@@ -89,6 +92,10 @@ class SqliteLeaseKeeping(Reclaiming):
         return self._opened().write_within(patience, beat)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
+        now = self._clock.monotonic()
+        if now >= self._checkpoint_at:
+            self._checkpoint_at = now + _CHECKPOINT_EVERY
+            self._opened().checkpoint()
         others, orphaned = self._opened().read(self._look, worker)
         rows = [
             WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))

@@ -68,6 +68,7 @@ _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_COUNT = "SELECT (SELECT count(*) FROM evaluations), (SELECT count(*) FROM states)"
 _LAST_GIVEN = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'evaluations'"
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 
@@ -95,7 +96,8 @@ def is_known(c: sqlite3.Connection, space: Space) -> tuple[int, int, bool]:
     since = follow(c)
     (last,) = c.execute(_LAST).fetchone()
     stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
-    return since, last, bool(stored == (_digest(space),))
+    # The digest speaks of what speval has stored, the count of what others have left of it.
+    return since, last, stored == (_digest(space),) and c.execute(_COUNT).fetchone() == (space.count, space.count)
 
 
 def follow(c: sqlite3.Connection) -> int:
