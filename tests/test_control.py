@@ -182,6 +182,7 @@ async def test_a_worker_whose_process_is_gone_is_dead_at_once(database, scripts)
         speval(lambda args: os.kill(os.getpid(), signal.SIGKILL), range(3), {str(database.place.argument)!r})
         """
     )
+    database.place.as_made()
     scripts.start(script).wait()
     with database.place.control() as control:
         (seen,) = control.overview().workers
