@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Self
 from ..errors import OptionError
 from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
 from ..space import Key, Space
+from .rows import Damaged
 
 __all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
 
@@ -121,7 +122,13 @@ class Control(ABC):
     It speaks of the whole database, whatever the spaces of the workers are. With the mode "read" it changes nothing and keeps
     nobody waiting: it works while workers write, on what this user may only read, and on what an older release has written. The
     methods that change something need the mode "write".
+
+    Attributes:
+        damaged: What was found not to be as it was written. Reading many leaves it out, and warns of it; asking for one by its
+            name raises an ``EvaluationDamagedError``.
     """
+
+    damaged: Damaged
 
     @abstractmethod
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
@@ -221,7 +228,12 @@ class Store(ABC):
     """Evaluations of one database, used by one worker or reader.
 
     Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
+
+    Attributes:
+        damaged: What was found not to be as it was written, and left out; closing the store warns of it.
     """
+
+    damaged: Damaged
 
     @abstractmethod
     async def open(self) -> None:

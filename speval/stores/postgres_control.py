@@ -30,15 +30,13 @@ from ..model import (
 from ..url import PostgresUrl
 from .base import Control, ControlMode
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
-from .postgres_rows import COLUMNS, STATES, evaluation, loading, settings_of
+from .postgres_rows import COLUMNS, PAGE_SIZE, STATES, evaluation, loading, page_of, settings_of
 from .postgres_schema import SCHEMA, Names, prepare, stored_name, true_name
-from .rows import decoded, error_of, worker_label
+from .rows import Damaged, decoded, error_of, fits, worker_label
 
 __all__ = ["PostgresControl"]
 
 _PAGE = 500  # evaluations
-_PAGE_SIZE = 4_000_000  # characters of args and results
-_FETCH = 20  # rows sent at once, of which a few may be as large as a page
 _CHUNK = 10_000  # evaluations dropped in one transaction
 _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
@@ -76,7 +74,11 @@ WHERE a.final AND a.outcome <> 'completed' ORDER BY a.seq DESC LIMIT %s
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM speval.attempts"
 _NEXT_ATTEMPT = "SELECT seq, ended_at FROM speval.attempts WHERE seq >= %s ORDER BY seq LIMIT 1"
 _EARLIER_ATTEMPT = "SELECT ended_at FROM speval.attempts WHERE seq <= %s ORDER BY seq DESC LIMIT 1 OFFSET %s"
-_FILTERED = "(%(pattern)s::text IS NULL OR e.name LIKE %(pattern)s) AND (%(cause)s::text IS NULL OR a.outcome = %(cause)s)"
+# Names with a character that is stored as two are looked at one by one.
+_FILTERED = """
+(%(pattern)s::text IS NULL OR e.name LIKE %(pattern)s OR strpos(e.name, chr(16)) > 0)
+AND (%(cause)s::text IS NULL OR a.outcome = %(cause)s)
+"""
 _ONE = f"SELECT e.id, {COLUMNS} FROM {STATES} WHERE e.name = %s"
 _STANDING = """
 SELECT e.id, r.attempt, r.updated_at, w.id, w.host, w.pid FROM speval.evaluations AS e
@@ -171,6 +173,7 @@ class PostgresControl(Control):
     def __init__(self, url: PostgresUrl, mode: ControlMode = "read", clock: Clock | None = None) -> None:
         self._url = url
         self._shown = url.shown
+        self.damaged = Damaged(url.shown)
         self._clock = clock or Clock()
         self._machine = this_process().machine
         self._names = Names(url.schema)
@@ -305,27 +308,28 @@ class PostgresControl(Control):
         values = {"cause": cause, "pattern": like}
         after: int | None = 0
         left = limit
-        while after is not None and left != 0:
-            after, page = self._connection.run(self._page, status, values, after, _PAGE if left is None else min(_PAGE, left))
-            left = None if left is None else left - len(page)
-            yield from page
+        try:
+            while after is not None and left != 0:
+                at_once = _PAGE if left is None else min(_PAGE, left)
+                after, page = self._connection.run(self._page, status, values, after, at_once)
+                if pattern is not None:
+                    page = [e for e in page if stored_name(e["name"]) == e["name"] or fits(pattern, e["name"])]
+                left = None if left is None else left - len(page)
+                yield from page
+        finally:
+            self.damaged.tell()
 
     def _page(
         self, c: Connection, status: Status | None, values: dict[str, str | None], after: int, limit: int
     ) -> tuple[int | None, list[Evaluation]]:
         """Return where the next page begins, None at the end, and the evaluations of this one."""
-        sql = f"{loading(status)} AND {_FILTERED} ORDER BY e.id LIMIT %(limit)s"
+        sql = page_of(f"{loading(status)} AND {_FILTERED}")
         found: list[Evaluation] = []
-        size = 0
-        with c.transaction(), c.cursor(name="speval") as cursor:
-            cursor.itersize = _FETCH
-            cursor.execute(self._names(sql), values | {"after": after, "limit": limit})
-            for row in cursor:
-                found.append(evaluation(self._shown, row[1:]))
-                size += len(row[4]) + len(row[6] or "")
-                if len(found) == limit or size > _PAGE_SIZE:
-                    return row[0], found
-        return None, found
+        rows = self._execute(c, sql, values | {"after": after, "limit": limit, "size": PAGE_SIZE}).fetchall()
+        for row in rows:
+            with self.damaged.left_out():
+                found.append(evaluation(self._shown, row[1:-2]))
+        return rows[-1][0] if rows else None, found
 
     def evaluation(self, name: str) -> Evaluation:
         def find(c: Connection) -> Evaluation:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from ..errors import (
@@ -31,6 +31,7 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
+from .checksum import of_attempt, of_evaluation
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -41,7 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 APPLICATION_ID = 0x7370_6576  # "spev"
-SCHEMA = 1
+SCHEMA = 2
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 
@@ -114,6 +115,12 @@ class SqliteFile:
     def read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+
+    def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
+        with self._errors():
+            for row in self.connection.execute(sql, values):  # noqa: UP028 - which would close the cursor, perhaps too late
+                yield row
 
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
@@ -292,7 +299,10 @@ class SqliteFile:
             if version > SCHEMA:
                 release = self.read(lambda c: c.execute("SELECT value FROM meta WHERE key = 'release'").fetchone())
                 raise NewerSchemaError(self.shown, version, SCHEMA, release[0] if release else f"{version}.0")
-            self._is_current = version == SCHEMA
+            if version < SCHEMA:
+                problem = f"was made by a development version of speval (schema {version}), which no release reads"
+                raise DatabaseError(self.shown, f"{problem}; use another name for a new one")
+            self._is_current = True
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
         elif application_id == 0 and version == 0 and not tables:
@@ -360,7 +370,7 @@ class SqliteFile:
             if code == sqlite3.SQLITE_NOTADB:
                 raise ForeignDatabaseError(db, "some other kind of file") from error
             if code == sqlite3.SQLITE_CORRUPT:
-                fix = f"`sqlite3 {db} REINDEX` mends an index, `sqlite3 {db} .recover` saves what can be saved"
+                fix = f"`sqlite3 {db} REINDEX` mends an index, `speval salvage {db} NEW` saves what can be saved"
                 raise DatabaseError(db, f"damaged ({error}); {fix}") from error
             if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
                 raise DatabaseError(db, "damaged: what should be text in it is none") from None
@@ -447,6 +457,8 @@ def _migrate(connection: sqlite3.Connection) -> bool:
         connection.execute("ALTER TABLE evals RENAME TO evals_0_1")
     _script(connection, "schema.sql")
     if from_0_1:
+        connection.create_function("crc_of_evaluation", 3, of_evaluation, deterministic=True)
+        connection.create_function("crc_of_attempt", 12, lambda *row: of_attempt(row), deterministic=True)
         _script(connection, "from_0_1.sql")
     connection.execute("INSERT INTO meta VALUES ('release', ?)", (RELEASE_FOR_SCHEMA,))
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
