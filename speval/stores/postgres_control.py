@@ -429,6 +429,10 @@ class PostgresControl(Control):
                 damage = self._connection.run(self._damage)
                 facts["integrity"] = "damaged" if damage else "ok"
                 findings += [Finding(f"damaged: {problem}", "go back to a backup", True) for problem in damage]
+                after: int | None = 0
+                while after is not None:
+                    after, _ = self._connection.run(self._page, None, {"cause": None, "pattern": None}, after, _PAGE)
+                findings += self.damaged.findings("`speval drop` forgets it")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "see to the server, then look again", True))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))

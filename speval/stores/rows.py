@@ -15,7 +15,7 @@ from typing import Any
 
 from ..codec import read
 from ..errors import EvaluationDamagedError
-from ..model import Error, Evaluation, Settings, Status
+from ..model import Error, Evaluation, Finding, Settings, Status, counted
 from ..text import visible
 
 __all__ = [
@@ -70,6 +70,14 @@ class Damaged:
             yield
         except EvaluationDamagedError as error:
             self.add(error)
+
+    def findings(self, fix: str) -> list[Finding]:
+        """Return what was noted as what a doctor has found, instead of a warning."""
+        found = [Finding(f"evaluation {error.name!r} is damaged: {error.what}", fix, True) for error in self.first]
+        if self.count > len(found):
+            found.append(Finding(f"{counted(self.count - len(found))} more are damaged", fix, True))
+        self.count, self.first = 0, []
+        return found
 
     def tell(self) -> None:
         """Warn of what was noted since the last time."""

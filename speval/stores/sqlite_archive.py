@@ -27,9 +27,8 @@ T = TypeVar("T")
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, started_at, last_seen, coalesce(ended_at, last_seen) FROM workers
 """
-_ATTEMPTS = f"""
-SELECT {ATTEMPT}, e.name FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation ORDER BY a.seq
-"""
+_ATTEMPTS = "SELECT {}, e.name FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation ORDER BY a.seq"
+_ATTEMPTS = _ATTEMPTS.format(ATTEMPT)
 _EVALUATIONS = """
 SELECT e.id, e.name, e.args, e.crc, s.status, s.attempt, s.released + (s.status = 1), s.forgiven, s.ahead & 2, s.last,
     s.updated_at, a.evaluation, a.attempt, a.outcome

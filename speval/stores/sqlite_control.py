@@ -391,12 +391,21 @@ class SqliteControl(Control):
                 facts["integrity"] = "damaged" if damage else "ok"
                 fix = f"`speval salvage {self._file.shown} NEW` saves what can be saved"
                 findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
+                self._read_all()
+                findings += self.damaged.findings(f"{fix}, `speval drop` forgets one")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "go back to a copy of the file, or start a new one", True))
         if is_network(kind):
             problem = f"it is on a network filesystem ({kind}): commits are slow, and as safe as its locks"
             findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
+
+    def _read_all(self) -> None:
+        """Read every evaluation, for what is damaged of them."""
+        values = {"codes": CODES[None], "any": True, "cause": None, "pattern": None}
+        after: int | None = 0
+        while after is not None:
+            after, _ = self._file.read(self._page, values, after, _PAGE, True)
 
     def _look_inside(self, c: sqlite3.Connection) -> tuple[dict[str, str | int | None], list[Finding]]:
         (journal,) = c.execute("PRAGMA journal_mode").fetchone()

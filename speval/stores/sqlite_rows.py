@@ -62,6 +62,8 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     ended, ended_crc, worker = row[9:21], row[21], row[22:]
     check_evaluation(db, id, name, args, crc)
     has_ended = status in (2, 3)
+    if not (isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status == 1)):
+        raise EvaluationDamagedError(db, str(name), "its status is not as anything writes it")
     if has_ended:
         check_attempt(db, name, ended, ended_crc)
         # The names of the columns are in checksum.of_attempt().
