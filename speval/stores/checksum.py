@@ -25,17 +25,9 @@ def of_attempt(row: Sequence[Any]) -> int:
     """Return the checksum of a row of ``attempts``, from ``seq`` to ``error_traceback``."""
     seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, type_, message, traceback = row
     try:
-        numbers = _NUMBERS(
-            seq,
-            evaluation,
-            attempt,
-            -1 if worker is None else worker,
-            -1.0 if started_at is None else started_at,
-            -1.0 if duration is None else duration,
-            ended_at,
-        )
-    except (error, OverflowError):  # in a file that somebody has tinkered with
-        numbers = repr(row[:7]).encode()
-    if type_ is None and message is None and traceback is None:
-        return crc32(f"{outcome}\t{result}".encode(), crc32(numbers))
-    return crc32(f"{outcome}\t{result}\t{type_}\t{message}\t{traceback}".encode(), crc32(numbers))
+        start = crc32(_NUMBERS(seq, evaluation, attempt, worker, started_at, duration, ended_at))
+    except (error, OverflowError):  # nobody knows its worker or its times; or somebody has tinkered with the file
+        start = crc32(repr((seq, evaluation, attempt, worker, started_at, duration, ended_at)).encode())
+    if type_ is None and outcome == "completed" and type(result) is str:  # nearly all of them
+        return crc32(result.encode(), start)
+    return crc32(f"{outcome}\t{result}\t{type_}\t{message}\t{traceback}".encode(), start)

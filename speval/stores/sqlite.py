@@ -25,7 +25,7 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
+from ..errors import ArgsChangedError, DatabaseError, EvaluationDamagedError, StoreClosedError, UnknownNameError
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
@@ -400,10 +400,12 @@ class SqliteStore(Store):
             fresh = c.execute(_FIND_FRESH, values | {"limit": ahead}).fetchall()
             self._take(c, fresh, values | {"ahead": 1})
             found = sorted(found + fresh, key=itemgetter(0))
-        for id, _, _, name, args, crc in found:
+        claims = []
+        for id, attempt, charged, name, args, crc in found:
             if crc != of_evaluation(id, name, args):
                 check_evaluation(self._shown, id, name, args, crc)
-        return [Claim(id, attempt, charged, str(name), args, worker) for id, attempt, charged, name, args, _ in found]
+            claims.append(Claim(id, attempt, charged, str(name), args, worker))
+        return claims
 
     def _take(self, c: sqlite3.Connection, found: list[Any], values: dict[str, Any]) -> None:
         taken = c.execute(_CLAIM, values | {"ids": json.dumps([row[0] for row in found])}).rowcount if found else 0
@@ -442,8 +444,10 @@ class SqliteStore(Store):
                 for row in bounded(self._shown, rows, limit, _SEQ):
                     count += 1
                     seen = row[_SEQ]
-                    with self.damaged.left_out():
+                    try:
                         found.append((row[0], evaluation(self._shown, row)))
+                    except EvaluationDamagedError as error:
+                        self.damaged.add(error)
                 if not count:
                     seen = newest
             return seen, found
@@ -472,11 +476,13 @@ class SqliteStore(Store):
             while count and not found:
                 begun, count = seen, 0
                 cursor = c.execute(sql, (seen,) if sql is _LOAD_ALL else (seen, CODES[status]))
-                for row in bounded(self._shown, cursor, limit):
+                for row in bounded(self._shown, cursor, limit, is_0_1=file.is_0_1):
                     count += 1
                     seen = row[0]
-                    with self.damaged.left_out():
+                    try:
                         found.append(shown(self._shown, row))
+                    except EvaluationDamagedError as error:
+                        self.damaged.add(error)
                 if sql is _LOAD_ALL:
                     check_states(c, self._shown, self.damaged, begun, seen if count else _ALL)
             return seen, found

@@ -42,6 +42,9 @@ FROM states AS s LEFT JOIN evaluations AS e ON e.id = s.id LEFT JOIN attempts AS
 LEFT JOIN workers AS w ON w.id = CASE s.status WHEN 1 THEN s.worker WHEN 2 THEN a.worker WHEN 3 THEN a.worker END
 """
 
+_TEXTS = (7, 17, 20)  # the places of args, result and traceback
+_TEXTS_0_1 = (4, 6)
+
 _COUNTS = """
 SELECT (SELECT count(*) FROM states WHERE id > :after AND id <= :upto),
     (SELECT count(*) FROM evaluations WHERE id > :after AND id <= :upto)
@@ -60,7 +63,8 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     """
     id, status, attempt, released, forgiven, updated, name, args, crc = row[:9]
     ended, ended_crc, worker = row[9:21], row[21], row[22:]
-    check_evaluation(db, id, name, args, crc)
+    if args is None or crc != of_evaluation(id, name, args):
+        check_evaluation(db, id, name, args, crc)
     has_ended = status in (2, 3)
     if not (isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status == 1)):
         raise EvaluationDamagedError(db, str(name), "its status is not as anything writes it")
@@ -117,7 +121,7 @@ def check_states(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, u
             damaged.add(EvaluationDamagedError(db, str(name), "its status is gone"))
 
 
-def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iterator[tuple[Any, ...]]:
+def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0_1: bool = False) -> Iterator[tuple[Any, ...]]:
     """Yield rows until there are enough of them, or enough text in them.
 
     Args:
@@ -125,10 +129,12 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iter
         cursor: Where they come from; closed at the end, as an open one keeps a transaction from ending.
         limit: How many at most.
         place: Of the column that has to ascend, and by which the next page begins.
+        is_0_1: Whether they are rows of a database of speval 0.1.1.
 
     Raises:
         DatabaseError: it does not ascend, so a page would begin at the wrong place.
     """
+    texts = _TEXTS_0_1 if is_0_1 else _TEXTS
     count = size = 0
     last = None
     try:
@@ -139,7 +145,9 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iter
             last = row[place]
             yield row
             count += 1
-            size += sum(len(value) for value in row if type(value) is str)
+            for text in texts:
+                if type(row[text]) is str:
+                    size += len(row[text])
             if count == limit or size > PAGE_SIZE:
                 return
     finally:

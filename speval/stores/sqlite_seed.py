@@ -130,8 +130,7 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
 
 def _numbered(last: int, rows: Iterable[tuple[Key, str]]) -> Iterator[tuple[int, Key, str, int]]:
     """Yield rows as they are stored, numbered behind the last id that was ever given."""
-    for id, (name, args) in enumerate(rows, last + 1):
-        yield id, name, args, of_evaluation(id, name, args)
+    return ((id, name, args, of_evaluation(id, name, args)) for id, (name, args) in enumerate(rows, last + 1))
 
 
 def load(c: sqlite3.Connection, rows: Iterable[tuple[Key, str]]) -> None:
