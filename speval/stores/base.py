@@ -12,7 +12,20 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
-from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
+from ..model import (
+    Attempt,
+    Cause,
+    Claim,
+    Compacted,
+    Evaluation,
+    Health,
+    OnChanged,
+    Outcome,
+    Overview,
+    Settings,
+    Status,
+    Summary,
+)
 from ..space import Key, Space
 from .rows import Damaged
 
@@ -203,6 +216,14 @@ class Control(ABC):
         Raises:
             UnknownNameError: a name is not in the database; nothing was changed.
             InProgressError: one of the named is in progress; nothing was changed.
+        """
+
+    @abstractmethod
+    def compact(self) -> Compacted:
+        """Give back room that nothing needs any more, and forget workers that left and that no attempt names.
+
+        Raises:
+            DatabaseError: others are at work that would have to wait for long; nothing was changed.
         """
 
     @abstractmethod

@@ -16,6 +16,7 @@ from ..host import Process, is_gone, this_process
 from ..model import (
     Attempt,
     Cause,
+    Compacted,
     Evaluation,
     Failure,
     Finding,
@@ -121,6 +122,16 @@ SELECT current_setting('server_version'),
         WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relkind = 'r')::bigint,
     current_setting('max_connections')::integer, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
     current_setting('fsync')::boolean, current_setting('autovacuum')::boolean, current_setting('transaction_read_only')::boolean
+"""
+_FOR_LONG = 86_400.0  # seconds that compacting may take
+_BYTES = """
+SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class AS c
+WHERE c.relnamespace = to_regnamespace(%s) AND c.relkind = 'r'
+"""
+_PRUNE = """
+DELETE FROM speval.workers AS w WHERE w.ended_at IS NOT NULL
+    AND NOT EXISTS (SELECT FROM speval.attempts AS a WHERE a.worker = w.id)
+    AND NOT EXISTS (SELECT FROM speval.running AS r WHERE r.worker = w.id)
 """
 _OLDEST = """
 SELECT pid, coalesce(nullif(application_name, ''), 'without a name'), extract(epoch FROM clock_timestamp() - xact_start)
@@ -409,6 +420,17 @@ class PostgresControl(Control):
             # What they say of their args, and of who is a stranger, speaks of all that was there.
             self._execute(c, "UPDATE speval.spaces SET exact = false")
         return count
+
+    def compact(self) -> Compacted:
+        def pruned(c: Connection) -> Compacted:
+            (before,) = self._execute(c, _BYTES, (self._url.schema,)).fetchone()
+            count = self._execute(c, _PRUNE).rowcount
+            for table in ("workers", "queue", "running", "attempts", "evaluations"):  # beside those who work
+                self._execute(c, f"VACUUM (ANALYZE) speval.{table}")
+            (after,) = self._execute(c, _BYTES, (self._url.schema,)).fetchone()
+            return Compacted(before, after, count)
+
+        return self._connection.run_once(_FOR_LONG, pruned)
 
     # Looking under the bonnet
 

@@ -19,6 +19,7 @@ from ..host import Process, is_gone, this_process
 from ..model import (
     Attempt,
     Cause,
+    Compacted,
     Evaluation,
     Failure,
     Finding,
@@ -33,6 +34,7 @@ from ..model import (
 from ..space import name_to_key
 from .base import Control, ControlMode
 from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_label
+from .sqlite_compact import compact
 from .sqlite_file import SCHEMA, SqliteFile
 from .sqlite_mount import filesystem, is_network
 from .sqlite_rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
@@ -356,6 +358,9 @@ class SqliteControl(Control):
     def _delete_attempts(self, c: sqlite3.Connection, seqs: str) -> None:
         c.execute(_DROP_ATTEMPTS, (seqs,))
         c.execute(_EMPTY_ATTEMPTS, (seqs,))
+
+    def compact(self) -> Compacted:
+        return compact(self._file)
 
     # Looking under the bonnet
 

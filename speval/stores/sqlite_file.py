@@ -141,6 +141,19 @@ class SqliteFile:
         if how := self._taken_away():
             raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
 
+    def rewrite(self) -> None:
+        """Write the whole file anew, without the room that nothing needs, and empty the -wal.
+
+        Raises:
+            DatabaseLockedError: another program reads or writes it.
+        """
+        self._look_after_the_file()
+        with self._errors():
+            self._patiently(self.patience, "VACUUM")
+            (is_busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if is_busy:
+                raise DatabaseLockedError(self.shown, 0.0)
+
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
         self._look_after_the_file()  # who waits would not notice for long
