@@ -546,7 +546,7 @@ async def test_damage_is_an_error_with_a_way_out(file):
     file.damage()
     finding = file.control().check().findings[0]
     assert finding.is_error
-    assert ".recover" in finding.problem + finding.fix
+    assert "`speval salvage " in finding.problem + finding.fix
 
 
 async def test_what_only_a_look_at_everything_finds_is_found(file):

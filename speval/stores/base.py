@@ -13,8 +13,22 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
-from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
+from ..model import (
+    Attempt,
+    Cause,
+    Claim,
+    Compacted,
+    Evaluation,
+    Health,
+    OnChanged,
+    Outcome,
+    Overview,
+    Settings,
+    Status,
+    Summary,
+)
 from ..space import Key, Space
+from .rows import Damaged
 
 __all__ = [
     "Control",
@@ -150,7 +164,13 @@ class Control(ABC):
     It speaks of the whole database, whatever the spaces of the workers are. With the mode "read" it changes nothing and keeps
     nobody waiting: it works while workers write, on what this user may only read, and on what an older release has written. The
     methods that change something need the mode "write".
+
+    Attributes:
+        damaged: What was found not to be as it was written. Reading many leaves it out, and warns of it; asking for one by its
+            name raises an ``EvaluationDamagedError``.
     """
+
+    damaged: Damaged
 
     @abstractmethod
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
@@ -228,6 +248,14 @@ class Control(ABC):
         """
 
     @abstractmethod
+    def compact(self) -> Compacted:
+        """Give back room that nothing needs any more, and forget workers that left and that no attempt names.
+
+        Raises:
+            DatabaseError: others are at work that would have to wait for long; nothing was changed.
+        """
+
+    @abstractmethod
     def check(self, *, integrity: bool = True) -> Health:
         """Look under the bonnet: how the database is stored, what is damaged, which workers are dead.
 
@@ -250,7 +278,12 @@ class Store(ABC):
     """Evaluations of one database, used by one worker or reader.
 
     Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
+
+    Attributes:
+        damaged: What was found not to be as it was written, and left out; closing the store warns of it.
     """
+
+    damaged: Damaged
 
     @property
     @abstractmethod

@@ -28,10 +28,11 @@ from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, Taken
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_feed import Feed
 from .postgres_lease import PostgresLeaseKeeping
-from .postgres_rows import evaluation, in_space, loading
+from .postgres_rows import PAGE_SIZE, evaluation, in_space, loading, page_of
 from .postgres_schema import READY, Names, prepare, stored_name, true_name
 from .postgres_seed import Extent, Seeding
 from .postgres_unrecorded import take_in
+from .rows import Damaged
 
 __all__ = ["PostgresStore"]
 
@@ -106,6 +107,7 @@ class PostgresStore(Store):
     ) -> None:
         self.url = url
         self._shown = url.shown
+        self.damaged = Damaged(url.shown)
         self._mode: StoreMode = mode
         self._clock = clock or Clock()
         self._beside = Path(url.file_name).absolute()  # in the folder of now: a function may change it
@@ -113,7 +115,7 @@ class PostgresStore(Store):
         self._thread: WorkThread | None = None
         self._names = Names(url.schema)
         self._seeding = Seeding(self._names, self._shown)
-        self._feed = Feed(self._names, self._shown)
+        self._feed = Feed(self._names, self._shown, self.damaged)
         self._extent = Extent()
         self._lease = 30.0
         self._after = 0  # the highest id claimed: who claims goes on behind it
@@ -148,6 +150,7 @@ class PostgresStore(Store):
         self._thread = thread
 
     async def close(self) -> None:
+        self.damaged.tell()
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.finish(self._connection.close, self._connection.give_up)
@@ -352,11 +355,20 @@ class PostgresStore(Store):
         return await self._run(count)
 
     async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        sql = f"{loading(status)} ORDER BY e.id LIMIT %(limit)s"
+        sql = page_of(loading(status))
 
         def fetch(c: Connection) -> tuple[int, list[Evaluation]]:
-            rows = self._execute(c, sql, {"after": after, "limit": limit}).fetchall()
-            return (rows[-1][0] if rows else after), [evaluation(self._shown, row[1:]) for row in rows]
+            found: list[Evaluation] = []
+            seen = after
+            while not found:
+                rows = self._execute(c, sql, {"after": seen, "limit": limit, "size": PAGE_SIZE}).fetchall()
+                if not rows:
+                    break
+                seen = rows[-1][0]
+                for row in rows:
+                    with self.damaged.left_out():
+                        found.append(evaluation(self._shown, row[1:-2]))
+            return seen, found
 
         return await self._run(fetch)
 

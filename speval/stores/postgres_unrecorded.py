@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .base import Ended, TakenIn
 from .postgres_connection import Connection, numbers, texts
-from .postgres_schema import Names, stored_name, true_name
+from .postgres_schema import READY, Names, stored_name, true_name
 from .unrecorded import Standing, sort_out, standing_of
 
 __all__ = ["take_in"]
@@ -61,8 +61,9 @@ End = Callable[[Connection, Sequence[Ended]], object]
 
 def take_in(c: Connection, names: Names, ended: Sequence[Ended], now: float, end: End) -> TakenIn:
     """Record those that may be, by ``end``, which also gives back those that are to be tried again."""
-    with c.transaction():
+    with c.block():
         c.execute(names(_STAND_STILL))
+        c.execute(names(READY))
         taken, adopted = sort_out(ended, _look_up(c, names, ended))
         if adopted:
             tokens = [a.ended.claim for a in adopted]

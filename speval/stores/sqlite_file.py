@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from ..errors import (
@@ -123,6 +123,12 @@ class SqliteFile:
         """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
 
+    def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
+        with self._errors():
+            for row in self.connection.execute(sql, values):  # noqa: UP028 - which would close the cursor, perhaps too late
+                yield row
+
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
@@ -142,6 +148,19 @@ class SqliteFile:
         """
         if how := self._watchman.taken_away():
             raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
+
+    def rewrite(self) -> None:
+        """Write the whole file anew, without the room that nothing needs, and empty the -wal.
+
+        Raises:
+            DatabaseLockedError: another program reads or writes it.
+        """
+        self._look_after_the_file()
+        with self._errors():
+            self._patiently(self.patience, "VACUUM")
+            (is_busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if is_busy:
+                raise DatabaseLockedError(self.shown, 0.0)
 
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
@@ -292,7 +311,10 @@ class SqliteFile:
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
                 raise self.read(self._newer, version)
-            self._is_current = version == SCHEMA
+            if version < SCHEMA:
+                problem = f"was made by a development version of speval (schema {version}), which no release reads"
+                raise DatabaseError(self.shown, f"{problem}; use another name for a new one")
+            self._is_current = True
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
         elif application_id == 0 and version == 0 and not tables:
