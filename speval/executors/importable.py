@@ -30,7 +30,11 @@ class FreshInterpreter:
         self._known: dict[str, bool] = {}
         self._specs: dict[str, ModuleSpec | None] = {}
         self._entries: dict[str, Any] = {}
-        self._finders = [finder for finder in sys.meta_path if self._has(finder)] or [BuiltinImporter, FrozenImporter, PathFinder]
+        self._finders = [finder for finder in sys.meta_path if self._has(finder)] or [
+            BuiltinImporter,
+            FrozenImporter,
+            PathFinder,
+        ]
 
     def imports(self, name: str) -> bool:
         """Tell whether it imports the module of this name as it is in ``sys.modules``."""

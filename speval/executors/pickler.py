@@ -12,9 +12,11 @@ import importlib
 import io
 import operator
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
@@ -27,10 +29,9 @@ __all__ = ["Pickler"]
 _internals = cloudpickle.cloudpickle
 _NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
 _Cached = type(functools.cache(len))
-_DISPATCH = functools.singledispatch(len).__code__
+_dispatched: Any = functools.singledispatch(len)
 _HEAP_TYPE = 1 << 9  # a flag of classes that are not built in
 _OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # what a module has from its import
-_OF_THE_SCRIPT = ("__file__", "__package__")
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -76,7 +77,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return kind, (obj.func,), {"attrname": obj.attrname, "__doc__": obj.__doc__}
         if kind is functools.singledispatchmethod:
             return kind, (obj.func,), {"dispatcher": obj.dispatcher}
-        if kind is FunctionType and obj.__code__ is _DISPATCH and not self._can_be_named(obj):
+        if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj):
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
         # Instances are not looked at, their classes are; what has a qualified name of its own is some kind of function.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
@@ -167,10 +168,20 @@ class _MainGlobals:
 
     def __reduce__(self) -> tuple[Any, ...]:
         main = sys.modules["__main__"]
-        values = {key: vars(main)[key] for key in _OF_THE_SCRIPT if key in vars(main)}
-        # With the file of the script and no spec, the spawned children of multiprocessing would run the script.
-        values["__spec__"] = ModuleSpec("__main__", None)
+        values: dict[str, Any] = {key: vars(main)[key] for key in ("__file__", "__package__") if key in vars(main)}
+        # Processes that multiprocessing spawns over there run the script again, which is meant only where it has a guard.
+        spec = getattr(main, "__spec__", None)
+        name = "__main__" if not _is_guarded(values.get("__file__")) else None if spec is None else spec.name
+        values["__spec__"] = None if name is None else ModuleSpec(name, None)
         return vars, (main,), None, None, iter(values.items())
+
+
+def _is_guarded(file: Any) -> bool:
+    """Tell whether a script asks whether it is the main program."""
+    try:
+        return re.search(rb"^if\b.*__name__.*__main__", Path(str(file)).read_bytes(), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 # Without a name it goes by value itself: the other process may know nothing of speval.

@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["unwrapped"]
 
 _DEEPEST = 100  # partials may be nested, and even in a circle
-_func_of = functools.partial.func.__get__  # type: ignore[attr-defined]
+_func_of = functools.partial.func.__get__
 
 
 def unwrapped(function: Any) -> Any:
