@@ -82,6 +82,61 @@ def test_each_process_is_asked_about_by_few_and_yet_every_dead_one_is_found(monk
     assert len(asked) == len(alive) + len(found)
 
 
+def test_telling_the_dead_from_the_living_costs_no_comparison_of_each_with_each():
+    compared = 0
+
+    class Id(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    rows = [row(id=Id(i), dead=True) for i in range(500)]
+    assert Watch(HERE.machine).dead(rows, 999, 0) == rows
+    compared, before = 0, compared
+    assert len(Watch(HERE.machine).dead(rows, 999, 0)) == 500
+    assert compared < 10 * len(rows), before
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_many_workers_together_look_no_more_often_than_few_in_sqlite(count):
+    watches = [Watch(HERE.machine) for _ in range(count)]
+    looks, now, seconds = 0, 1000.0, 60
+    for i in range(int(seconds / 0.4)):
+        now = 1000.0 + i * 0.4
+        beat = int(now / 10)  # all renew
+        rows = [row(id=i, lease=30.0, beat=beat) for i in range(count)]
+        for me, watch in enumerate(watches):
+            if watch.is_due(me, now):
+                looks += 1
+                assert watch.dead(rows[:me] + rows[me + 1 :], me, now) == []
+    assert looks <= count + 20 * seconds, "each looks at once when it starts, then all of them ten times a second"
+
+
+def test_among_many_workers_in_sqlite_one_that_stands_still_is_found_when_its_lease_is_over():
+    watch = Watch(HERE.machine)
+    others = [row(id=i, lease=300.0) for i in range(200)]
+    still = row(id=500, lease=5.0)
+    assert watch.is_due(999, 1000.0)
+    assert watch.dead([*others, still], 999, 1000.0) == []
+    assert watch.is_due(999, 1005.0)
+    assert watch.dead([*others, still], 999, 1005.0) == [still]
+    assert watch.is_due(999, 1005.1), "taking back may have failed for a lock"
+
+
+def test_a_process_gone_on_this_machine_makes_a_look_due_among_many(monkeypatch):
+    gone: set[int] = set()
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid in gone)
+    rows = [row(id=i, process=Process("host", i, HERE.machine, "1"), lease=1000.0) for i in range(200)]
+    watch = Watch(HERE.machine)
+    assert watch.dead(rows, 999, 0.0) == []
+    assert not watch.is_due(999, 0.4)
+    gone.add(0)
+    assert watch.is_due(999, 0.4)
+
+
 # Whether a process is gone
 
 

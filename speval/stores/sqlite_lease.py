@@ -89,6 +89,12 @@ class SqliteLeaseKeeping(Reclaiming):
         return self._opened().write_within(patience, beat)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
+        """Return who is dead, and who holds something and is none of those that have not ended.
+
+        Each worker watches all others by itself, so a look reads a row of each; the more there are, the fewer look.
+        """
+        if not self._watch.is_due(worker, self._clock.monotonic()):
+            return [], []
         others, orphaned = self._opened().read(self._look, worker)
         rows = [
             WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))
