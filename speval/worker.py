@@ -247,6 +247,7 @@ class Worker:
     async def _leave(self) -> None:
         if self._lease is None:
             return
+        self._lease.retire()
         try:
             await self._store.leave(self._id)
         except SpevalError as error:

@@ -1,5 +1,6 @@
 """Leases: who is dead, when to renew, when to doubt, decided on one's own monotonic clock."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import time
 
 import pytest
 
+from speval import speval
 from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, StoreClosedError
 from speval.host import Process, is_gone, this_process
 from speval.lease import Lease
 from speval.stores.base import LeaseKeeping, Reclaimed
 from speval.stores.watch import Watch, WorkerRow
+from speval.worker import Worker
 
 from .conftest import wait_for
 
@@ -177,6 +180,24 @@ def test_of_a_process_elsewhere_nothing_is_known():
     assert not is_gone(Process("other", 2**22 + 1, "", "1"), "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs time namespaces")
+def test_from_another_time_namespace_a_running_process_is_not_taken_for_dead():
+    # The kernel shows there another start of the same process.
+    other = "import sys; from speval.host import *; p = Process(*sys.argv[1:2], int(sys.argv[2]), *sys.argv[3:]); "
+    other += "print(is_gone(p, this_process().machine))"
+    mine = this_process()
+    command = [sys.executable, "-c", other, mine.host, str(mine.pid), mine.machine, mine.start]
+    space = ["unshare", "--map-root-user", "--time", "--boottime", "100000"]
+    try:
+        seen = subprocess.run([*space, *command], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if seen.returncode and "unshare" in seen.stderr:
+        pytest.skip(f"needs the right to make a time namespace: {seen.stderr}")
+    assert (seen.stdout, seen.stderr) == ("False\n", "")
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "False\n"
+
+
 # One's own lease
 
 
@@ -327,6 +348,45 @@ def test_a_lost_lease_is_told_once_and_goes_on_as_another_worker(lease, keeping,
     clock.now += 11
     lease._beat()
     assert keeping.renewed == [1, 2]
+
+
+def test_a_worker_that_ends_its_row_has_lost_nothing(lease, keeping, clock):
+    lease.retire()
+    keeping.answer = False
+    clock.now += 11
+    lease._beat()
+    assert keeping.renewed == [1]
+    assert lease.told == []
+
+
+def test_at_a_normal_end_no_worker_is_said_to_be_declared_dead(anywhere, monkeypatch, caplog):
+    # The row ends, and the lease thread renews once more before it is stopped.
+    refused = threading.Event()
+    beat, leave = Lease._beat, Worker._leave
+
+    def one_more_beat(self):
+        self._proven -= self._seconds
+        beat(self)
+        if self._keeping.renew(self._worker, 1.0) is False:
+            refused.set()
+
+    async def leave_slowly(self):
+        left = self._store.leave
+
+        async def leave_and_wait(worker):
+            await left(worker)
+            monkeypatch.setattr(Lease, "_beat", one_more_beat)
+            assert await asyncio.to_thread(refused.wait, 60)
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        self._store.leave = leave_and_wait
+        await leave(self)
+
+    monkeypatch.setattr(Worker, "_leave", leave_slowly)
+    assert speval(lambda x: x, range(2), anywhere, executor="thread", progress=False).completed == 2
+    assert refused.is_set()
+    assert "declared dead" not in caplog.text
 
 
 def test_after_a_suspend_it_renews_first_and_watches_anew(lease, keeping, clock):
