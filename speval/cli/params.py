@@ -48,7 +48,8 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
                 found = [e["name"] for e in control.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
         except (SpevalError, KeyError, OSError):
             return []
-        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+        # What can't be printed can't be typed either, and a shell would send it to the terminal.
+        return [CompletionItem(name, stored=True) for name in found if name.startswith(incomplete) and name.isprintable()]
 
 
 DB = _Database()
