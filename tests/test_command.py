@@ -348,6 +348,37 @@ def test_export_writes_files_by_their_suffix_completely_or_not_at_all(here, call
     assert not list(here.glob("*none*")) + list(here.glob(".*"))
 
 
+def test_text_in_a_csv_is_no_formula_and_numbers_stay_numbers(here, call):
+    texts = ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\r=1", "x\r=1", "-5", "+1.5e3", "a=b", "-"]
+    space = {name: {"n": -0.5, "text": name, "none": -math.inf} for name in texts}
+    speval(lambda a: [a["n"]], space, here / "x.db", executor="thread", progress=False)
+    call("export", "x.db", "-o", "x.csv")
+    with (here / "x.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    shown = ["'=1+1", "'+A1", "'-A1", "'@SUM(A1)", "'\t=1", "'\r=1", "x\r=1", "-5", "+1.5e3", "a=b", "'-"]
+    assert [row["name"] for row in found] == [row["args.text"] for row in found] == shown
+    assert {(row["args.n"], row["args.none"], row["result"]) for row in found} == {("-0.5", "-inf", "[-0.5]")}
+    assert [json.loads(line)["name"] for line in lines(call("export", "x.db", "-f", "jsonl"))] == texts
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [(0o600, 0o600), (0o640, 0o640), (0o664, 0o644), (0o444, 0o644)])
+def test_an_export_is_as_private_as_the_database(mode, wanted, here, call):
+    speval(lambda x: x, range(2), here / "x.db", executor="thread", progress=False)
+    (here / "x.db").chmod(mode)
+    call("export", "x.db", "-o", "out.csv")
+    assert (here / "out.csv").stat().st_mode & 0o777 == wanted
+    (here / "out.csv").chmod(0o600)
+    call("export", "x.db", "-o", "out.csv")
+    assert (here / "out.csv").stat().st_mode & 0o777 == 0o600, "what was made private stays so"
+
+
+def test_without_a_standard_output_nothing_is_said_and_nothing_breaks(filled):
+    for arguments in ("ls runs.db", "export runs.db", "status runs.db"):
+        command = f"{COMMAND} {arguments} >&-"
+        done = subprocess.run(command, shell=True, cwd=filled.parent, capture_output=True, text=True, timeout=WAIT)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_export_writes_parquet_with_types(here, call):
     import pandas
 
