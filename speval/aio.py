@@ -13,6 +13,7 @@ from contextlib import aclosing
 from os import PathLike
 from typing import Any
 
+from .bitmap import Bitmap
 from .clock import Clock
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
@@ -296,7 +297,7 @@ async def batches(
 
 async def _ended(worker: Worker, count: int | None) -> AsyncGenerator[list[Evaluation], None]:
     """Yield each evaluation once, reading from the database what this worker and all others have recorded."""
-    seen = bytearray()  # by id; one byte for each evaluation is little beside a set
+    seen = Bitmap()
     cursor, left = 0, count
     while left != 0:
         worker.commits.clear()
@@ -304,10 +305,7 @@ async def _ended(worker: Worker, count: int | None) -> AsyncGenerator[list[Evalu
         cursor, ended = await worker.store.ended_since(cursor, _PAGE)
         batch = []
         for id, evaluation in ended:
-            if id >= len(seen):
-                seen.extend(bytes(id + _PAGE - len(seen)))
-            if not seen[id]:
-                seen[id] = 1
+            if seen.add(id):
                 batch.append(evaluation)
         if left is not None:
             left -= len(batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import concurrent.futures.thread  # noqa: F401 - it registers what closes the pools, and has to do so before us
 import gc
 import os
 import threading
@@ -57,8 +58,6 @@ def add(call: _Call) -> None:
         # It comes late for a call that the main thread has left open: pools of threads are closed by then, and an evaluation
         # that wants one would fail for good. What closes the pools is registered with this hook, and runs after ours.
         with suppress(AttributeError, RuntimeError):  # it is not there any more; the exit has begun
-            import concurrent.futures.thread  # noqa: F401
-
             threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 

@@ -19,17 +19,48 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["decode", "encode", "same"]
+__all__ = ["decode", "encode", "read", "same"]
+
+
+class _ObjectArray(Exception):
+    """There is an array of Python objects, whose dicts have to be looked at like all others."""
 
 
 def _from_numpy(value: Any) -> Any:
-    """Turn what the JSON encoder does not know into something it does."""
+    """Turn what the JSON encoder does not know into something it does.
+
+    Raises:
+        TypeError: there is no such thing, or something of the value would be lost on the way.
+    """
     # NumPy is not imported for this: whoever hands in an array has done so.
-    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
-        plain = value.tolist()
+    if _is_numpy(value):
+        if value.dtype.kind == "O":
+            raise _ObjectArray
+        plain = _lossless(value).tolist()
         if type(plain) is not type(value):
             return plain
     raise TypeError(f"{type(value).__qualname__} is none of dict, list, tuple, str, int, float, bool, None or NumPy data")
+
+
+def _is_numpy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist") and hasattr(value, "dtype")
+
+
+def _lossless(value: Any) -> Any:
+    """Return NumPy's value if a list or a number says as much as it does.
+
+    Raises:
+        TypeError: it does not.
+    """
+    kind = value.dtype.kind
+    if kind in "mM":
+        fix = "give str() of it, or a number under a key that names the unit"
+        raise TypeError(f"{value.dtype} would lose its unit; {fix}")
+    if kind == "V":
+        raise TypeError(f"NumPy data of type {value.dtype} would lose its fields; give a dict with a list for each field")
+    if type(value).__module__.startswith("numpy.ma"):
+        raise TypeError("a masked array would lose its mask; give .filled(...) or, with None for what is masked, .tolist()")
+    return value
 
 
 class _Plain:
@@ -84,6 +115,8 @@ decode = _decoder()
 
 _CONTAINERS = (dict, list, tuple)
 _LONGEST = 250_000_000  # characters of four bytes at most; a database takes a billion bytes
+_DEEPEST = 200  # levels of containers that are written, whatever the Python and however deep the stack of calls
+_READABLE = _DEEPEST + 64  # that are read: an array of NumPy's, of 64 dimensions at most, counts as one when it is written
 
 
 def encode(value: Any, what: str) -> str:
@@ -97,60 +130,97 @@ def encode(value: Any, what: str) -> str:
         Text that UTF-8 can carry, without line breaks.
 
     Raises:
-        UnserializableError: the value has something JSON has no form for, contains itself, or has two keys of one text.
+        UnserializableError: the value has something JSON has no form for, would come back as another value, is nested more
+            than 200 levels deep, contains itself, or has two keys of one text.
     """
     try:
         if type(value) is int:  # the commonest args of a big space; three times as quick this way
             return int.__repr__(value)
         if _has_other_keys(value):
             value = _with_string_keys(value)
-        text = _encode(value)
+        try:
+            text = _encode(value)
+        except _ObjectArray:
+            text = _encode(value := _with_string_keys(value))
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
+                _refuse_pairs(text)
                 text = _encode_ascii(value)
         if len(text) > _LONGEST:
             raise ValueError(f"{len(text) / 1e6:.0f} MB are too many; write it to a file and give the file's name instead")
         return text
     except RecursionError:
-        raise UnserializableError(what, "it is nested too deeply, or contains itself") from None
+        raise UnserializableError(what, "the stack of calls is too deep for it; call speval from fewer calls") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise UnserializableError(what, str(error)) from error
 
 
-def _has_other_keys(value: Any) -> bool:
-    """Tell whether a dict somewhere in the value has a key that is no plain string."""
+def _refuse_pairs(text: str) -> None:
+    """Refuse two lone surrogates that stand side by side: escaped, they would come back as one character."""
+    was_high = False
+    for c in text:
+        if was_high and "\udc00" <= c <= "\udfff":
+            raise ValueError(
+                "it has a surrogate pair as two characters; text.encode('utf-16', 'surrogatepass').decode('utf-16')"
+            )
+        was_high = "\ud800" <= c <= "\udbff"
+
+
+def _has_other_keys(value: Any, deepest: int = _DEEPEST) -> bool:
+    """Tell whether a dict somewhere in the value has a key that is no plain string.
+
+    Raises:
+        ValueError: containers are nested too deeply.
+    """
     # The encoder itself turns 1 into "1", but silently drops one of {1: a, "1": b}.
-    if isinstance(value, dict):
-        return any(type(key) is not str for key in value) or any(
-            isinstance(item, _CONTAINERS) and _has_other_keys(item) for item in value.values()
-        )
-    if isinstance(value, list | tuple):
-        return any(isinstance(item, _CONTAINERS) and _has_other_keys(item) for item in value)
-    return False
+    if not isinstance(value, _CONTAINERS):
+        return False
+    has_other = isinstance(value, dict) and any(type(key) is not str for key in value)
+    path = [iter(value.values() if isinstance(value, dict) else value)]
+    while path:
+        for item in path[-1]:
+            if isinstance(item, _CONTAINERS):
+                if len(path) == deepest:
+                    raise ValueError(f"it is nested too deeply, more than {deepest} levels, or contains itself")
+                if isinstance(item, dict):
+                    has_other = has_other or any(type(key) is not str for key in item)
+                    path.append(iter(item.values()))
+                else:
+                    path.append(iter(item))
+                break
+        else:
+            path.pop()
+    return has_other
 
 
-def _with_string_keys(value: Any) -> Any:
-    """Return a copy of the value with every dict key a string."""
+def _with_string_keys(value: Any, depth: int = 1) -> Any:
+    """Return a copy of the value with every dict key a string and every array of objects a list."""
+    if not isinstance(value, _CONTAINERS):
+        if not (_is_numpy(value) and value.dtype.kind == "O"):
+            return value
+        value = _lossless(value).tolist()
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested too deeply, more than {_DEEPEST} levels, or contains itself")
     if isinstance(value, dict):
         copy: dict[str, Any] = {}
         for key, item in value.items():
             text = _key_text(key)
             if text in copy:
                 raise ValueError(f"two of its keys are {text!r} once they are strings")
-            copy[text] = _with_string_keys(item)
+            copy[text] = _with_string_keys(item, depth + 1)
         return copy
     if isinstance(value, list | tuple):
-        return [_with_string_keys(item) for item in value]
+        return [_with_string_keys(item, depth + 1) for item in value]
     return value
 
 
 def _key_text(key: Any) -> str:
     if isinstance(key, str):
-        return str(key)
+        return str.__str__(key)  # what it holds, which is what the encoder writes of a value: an enum calls itself otherwise
     if not isinstance(key, int | float | None):
-        plain = key.tolist() if hasattr(key, "tolist") else None  # a number of NumPy's
+        plain = _lossless(key).tolist() if _is_numpy(key) else None
         if not isinstance(plain, int | float):
             raise TypeError(f"a dict key of type {type(key).__qualname__} is no string")
         key = plain
@@ -158,6 +228,22 @@ def _key_text(key: Any) -> str:
     return text
 
 
+def read(text: str) -> Any:
+    """Decode what is stored.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is no JSON, or nested deeper than anything that ``encode`` writes.
+    """
+    try:
+        value = decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if text.count("[") + text.count("{") > _READABLE:
+        _has_other_keys(value, _READABLE)
+    return value
+
+
 def same(one: str, other: str) -> bool:
     """Tell whether two JSON texts stand for the same value; the order of keys and white space don't count, 1 is not 1.0."""
-    return one == other or _encode_sorted(decode(one)) == _encode_sorted(decode(other))
+    return one == other or _encode_sorted(read(one)) == _encode_sorted(read(other))

@@ -7,12 +7,23 @@ whole or left as it was.
 from __future__ import annotations
 
 from os import PathLike
+from typing import NamedTuple
 
+from .errors import DatabaseNotEmptyError, EvaluationDamagedError, OptionError
 from .options import checked_database
-from .stores import make_archive
+from .stores import make_archive, make_salvage
 from .stores.archive import Counts
+from .url import PostgresUrl
 
-__all__ = ["copy"]
+__all__ = ["Salvaged", "copy", "salvage"]
+
+
+class Salvaged(NamedTuple):
+    """What was saved of a damaged database, and what was not."""
+
+    copied: Counts
+    lost: list[EvaluationDamagedError]  # the first thousand
+    lost_count: int
 
 
 def copy(source: str | PathLike[str], target: str | PathLike[str]) -> Counts:
@@ -39,5 +50,35 @@ def copy(source: str | PathLike[str], target: str | PathLike[str]) -> Counts:
             return read.read(written.fill)
         finally:
             written.close()
+    finally:
+        read.close()
+
+
+def salvage(source: str | PathLike[str], target: str | PathLike[str]) -> Salvaged:
+    """Copy what is sound in a damaged file to an empty database.
+
+    Nothing is written to the damaged file. An evaluation whose result is lost is pending in the new database.
+
+    Args:
+        source: A file name.
+        target: A file name or a URL; made if it is missing.
+
+    Raises:
+        DatabaseNotEmptyError: there are evaluations in the target; it is as it was.
+        DatabaseError: nothing can be read of the source, or the target can't be used.
+    """
+    path, new = checked_database(source), checked_database(target)
+    if isinstance(path, PostgresUrl):
+        raise OptionError("source", repr(path.shown), "name a file; a server is mended with its own means and backups")
+    if path == new:
+        raise DatabaseNotEmptyError(str(target))
+    read = make_salvage(path)
+    try:
+        written = make_archive(new, "create")
+        try:
+            copied = read.read(written.fill)
+        finally:
+            written.close()
+        return Salvaged(copied, read.damaged.first, read.damaged.count)
     finally:
         read.close()

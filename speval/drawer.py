@@ -106,5 +106,5 @@ class Drawer:
         while True:
             self._cursor, page = await self._store.ended_since(self._cursor, _PAGE)
             found += [evaluation for _, evaluation in page]
-            if len(page) < _PAGE:
+            if not page:
                 return found

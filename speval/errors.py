@@ -20,6 +20,7 @@ __all__ = [
     "DatabaseMissingError",
     "DatabaseNotEmptyError",
     "DatabaseUnavailableError",
+    "EvaluationDamagedError",
     "EvaluationsFailed",
     "ExecutorError",
     "ForeignDatabaseError",
@@ -155,6 +156,16 @@ class DatabaseLockedError(DatabaseError, TimeoutError):
     def __init__(self, db: str, seconds: float) -> None:
         super().__init__(db, f"locked by another program for {seconds:.0f} s; find it with `fuser {db}` and try again")
         self.args = (db, seconds)
+
+
+class EvaluationDamagedError(DatabaseError):
+    """One evaluation in the database is not as it was written."""
+
+    def __init__(self, db: str, name: str, problem: str) -> None:
+        fix = f"`speval drop {db} NAME` forgets it, `speval salvage {db} NEW` saves all the others"
+        super().__init__(db, f"evaluation {name!r} is damaged: {problem}; {fix}")
+        self.args = (db, name, problem)
+        self.name, self.what = name, problem
 
 
 class DatabaseNotEmptyError(DatabaseError):

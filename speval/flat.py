@@ -32,7 +32,8 @@ def flattened(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation as one flat row.
 
     Dicts in args and result are taken apart: ``args.lr``, ``result.loss``, ``result.scores.f1``. Whatever is no dict, lists
-    included, is the value of one column; args or a result that are no dict have the column ``args`` or ``result``.
+    included, is the value of one column; args or a result that are no dict have the column ``args`` or ``result``. A key with
+    dots has as many apostrophes behind it: ``args.a.b'`` is the value of "a.b", ``args.a.b`` that of "b" in "a".
     """
     row: dict[str, Any] = {"name": evaluation["name"], "status": evaluation["status"]}
     _flatten(row, "args", evaluation["args"])
@@ -49,11 +50,17 @@ def flattened(evaluation: Evaluation) -> dict[str, Any]:
 def _flatten(row: dict[str, Any], column: str, value: Any) -> None:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            _flatten(row, f"{column}.{key}", item)
-        return
-    while column in row:  # {"a.b": 1, "a": {"b": 2}} has two values for one column
-        column += "'"
-    row[column] = value
+            _flatten(row, f"{column}.{_marked(key)}", item)
+    else:
+        row[column] = value
+
+
+def _marked(key: str) -> str:
+    """Return a key as it stands in a column: no two paths of keys have one column, whatever else there is."""
+    # Read from its end, a column tells how many dots belong to its last key, and where that key ends.
+    if key.endswith(("'", '"')):
+        key += '"'
+    return key + "'" * key.count(".")
 
 
 def table(evaluations: Iterable[Evaluation]) -> dict[str, list[Any]]:
@@ -85,15 +92,21 @@ def ordered(columns: Iterable[str]) -> list[str]:
 def unmixed(values: list[Any]) -> list[Any]:
     """Return a column as values of one kind, as files and frames of typed columns want it.
 
-    Whole numbers among floats become floats. Values that have no kind in common become JSON text, all of them.
+    Whole numbers among floats become floats, if that changes none of them. Values that have no kind in common become JSON text,
+    all of them.
     """
     kinds = {type(value) for value in values if value is not None}
-    if kinds == {int, float}:
+    if kinds == {int, float} and not _has_finer(values):
         return [value if value is None else float(value) for value in values]
     is_plain = len(kinds) <= 1 and dict not in kinds
     if is_plain and (list not in kinds or _are_alike(values)) and (int not in kinds or _fit(values)):
         return values
     return [value if value is None else encode(value, "a value") for value in values]
+
+
+def _has_finer(values: list[Any]) -> bool:
+    """Tell whether there are whole numbers that a float can't hold."""
+    return any(type(value) is int and not -(2**53) <= value <= 2**53 for value in values)
 
 
 def _are_alike(lists: list[Any]) -> bool:
@@ -152,4 +165,11 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
         return polars.DataFrame({column: polars.Series(column, unmixed(values)) for column, values in columns.items()})
     import pandas
 
-    return pandas.DataFrame(columns)
+    return pandas.DataFrame({column: _exact(pandas, values) for column, values in columns.items()})
+
+
+def _exact(pandas: Any, values: list[Any]) -> Any:
+    """Return a column as pandas takes it: as objects, where it would make floats of whole numbers that no float can hold."""
+    if any(type(value) is not int for value in values) and _has_finer(values):
+        return pandas.Series(values, dtype=object)
+    return values

@@ -18,6 +18,7 @@ __all__ = [
     "Attempt",
     "Cause",
     "Claim",
+    "Compacted",
     "Durability",
     "Error",
     "EvalSpace",
@@ -324,6 +325,14 @@ class Overview:
     def open(self) -> int:
         """Return the number of evaluations that have not ended."""
         return self.pending + self.in_progress
+
+
+class Compacted(NamedTuple):
+    """What compacting a database did: bytes before and after, and how many workers that had left were forgotten."""
+
+    before: int
+    after: int
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)

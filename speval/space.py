@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from .codec import encode
@@ -128,7 +130,8 @@ def checked_name(name: Any) -> Key:
             name.encode()
         except UnicodeEncodeError:
             raise SpaceError(ascii(name), "the name has a lone surrogate, which can't be stored") from None
-        return name_to_key(str(name))
-    if not isinstance(name, bool) and hasattr(name, "__index__"):
-        return name_to_key(str(int(name)))
+        return name_to_key(str.__str__(name))  # what it holds: an enum calls itself otherwise
+    if not isinstance(name, bool):
+        with suppress(TypeError, ValueError):  # no whole number, or one of more digits than Python writes
+            return name_to_key(str(operator.index(name)))
     raise SpaceError(repr(name), f"a name is a string, this is a {type(name).__name__}; use str(...) of it as the key")

@@ -65,6 +65,12 @@ class PostgresUrl:
         """Return the schema that holds the tables of the space."""
         return f"speval_{self.space}" if self.space else "speval"
 
+    @property
+    def file_name(self) -> str:
+        """Return a file name that tells this database and space from others; without user and password."""
+        parts = [re.sub(r"[^\w.]+", "_", self.parameters.get(key, "")).strip("_") for key in ("host", "port", "dbname")]
+        return "-".join(["postgresql", *filter(None, parts), self.schema])[:150]
+
     @classmethod
     def parse(cls, text: str) -> PostgresUrl:
         """Read a URL.

@@ -7,22 +7,26 @@ only after the commit that records it, and everything claimed is either recorded
 from __future__ import annotations
 
 import asyncio
+import atexit
 import errno
 import heapq
 import logging
+import os
 import random
+import shlex
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 from anyio import CancelScope
 
 from .clock import Clock
 from .drawer import Drawer
-from .errors import DatabaseLockedError, DatabaseUnavailableError, SpevalError
+from .errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .executors.base import Executor, NoRoomError
 from .executors.call import OUTPUT_CLOSED
 from .lease import Lease
@@ -31,7 +35,8 @@ from .options import Options
 from .source import Source
 from .space import Key, Space
 from .stores.base import Ended, Recorded, Store
-from .text import visible
+from .told import Told
+from .unrecorded import keep, take_in
 
 __all__ = ["Worker"]
 
@@ -48,6 +53,8 @@ _LOOK = 0.5  # seconds between looks for what people have set while there is no 
 _POLL = (0.02, 0.25)  # seconds between looks for new work while others hold all of it: at first, and in the long run
 _LONGEST_BACKOFF = 60.0  # seconds
 _STOP_WITHIN = 10.0  # seconds a cancelled run may take to record and give back
+_STUCK = 2.0  # seconds without a step of a cancelled run, after which it waits for the database no longer
+_MOST_REFUSED = 1000  # late results remembered, in case their evaluations turn out to be gone
 
 
 class Worker:
@@ -78,6 +85,14 @@ class Worker:
         self._ready: deque[Claim] = deque()
         self._running: dict[int, tuple[list[Claim], asyncio.Task[None]]] = {}
         self._ended: list[Ended] = []
+        self._in_flight: Sequence[Ended] = ()  # on their way to the database
+        self._unrecorded: list[Ended] = []  # ended, and not to be recorded any more
+        self._refused: deque[Ended] = deque(maxlen=_MOST_REFUSED)
+        self._final: Summary | None = None  # as counted at the end
+        self._told = Told(logger)
+        self._steps = 0
+        self._note = ""  # what is said of results that are kept elsewhere
+        self._is_hurried = False  # what can't be recorded at once is kept outside of the database
         self._released: list[Claim] = []
         self._held: list[tuple[float, int, Claim]] = []  # a heap by the time the backoff is over
         self._drawer: Drawer | None = None
@@ -119,12 +134,15 @@ class Worker:
             await self._store.open()
             self._executor.start()  # what it needs some time for goes on while the space is compared
             await self._seed()
+            await take_in(self._store)
         except BaseException:
             with CancelScope(shield=True):
                 await self._executor.close()
                 await self._store.close()
             raise
+        self._pid = os.getpid()
         self._task = asyncio.create_task(self._run(), name="speval worker")
+        _running.add(self)
 
     async def _seed(self) -> None:
         if isinstance(self._space, Source):
@@ -159,7 +177,7 @@ class Worker:
 
     async def summary(self) -> Summary:
         """Count how the evaluations of the space stand."""
-        summary = await self._store.summary()
+        summary = self._final or await self._store.summary()
         seconds = self._clock.monotonic() - self._started
         return replace(summary, recorded=self._recorded, seconds=seconds, stopped=self._stopping)
 
@@ -180,7 +198,7 @@ class Worker:
             try:
                 if task is not None and not task.done():
                     self.stop("cancelled")
-                    await asyncio.wait({task}, timeout=_STOP_WITHIN)
+                    await self._wait_for(task)
                     if not task.done():
                         logger.warning("what was claimed could not be given back in time; the lease will run out")
             finally:
@@ -189,6 +207,17 @@ class Worker:
                     task.cancel()
                     await asyncio.wait({task}, timeout=_STOP_WITHIN)
                 await self._store.close()
+
+    async def _wait_for(self, task: asyncio.Task[None]) -> None:
+        """Wait for the end of a stopped run; where the database keeps it waiting, what it can't record is kept elsewhere."""
+        loop, steps = asyncio.get_running_loop(), -1
+        deadline = loop.time() + _STOP_WITHIN
+        while not task.done() and (left := deadline - loop.time()) > 0:
+            if steps == self._steps and not self._is_hurried and not self._closing:
+                self._is_hurried = True
+                self._store.abandon()  # what waits for a lock or an answer fails at once
+            steps = self._steps
+            await asyncio.wait({task}, timeout=min(left, _STUCK))
 
     def stop(self, why: str) -> None:
         """Stop claiming and end what runs; the worker's task ends soon after."""
@@ -227,15 +256,20 @@ class Worker:
             if isinstance(self._space, Source):
                 self._drawer = Drawer(self._space, self._store, on_drawn=self._look_again, on_failure=self._fail)
             async with asyncio.TaskGroup() as slots:
-                await self._drive(slots)
-                self._closing = True
+                try:
+                    await self._drive(slots)
+                finally:
+                    self._closing = True
+                    self._note = self._keep() or self._note  # before slots are waited for, which may take long
                 self._wake_slots(len(self._waiting))
             if self._failure is not None:
                 raise self._failure
         except BaseExceptionGroup as group:
-            # One thing went wrong; that it did so beside slots is nobody's business.
-            raise group.exceptions[0] from group.exceptions[0].__cause__
+            # Unwrap the group and raise the first error.
+            raise self._explained(group.exceptions[0]) from group.exceptions[0].__cause__
         finally:
+            self._keep()
+            self._told.sum_up()
             try:
                 if self._drawer is not None:
                     await self._drawer.stop()
@@ -243,6 +277,31 @@ class Worker:
             finally:
                 await self._leave()
                 self.commits.set()
+
+    def _keep(self) -> str:
+        """Write what ended and is not recorded to a file beside the database; return what there is to say of it."""
+        left, self._unrecorded, self._ended = self._unrecorded + self._ended, [], []
+        if not left:
+            return ""
+        path, text = keep(self._store.beside, left)
+        logger.log(logging.ERROR if path is None else logging.WARNING, "%s: %s", self._store.shown, text)
+        self._stopping = f"{self._stopping}; {text}" if self._stopping else text
+        return text
+
+    def keep_at_exit(self) -> None:
+        """Keep what is not known to be recorded, when the interpreter ends without waiting for this worker."""
+        if self._task is not None and not self._task.done() and self._pid == os.getpid():
+            self._unrecorded += self._in_flight
+            self._keep()
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return an error that says where results are kept that it left unrecorded."""
+        note = "; ".join(filter(None, (self._note, self._keep())))  # slots may have ended some more
+        if note and type(error) is DatabaseError:
+            return DatabaseError(error.db, f"{error.problem}; {note}").with_traceback(error.__traceback__)
+        if note and not isinstance(error, asyncio.CancelledError):
+            error.add_note(note)
+        return error
 
     async def _leave(self) -> None:
         if self._lease is None:
@@ -258,6 +317,7 @@ class Worker:
     async def _drive(self, slots: asyncio.TaskGroup) -> None:
         """Claim, record and wait until nothing is left to do."""
         while True:
+            self._steps += 1
             ended, self._ended = self._ended, []
             released, self._released = self._released, []
             due = self._take_due()
@@ -269,15 +329,40 @@ class Worker:
             if ended or released or due or (idle and not self._dry) or self._news:
                 self._news = False
                 recorded = await self._record(ended, released, due, idle, ahead)
+                if recorded is None:
+                    continue
                 self._take(recorded, idle, slots)
                 self._report(ended, recorded.refused)
                 self.commits.set()
             elif self._is_finished():
-                return
+                return await self._check_end()
             else:
                 if self._drawer is not None and not self._paused:
                     self._drawer.ask(idle, ahead)
                 await self._rest()
+
+    async def _check_end(self) -> None:
+        """See that all of the space is there at the end.
+
+        Raises:
+            DatabaseError: others have taken some of it away.
+        """
+        if self._stopping or self._space.count is None:
+            return
+        self._final = await self._patiently_count()
+        if self._final is not None and self._final.total < (count := self._space.count):
+            self._unrecorded += self._refused  # by evaluations that are gone
+            problem = f"holds {self._final.total} of the {counted(count)} of the eval space at the end of the run"
+            cause = "others have dropped, deleted or replaced what was there (`speval drop`, `.restore`, DELETE, TRUNCATE)"
+            raise DatabaseError(self._store.shown, f"{problem}: {cause}; start again to evaluate what is missing")
+
+    async def _patiently_count(self) -> Summary | None:
+        while not self._stopping:
+            try:
+                return await self._store.summary(at_end=True)
+            except (DatabaseLockedError, DatabaseUnavailableError):
+                await asyncio.sleep(_LOOK)
+        return None
 
     def _wanted(self) -> tuple[int, int]:
         """Return how many claims are wanted at once, and how many ahead."""
@@ -338,24 +423,34 @@ class Worker:
 
     async def _record(
         self, ended: Sequence[Ended], released: Sequence[Claim], due: Sequence[Claim], idle: int, ahead: int
-    ) -> Recorded:
-        """Record, and where that can't be done just now, keep everything and try again."""
+    ) -> Recorded | None:
+        """Record, and where that can't be done just now, keep everything and try again; None if it can't be done in time."""
         wanted: dict[str, int] = {"idle": idle, "ahead": ahead}
         count_failures = self._failure_limit is not None
         pause, has_warned = 0.05, False
-        while True:
-            try:
-                return await self._store.record(
-                    self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
-                )
-            except (DatabaseLockedError, DatabaseUnavailableError) as error:
-                if not has_warned:
-                    logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
-                    has_warned = True
-                if self._stopping:
-                    wanted = {"idle": 0, "ahead": 0}
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 5.0)
+        self._in_flight = ended
+        try:
+            while True:
+                try:
+                    return await self._store.record(
+                        self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
+                    )
+                except (DatabaseLockedError, DatabaseUnavailableError) as error:
+                    if self._is_hurried:
+                        self._unrecorded += ended
+                        return None
+                    if not has_warned:
+                        logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
+                        has_warned = True
+                    if self._stopping:
+                        wanted = {"idle": 0, "ahead": 0}
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 5.0)
+        except BaseException:
+            self._unrecorded += ended
+            raise
+        finally:
+            self._in_flight = ()
 
     async def _patiently_register(self) -> None:
         """Register anew after the lease was lost."""
@@ -416,8 +511,11 @@ class Worker:
         """Do as people have set it for all workers."""
         if settings.paused != self._paused:
             self._paused = settings.paused
-            logger.info("paused: what runs, runs on" if self._paused else "resumed")
-            if self._paused:
+            if not self._paused:
+                logger.info("resumed")
+            else:
+                resume = f"speval resume {shlex.quote(self._store.shown)}"
+                logger.warning("paused: this call starts nothing new until `%s`; what runs goes on", resume)
                 self._give_back_ready()
         concurrency = settings.concurrency or self._options.concurrency
         if self._room is not None:
@@ -442,6 +540,7 @@ class Worker:
                     claim.name,
                     claim.attempt,
                 )
+                self._refused.append(Ended(claim, outcome, again))
                 continue
             self._recorded += not again
             if outcome.error is None:
@@ -453,9 +552,9 @@ class Worker:
                 pause = self._backoff(claim)
                 heapq.heappush(self._held, (self._clock.monotonic() + pause, claim.id, claim))
                 text = "evaluation %r will be tried again in %.1f s, after attempt %d: %s"
-                logger.warning(text, claim.name, pause, claim.charged, visible(what))
+                self._told.say(logging.WARNING, what, text, claim.name, pause, claim.charged)
             else:
-                logger.error("evaluation %r failed in attempt %d: %s", claim.name, claim.charged, visible(what))
+                self._told.say(logging.ERROR, what, "evaluation %r failed in attempt %d: %s", claim.name, claim.charged)
 
     def _backoff(self, claim: Claim) -> float:
         doubled = self._options.backoff * 2.0 ** min(claim.charged - 1, 30)
@@ -609,3 +708,13 @@ def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[T], None], value:
     """Call back in the event loop, unless it is over."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(partial(callback, value))
+
+
+# The second Ctrl-C waits for nothing: the threads of the call end with the interpreter.
+_running: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _keep_all() -> None:
+    for worker in list(_running):
+        worker.keep_at_exit()

@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pyte
 import pytest
 
 from speval.clock import Clock
+from speval.stores.checksum import of_attempt, of_evaluation
 from speval.url import PostgresUrl
 
 from .postgres_server import Server
@@ -87,6 +88,15 @@ def content(db: Path | str) -> object:
         return db.read_bytes()
     tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
     return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
+
+
+def signed(db: Path) -> None:
+    """Give all rows the checksums of what stands in them, as anybody can who has read how they are made."""
+    with closing(sqlite3.connect(db, timeout=10)) as connection, connection:
+        for id, name, args in connection.execute("SELECT id, name, args FROM evaluations").fetchall():
+            connection.execute("UPDATE evaluations SET crc = ? WHERE id = ?", (of_evaluation(id, name, args), id))
+        for *row, _ in connection.execute("SELECT * FROM attempts").fetchall():
+            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row), row[0]))
 
 
 class MovableClock(Clock):

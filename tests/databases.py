@@ -62,6 +62,9 @@ class Place(ABC):
     def missing(self) -> None:
         """Make it one that is not there."""
 
+    def as_made(self) -> None:
+        """Make it as speval makes it, for other processes, which know nothing of the test's clock."""
+
     def close(self) -> None:
         pass
 
@@ -135,11 +138,15 @@ class PostgresPlace(Place):
         """Make the server's clock one that the test moves."""
         asyncio.run(self._create())
         self.execute("CREATE TABLE test_clock AS SELECT 0::double precision AS now")
+        self._own_clock = self.query(f"SELECT pg_get_functiondef('{self.url.schema}.clock()'::regprocedure)")[0][0]
         body = f"SELECT now FROM {self.url.schema}.test_clock"
         sources(self.url.schema)["clock"].add(hashlib.sha256(body.encode()).hexdigest())
         self.execute(f"CREATE OR REPLACE FUNCTION {self.url.schema}.clock() RETURNS double precision LANGUAGE sql AS '{body}'")
         clock.tell = lambda now: self.execute("UPDATE test_clock SET now = %s", now)
         clock.tell(clock.now)
+
+    def as_made(self) -> None:
+        self.execute(self._own_clock)
 
     async def _create(self) -> None:
         store = self.store()

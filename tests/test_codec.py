@@ -3,14 +3,31 @@
 import json
 import math
 from collections import OrderedDict, namedtuple
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import numpy
 import pytest
 
 from speval import codec
-from speval.codec import decode, encode, same
+from speval.codec import decode, encode, read, same
 from speval.errors import UnserializableError
+
+
+class Shade(str, Enum):  # noqa: UP042 - calls itself Shade.DARK
+    DARK = "dark"
+
+
+def circular():
+    value = []
+    value.append({"again": value})
+    return value
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(
@@ -41,6 +58,10 @@ from speval.errors import UnserializableError
         (numpy.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
         (numpy.array(3.5), 3.5),
         ({numpy.int64(3): numpy.arange(2)}, {"3": [0, 1]}),
+        (numpy.array([{1: (2,)}, None], dtype=object), [{"1": [2]}, None]),
+        ({Shade.DARK: Shade.DARK}, {"dark": "dark"}),
+        (nested(199), nested(199)),
+        ([nested(198), [[]] * 300], [nested(198), [[]] * 300]),
         ({"x": [{1: {2: "deep"}}]}, {"x": [{"1": {"2": "deep"}}]}),
     ],
 )
@@ -67,19 +88,6 @@ def test_encoded_text_fits_on_a_line_and_into_utf8():
     assert text.encode().decode() == text
 
 
-def circular():
-    value = []
-    value.append({"again": value})
-    return value
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
@@ -88,12 +96,26 @@ def nested(depth):
         (b"bytes", "bytes is none of"),
         (1j, "complex is none of"),
         (numpy.complex64(1j), "complex is none of"),
-        (numpy.datetime64("2020-01-01"), "none of"),
+        *((numpy.datetime64(when, unit), "would lose its unit") for unit in ("Y", "D", "us", "ns") for when in ("2020", "NaT")),
+        *((numpy.timedelta64(3, unit), "would lose its unit") for unit in ("Y", "s", "ns", "ps")),
+        (numpy.array(["2020-01-01", "NaT"], dtype="M8[ns]"), r"datetime64[ns] would lose its unit; give str() of it"),
+        ({"x": [{numpy.datetime64(1, "ns"): 1}]}, "datetime64[ns] would lose its unit"),
+        (numpy.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), "would lose its fields"),
+        (numpy.void(b"abc"), "would lose its fields"),
+        (numpy.ma.array([1, 2], mask=[0, 1]), "would lose its mask"),
+        (numpy.ma.masked, "would lose its mask"),
+        (numpy.longdouble("0.1"), "longdouble is none of"),
+        (numpy.array([{1: "a", "1": "b"}], dtype=object), "two of its keys are '1'"),
+        (numpy.array([{"x": numpy.datetime64(1, "ns")}], dtype=object), "would lose its unit"),
+        ("a \ud83d\ude00", "surrogate pair"),
         ({(1, 2): 3}, "dict key of type tuple"),
         ({1: "a", "1": "b"}, "two of its keys are '1'"),
         ({"x": {numpy.int64(1): "a", "1": "b"}}, "two of its keys are '1'"),
         (circular(), "contains itself"),
+        (nested(200), "nested too deeply, more than 200 levels"),
         (nested(100_000), "nested too deeply"),
+        ({"x": nested(199)}, "nested too deeply"),
+        (numpy.array([nested(199), 0], dtype=object), "nested too deeply"),
         pytest.param(10**5000, "digits", id="too many digits"),
     ],
 )
@@ -101,6 +123,19 @@ def test_what_has_no_json_form_is_refused_by_name(value, problem):
     with pytest.raises(UnserializableError, match="the args of evaluation 'x' can't be written as JSON") as caught:
         encode(value, "the args of evaluation 'x'")
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [265, 500, 990, 100_000])
+def test_what_is_stored_deeper_than_anything_that_is_written_is_refused_on_every_python(depth):
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read("[" * depth + "]" * depth)
+
+
+def test_the_depth_that_is_written_does_not_depend_on_the_stack_of_calls():
+    def at(depth, value):
+        return encode(value, "it") if depth == 0 else at(depth - 1, value)
+
+    assert read(at(400, nested(199))) == nested(199)
 
 
 @pytest.mark.parametrize(

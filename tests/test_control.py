@@ -182,6 +182,7 @@ async def test_a_worker_whose_process_is_gone_is_dead_at_once(database, scripts)
         speval(lambda args: os.kill(os.getpid(), signal.SIGKILL), range(3), {str(database.place.argument)!r})
         """
     )
+    database.place.as_made()
     scripts.start(script).wait()
     with database.place.control() as control:
         (seen,) = control.overview().workers
@@ -545,7 +546,7 @@ async def test_damage_is_an_error_with_a_way_out(file):
     file.damage()
     finding = file.control().check().findings[0]
     assert finding.is_error
-    assert ".recover" in finding.problem + finding.fix
+    assert "`speval salvage " in finding.problem + finding.fix
 
 
 async def test_what_only_a_look_at_everything_finds_is_found(file):

@@ -15,7 +15,7 @@ from speval.space import Space
 from speval.stores import make_control, make_store
 from speval.stores.base import Ended
 
-from .conftest import content, exists, rows
+from .conftest import content, exists, rows, signed
 
 KINDS = ("sqlite", "postgres")
 
@@ -154,6 +154,7 @@ async def test_a_copy_that_breaks_off_leaves_nothing_in_the_target(make, kind, m
     connection.execute("UPDATE evaluations SET name = '0' WHERE id = 2999")  # as text: to people, the name of another one
     connection.commit()
     connection.close()
+    signed(source)
     with pytest.raises(DatabaseError):
         await asyncio.to_thread(copy, source, target)
     assert rows(target, "SELECT count(*) FROM evaluations") == rows(target, "SELECT count(*) FROM attempts") == [(0,)]

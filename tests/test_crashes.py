@@ -14,7 +14,7 @@ import pytest
 
 from speval import load_evals, speval
 
-from .conftest import Scripts, wait_for
+from .conftest import Scripts, signed, wait_for
 from .crashes import (
     Round,
     Scenario,
@@ -103,6 +103,7 @@ def test_the_checks_notice_a_second_execution_a_changed_result_and_a_second_reco
         )
         connection.execute("UPDATE states SET worker = (SELECT id FROM workers) WHERE id = 5")
         connection.commit()
+    signed(one.db)
     one.check()
     found = "\n".join(one.figures.problems)
     for what in (

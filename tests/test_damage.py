@@ -7,6 +7,7 @@ import pytest
 
 from speval import DatabaseError, aio, load_evals, speval
 from speval.host import this_process
+from speval.stores.checksum import of_evaluation
 from speval.stores.sqlite_file import SqliteFile
 from speval.stores.sqlite_lease import SqliteLeaseKeeping
 
@@ -33,7 +34,8 @@ def held_by(db, damage):
     speval(str, range(3), db)
     with closing(sqlite3.connect(db)) as connection:
         for n in range(3, 10):
-            connection.execute("INSERT INTO evaluations VALUES (?, ?, ?)", (n + 1, n, str(n)))
+            row = (n + 1, n, str(n))
+            connection.execute("INSERT INTO evaluations VALUES (?, ?, ?, ?)", (*row, of_evaluation(*row)))
             connection.execute("INSERT INTO states (id, updated_at) VALUES (?, 0)", (n + 1,))
         connection.executescript(damage)
         connection.commit()

@@ -131,9 +131,44 @@ def evaluation(args, result):
     }  # fmt: skip
 
 
-def test_keys_with_dots_keep_both_their_values():
-    row = flattened(evaluation({"a.b": 1, "a": {"b": 2}}, {"x": {}}))
-    assert (row["args.a.b"], row["args.a.b'"], row["result.x"]) == (1, 2, {})
+def test_a_key_with_dots_and_a_dict_in_a_dict_are_two_columns_in_every_row(db):
+    speval(lambda args: 0, [{"a.b": 1, "a": {"b": 2}}, {"a": {"b": 5}}, {"a.b": 7}], db, progress=False)
+    frame = to_frame(db)
+    assert frame["args.a.b"].tolist()[:2] == [2, 5]
+    assert math.isnan(frame["args.a.b"][2])
+    assert (frame["args.a.b'"][0], frame["args.a.b'"][2]) == (1, 7)
+    assert math.isnan(frame["args.a.b'"][1])
+
+
+keys = st.text("ab.'\"", max_size=4)
+
+
+def paths(value, path=()):
+    if isinstance(value, dict) and value:
+        return [found for key, item in value.items() for found in paths(item, (*path, key))]
+    return [path]
+
+
+@given(st.lists(st.recursive(st.just(0), lambda inner: st.dictionaries(keys, inner, max_size=3), max_leaves=6), max_size=4))
+def test_no_two_paths_of_keys_share_a_column(values):
+    columns = {}
+    for value in values:
+        for path, column in zip(
+            paths(value), (c for c in flattened(evaluation(value, 0)) if c.startswith("args")), strict=True
+        ):
+            assert columns.setdefault(column, path) == path
+    assert len(set(columns.values())) == len(columns)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_whole_numbers_that_no_float_can_hold_stay_what_they_are(db, library):
+    big = 2**53 + 1
+    speval(lambda args: {"n": big if args else 0.5, "huge": 10**400 if args else 0.5}, [0, 1], db, progress=False)
+    speval(lambda args: {"m": big}, {"2": 2}, db, progress=False)
+    frame = to_frame(db, library=library)
+    assert str(frame["result.n"][1]) == str(big)
+    assert str(frame["result.huge"][1]) == str(10**400)
+    assert int(frame["result.m"][2]) == big
 
 
 values = st.recursive(

@@ -95,6 +95,7 @@ SAMPLES = [
     errors.ExecutorError("ProcessPoolExecutor", "BrokenProcessPool: broken"),
     errors.SpaceError("'x'", "is twice there"),
     errors.UnserializableError("the args of evaluation 'x'", "no"),
+    errors.EvaluationDamagedError("runs.db", "a", "its result is not as it was written"),
     errors.ArgsChangedError("runs.db", 5, [("a", "1", "2"), ("b", "3", "4")]),
     errors.DatabaseError("runs.db", "is odd"),
     errors.DatabaseMissingError("runs.db"),

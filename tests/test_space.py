@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from enum import Enum
 
 import numpy
 import pytest
@@ -85,10 +86,25 @@ def test_a_large_space_is_streamed_and_spooled():
     space.close()
 
 
+class Name(str, Enum):  # noqa: UP042 - calls itself Name.A
+    A = "a"
+
+
+class Twins(dict):
+    """Holds an enum beside the text it stands for, which a dict takes for one key."""
+
+    def items(self):
+        return [(Name.A, 1), ("a", 2)]
+
+
 @pytest.mark.parametrize(
     ("space", "name"),
-    [({1: "a", "1": "b"}, "1"), (Twice(), "a"), ({numpy.int64(4): "a", 4.5: 1}, "4.5")],
-)
+    [
+        ({1: "a", "1": "b"}, "1"), (Twice(), "a"), ({numpy.int64(4): "a", 4.5: 1}, "4.5"),
+        ({numpy.timedelta64(3, "Y"): 1}, "timedelta64"), ({3: "a", numpy.int64(3): "b", "3": "c"}, "3"), ({True: 1}, "bool"),
+        (Twins(), "a"), ({numpy.float64(3): 1}, "float64"),
+    ],
+)  # fmt: skip
 def test_names_that_clash_or_are_none_are_refused(space, name):
     with pytest.raises(SpaceError, match=name):
         rows_of(space)
@@ -98,6 +114,14 @@ def test_names_that_clash_or_are_none_are_refused(space, name):
 def test_what_is_no_space_is_refused(space):
     with pytest.raises(OptionError, match="eval_space"):
         rows_of(space)
+
+
+def test_names_that_look_alike_are_names_of_their_own():
+    names = ["1", "01", "+1", "1.0", " 1", "1\0", "\u0661", "\u00b9", "\uff11", "1_0", "10", "e\u0301", "\u00e9", "-0", "0", ""]
+    names += [str(n + d) for n in (2**63, 2**64, 10**18) for d in (-1, 0, 1)]
+    rows = rows_of({name: n for n, name in enumerate(names)})
+    assert [str(key) for key, _ in rows] == names
+    assert len({key for key, _ in rows}) == len(names)
 
 
 def test_unserializable_args_are_named():

@@ -59,7 +59,7 @@ async def test_a_paused_call_lets_run_what_runs_starts_nothing_and_goes_on_when_
     call = asyncio.create_task(aio.speval(gate, range(20), db, concurrency=2, wait=wait))
     await until(lambda: gate.running == 2)
     set_for_all(db, "paused", 1)
-    await until(lambda: "paused: what runs, runs on" in caplog.messages)
+    await until(lambda: "what runs goes on" in caplog.text)
     gate.is_open = True
     await until(lambda: len(rows(db, "SELECT 1 FROM evals WHERE status = 'completed'")) == 2 and not in_progress(db))
     await asyncio.sleep(0.6)  # in which it looks at least once more
@@ -92,7 +92,7 @@ async def test_short_evaluations_claimed_ahead_are_given_back_when_paused(db, ca
     call = asyncio.create_task(aio.speval(short, range(100_000), db, concurrency=4))
     await until(lambda: in_progress(db) > 4)
     set_for_all(db, "paused", 1)
-    await until(lambda: "paused: what runs, runs on" in caplog.messages and not in_progress(db))
+    await until(lambda: "what runs goes on" in caplog.text and not in_progress(db))
     call.cancel()
     await asyncio.wait({call})
 

@@ -579,6 +579,127 @@ async def test_failures_are_counted_from_the_seeding_on(database):
 # Reading
 
 
+# Results that an earlier run could not record
+
+
+def of_earlier(claim: Claim, result="1", cause=None, again=False) -> Ended:
+    if cause is None:
+        return Ended(claim, Outcome(None, result, None, 7.0, 0.5), again)
+    failed = broken(claim, cause, again)
+    return failed._replace(outcome=failed.outcome._replace(started_at=7.0))
+
+
+async def test_a_result_whose_worker_is_gone_is_taken_in_under_its_token_and_only_once(database):
+    store, worker = await database.worker({"a": {"x": 1}, "b\0": [1.5]})
+    claims = (await store.record(worker, idle=2)).claims
+    kept = [of_earlier(claims[0], '"paid"'), of_earlier(claims[1], cause="timeout")]
+    other = await database.open()
+    taken = await other.take_in(kept)
+    assert (taken.recorded, taken.known, taken.waits, taken.refused) == (claims, [], [], [])
+    for _ in range(2):
+        assert (await other.take_in(kept)).known == claims
+    found = await database.all()
+    assert [(e["status"], e["result"], e["attempts"]) for e in found.values()] == [
+        ("completed", "paid", 1),
+        ("failed", None, 1),
+    ]
+    assert found["b\0"]["error"]["cause"] == "timeout"
+    assert database.query("SELECT count(*) FROM attempts") == [(2,)]
+    assert (await store.record(worker, [done(claims[0], '"late"')])).refused == [claims[0]]
+    assert (await store.record(worker, idle=2)).claims == []
+
+
+async def test_what_was_given_back_or_lost_meanwhile_is_taken_in_all_the_same(database, monkeypatch):
+    store, worker = await database.worker(range(3))
+    claims = (await store.record(worker, idle=3)).claims
+    await store.record(worker, released=claims[:1])
+    keeping = database.stores[0].lease_keeping()
+    other, second = await database.worker(range(3), lease=1000.0)
+    keeping = other.lease_keeping()
+    try:
+        keeping.reclaim(second, 1)
+        database.clock.now += 1000
+        keeping.renew(second, 1.0)
+        keeping.reclaim(second, 1)  # those that ran fail as lost, with one attempt
+    finally:
+        keeping.close()
+    assert await database.statuses() == ["pending", "failed", "failed"]
+    cursor, _ = await other.ended_since(0, 100)
+    taken = await other.take_in([of_earlier(claim, str(claim.id)) for claim in claims])
+    assert taken.recorded == claims
+    assert [(e["status"], e["attempts"]) for e in (await database.all()).values()] == [("completed", 1)] * 3
+    assert database.query("SELECT count(*) FROM attempts WHERE outcome = 'lost'") == [(0,)]
+    _, ended = await other.ended_since(cursor, 100)
+    assert [e["name"] for _, e in ended] == ["0", "1", "2"]
+    assert (await other.summary(at_end=True)).completed == 3
+    await other.retry(None, "completed")
+    assert [c.attempt for c in (await other.record(second, idle=3)).claims] == [2, 2, 2]
+
+
+async def test_a_result_is_taken_into_a_database_that_was_made_anew(database):
+    store, worker = await database.worker({"x": 1, "b": [1, 2], "a": {"k": 1}})
+    claim = Claim(77, 3, 2, "a", '{ "k": 1 }', 12345)
+    assert (await store.take_in([of_earlier(claim, "5")])).recorded == [claim]
+    found = (await database.all())["a"]
+    assert (found["status"], found["result"], found["worker"]) == ("completed", 5, None)
+    assert (await store.take_in([of_earlier(claim, "5")])).known == [claim]
+    assert [c.name for c in (await store.record(worker, idle=3)).claims] == ["x", "b"]
+
+
+async def test_a_failed_attempt_that_is_to_be_tried_again_is_taken_in_as_one(database):
+    store, worker = await database.worker(["a"])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    assert (await store.take_in([of_earlier(claim, cause="exception", again=True)])).recorded == [claim]
+    assert await database.statuses() == ["pending"]
+    (next_one,) = (await store.record(worker, idle=1)).claims
+    assert (next_one.attempt, next_one.charged) == (2, 2)
+
+
+@pytest.mark.parametrize("why", ["other args", "completed", "put back", "later failure", "held", "unknown"])
+async def test_a_result_that_does_not_fit_changes_nothing_and_is_named_with_the_reason(database, why):
+    store, worker = await database.worker(["a"])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    kept = of_earlier(claim, '"old"')
+    if why == "other args":
+        await database.seed(await database.open(), ["b"], "rerun")
+    elif why == "unknown":
+        kept = of_earlier(claim._replace(name="new"))
+    else:
+        await store.record(worker, released=[claim])
+        (newer,) = (await store.record(worker, idle=1)).claims
+        if why == "later failure":
+            await store.record(worker, [broken(newer)])
+            kept = of_earlier(claim, cause="exception")
+        elif why != "held":
+            await store.record(worker, [done(newer, '"new"')])
+        if why == "put back":
+            await store.retry(None, "completed")
+
+    def stored():
+        return [sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables]
+
+    before = stored()
+    taken = await store.take_in([kept])
+    assert not taken.recorded
+    ((named, reason),) = taken.waits if why in ("held", "unknown") else taken.refused
+    assert named == kept.claim
+    assert reason
+    assert stored() == before
+
+
+async def test_a_completed_result_stands_above_a_later_failure(database):
+    store, worker = await database.worker(["a"])
+    (claim,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, released=[claim])
+    (newer,) = (await store.record(worker, idle=1)).claims
+    await store.record(worker, [broken(newer)])
+    assert (await store.take_in([of_earlier(claim, "7")])).recorded == [claim]
+    assert (await store.take_in([of_earlier(claim, "7")])).known == [claim]
+    found = (await database.all())["0"]
+    assert (found["status"], found["result"], found["attempts"]) == ("completed", 7, 2)
+    assert (await store.summary()).failed == 0
+
+
 async def test_the_feed_brings_each_ended_evaluation_in_the_order_of_the_commits(database):
     store, worker = await database.worker(range(5))
     claims = (await store.record(worker, idle=5)).claims

@@ -14,6 +14,7 @@ from .. import __version__
 from .completion import get_completion_class
 from .export import export
 from .look import best, doctor, ls, show, status
+from .repair import compact, salvage
 from .run import run
 from .steer import copy, drop, pause, resume, retry, set_, unset
 from .watch import watch
@@ -70,5 +71,6 @@ def completion(shell: str) -> None:
     sys.stdout.write(kind(speval, {}, "speval", "_SPEVAL_COMPLETE").source() + "\n")
 
 
-for _command in (run, status, watch, ls, show, best, export, retry, pause, resume, set_, unset, drop, copy, doctor, completion):
+_STEERING = (retry, pause, resume, set_, unset, drop)
+for _command in (run, status, watch, ls, show, best, export, *_STEERING, copy, compact, doctor, salvage, completion):
     speval.add_command(_command)

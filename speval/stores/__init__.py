@@ -6,6 +6,8 @@ knows any SQL, and a store's module is imported only when a database of its kind
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..clock import Clock
 from ..model import Durability
 from ..options import Database
@@ -13,7 +15,7 @@ from ..url import PostgresUrl
 from .archive import Archive
 from .base import Control, ControlMode, Store, StoreMode
 
-__all__ = ["make_archive", "make_control", "make_store"]
+__all__ = ["make_archive", "make_control", "make_salvage", "make_store"]
 
 
 def make_store(
@@ -42,6 +44,17 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     from .sqlite_control import SqliteControl
 
     return SqliteControl(db, mode, clock)
+
+
+def make_salvage(path: Path) -> Archive:
+    """Return what a damaged file is read with, as far as it can be.
+
+    Raises:
+        DatabaseError: nothing of it can be read.
+    """
+    from .sqlite_salvage import SqliteSalvage
+
+    return SqliteSalvage(path)
 
 
 def make_archive(db: Database, mode: StoreMode) -> Archive:

@@ -7,15 +7,19 @@ not at all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from ..model import Settings
+from .rows import PAGE_SIZE, Damaged
 
-__all__ = ["Archive", "Content", "Counts", "StoredAttempt", "StoredEvaluation", "StoredWorker"]
+__all__ = ["Archive", "Content", "Counts", "StoredAttempt", "StoredEvaluation", "StoredWorker", "pieces"]
+
+_AT_ONCE = 1000  # rows of one piece
 
 T = TypeVar("T")
+R = TypeVar("R", bound="tuple[object, ...]")
 
 
 class StoredEvaluation(NamedTuple):
@@ -88,8 +92,29 @@ class Content:
     evaluations: Iterator[StoredEvaluation]
 
 
+def pieces(rows: Iterable[R]) -> Iterator[list[R]]:
+    """Yield rows in lists that are bounded in number and in the text that they hold."""
+    piece: list[R] = []
+    size = 0
+    for row in rows:
+        piece.append(row)
+        size += sum(len(value) for value in row if type(value) is str)
+        if len(piece) == _AT_ONCE or size > PAGE_SIZE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
 class Archive(ABC):
-    """A database that is read or filled as a whole: blocking, opened when it is made."""
+    """A database that is read or filled as a whole: blocking, opened when it is made.
+
+    Attributes:
+        damaged: What was found not to be as it was written, and left out of what is read; an evaluation of which only the
+            result is damaged is pending there. Closing the archive warns of it.
+    """
+
+    damaged: Damaged
 
     @abstractmethod
     def read(self, work: Callable[[Content], T]) -> T:

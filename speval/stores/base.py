@@ -9,13 +9,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
-from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
+from ..model import (
+    Attempt,
+    Cause,
+    Claim,
+    Compacted,
+    Evaluation,
+    Health,
+    OnChanged,
+    Outcome,
+    Overview,
+    Settings,
+    Status,
+    Summary,
+)
 from ..space import Key, Space
+from .rows import Damaged
 
-__all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
+__all__ = [
+    "Control",
+    "ControlMode",
+    "Ended",
+    "LeaseKeeping",
+    "Reclaimed",
+    "Recorded",
+    "Seeded",
+    "Store",
+    "StoreMode",
+    "TakenIn",
+]
 
 StoreMode = Literal["create", "write", "read"]  # make it if it is missing; it must be there; change nothing
 ControlMode = Literal["write", "read"]
@@ -79,6 +105,23 @@ class Reclaimed:
     failed: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class TakenIn:
+    """What became of results that an earlier run could not record.
+
+    Attributes:
+        recorded: The attempts recorded now.
+        known: Those that were recorded already.
+        waits: Those that can't be recorded now and may be later, with the reason.
+        refused: Those that never can, with the reason.
+    """
+
+    recorded: list[Claim] = field(default_factory=list)
+    known: list[Claim] = field(default_factory=list)
+    waits: list[tuple[Claim, str]] = field(default_factory=list)
+    refused: list[tuple[Claim, str]] = field(default_factory=list)
+
+
 class LeaseKeeping(ABC):
     """The part of a store that one worker's lease thread uses: blocking, with a connection of its own."""
 
@@ -121,7 +164,13 @@ class Control(ABC):
     It speaks of the whole database, whatever the spaces of the workers are. With the mode "read" it changes nothing and keeps
     nobody waiting: it works while workers write, on what this user may only read, and on what an older release has written. The
     methods that change something need the mode "write".
+
+    Attributes:
+        damaged: What was found not to be as it was written. Reading many leaves it out, and warns of it; asking for one by its
+            name raises an ``EvaluationDamagedError``.
     """
+
+    damaged: Damaged
 
     @abstractmethod
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
@@ -199,6 +248,14 @@ class Control(ABC):
         """
 
     @abstractmethod
+    def compact(self) -> Compacted:
+        """Give back room that nothing needs any more, and forget workers that left and that no attempt names.
+
+        Raises:
+            DatabaseError: others are at work that would have to wait for long; nothing was changed.
+        """
+
+    @abstractmethod
     def check(self, *, integrity: bool = True) -> Health:
         """Look under the bonnet: how the database is stored, what is damaged, which workers are dead.
 
@@ -221,7 +278,22 @@ class Store(ABC):
     """Evaluations of one database, used by one worker or reader.
 
     Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
+
+    Attributes:
+        damaged: What was found not to be as it was written, and left out; closing the store warns of it.
     """
+
+    damaged: Damaged
+
+    @property
+    @abstractmethod
+    def shown(self) -> str:
+        """Return the database as messages name it."""
+
+    @property
+    @abstractmethod
+    def beside(self) -> Path:
+        """Return the path that files are named after which belong to the database and lie outside of it."""
 
     @abstractmethod
     async def open(self) -> None:
@@ -294,6 +366,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        """Record what an earlier run could not, in one transaction; each attempt once, however often it is handed in.
+
+        An attempt is recorded when its evaluation, found by its name, has the same args, is not completed, and no living worker
+        holds it under another token. A number that is taken by now is replaced by the next one.
+        """
+
+    @abstractmethod
     async def leave(self, worker: int) -> None:
         """Give back all the worker still holds, charging nothing, and end it."""
 
@@ -315,8 +395,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def summary(self) -> Summary:
-        """Count the evaluations of the space by status, and the failed ones by cause."""
+    async def summary(self, *, at_end: bool = False) -> Summary:
+        """Count the evaluations of the space by status, and the failed ones by cause.
+
+        Args:
+            at_end: Look for the attempts of the ended ones as well, as far as that is cheap: an evaluation without its attempt
+                is not counted then.
+        """
 
     @abstractmethod
     async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:

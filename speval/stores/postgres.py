@@ -14,6 +14,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..clock import Clock
@@ -23,13 +24,15 @@ from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, S
 from ..space import Key, Space
 from ..threads import WorkThread
 from ..url import PostgresUrl
-from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
 from .postgres_feed import Feed
 from .postgres_lease import PostgresLeaseKeeping
-from .postgres_rows import evaluation, in_space, loading
+from .postgres_rows import PAGE_SIZE, evaluation, in_space, loading, page_of
 from .postgres_schema import READY, Names, prepare, stored_name, true_name
 from .postgres_seed import Extent, Seeding
+from .postgres_unrecorded import take_in
+from .rows import Damaged
 
 __all__ = ["PostgresStore"]
 
@@ -63,11 +66,12 @@ SELECT (SELECT count(*) FROM speval.queue AS q WHERE {in_space("q.id")}),
     (SELECT count(*) FROM speval.running AS r WHERE r.held AND {in_space("r.id")}),
     (SELECT count(*) FROM speval.running AS r WHERE NOT r.held AND {in_space("r.id")}),
     (SELECT count(*) FROM speval.evaluations AS e WHERE {in_space("e.id")}),
-    (SELECT coalesce(json_object_agg(outcome, number), '{{}}') FROM (
+    (SELECT coalesce(json_object_agg(outcome, number), '{{{{}}}}') FROM (
         SELECT a.outcome, count(*) AS number FROM speval.attempts AS a
-        WHERE a.final AND a.outcome <> 'completed' AND {in_space("a.evaluation")} GROUP BY a.outcome
+        WHERE a.final AND {{}} AND {in_space("a.evaluation")} GROUP BY a.outcome
     ) AS causes)
 """
+_SUMMARY, _SUMMARY_AT_END = _SUMMARY.format("a.outcome <> 'completed'"), _SUMMARY.format("true")
 _UNKNOWN = "SELECT n FROM unnest(%s::text[]) AS n WHERE NOT EXISTS (SELECT FROM speval.evaluations AS e WHERE e.name = n)"
 _RETRY = """
 WITH ended AS (
@@ -103,13 +107,15 @@ class PostgresStore(Store):
     ) -> None:
         self.url = url
         self._shown = url.shown
+        self.damaged = Damaged(url.shown)
         self._mode: StoreMode = mode
         self._clock = clock or Clock()
+        self._beside = Path(url.file_name).absolute()  # in the folder of now: a function may change it
         self._connection = PostgresConnection(url, works=mode == "create", writes=mode != "read")
         self._thread: WorkThread | None = None
         self._names = Names(url.schema)
         self._seeding = Seeding(self._names, self._shown)
-        self._feed = Feed(self._names, self._shown)
+        self._feed = Feed(self._names, self._shown, self.damaged)
         self._extent = Extent()
         self._lease = 30.0
         self._after = 0  # the highest id claimed: who claims goes on behind it
@@ -120,6 +126,14 @@ class PostgresStore(Store):
 
     def __repr__(self) -> str:
         return f"<PostgresStore {self._shown!r}{'' if self._thread else ' closed'}>"
+
+    @property
+    def shown(self) -> str:
+        return self._shown
+
+    @property
+    def beside(self) -> Path:
+        return self._beside
 
     async def open(self) -> None:
         thread = WorkThread("speval store")
@@ -136,6 +150,7 @@ class PostgresStore(Store):
         self._thread = thread
 
     async def close(self) -> None:
+        self.damaged.tell()
         thread, self._thread = self._thread, None
         if thread is not None:
             await thread.finish(self._connection.close, self._connection.give_up)
@@ -304,6 +319,13 @@ class PostgresStore(Store):
             self._after = max(self._after, rows[-1][0])
         return recorded
 
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        def end(c: Connection, adopted: Sequence[Ended]) -> None:
+            again = [e.claim for e in adopted if e.again]
+            self._record(c, 0, 0, adopted, (), again, 0, 0, None)  # by no worker, which claims nothing
+
+        return await self._run(take_in, self._names, ended, self._clock.wall(), end)
+
     async def leave(self, worker: int) -> None:
         thread, values = self._opened(), (worker, self._clock.wall())
         await thread.run(lambda: self._connection.call(_LEAVE, lambda c: self._execute(c, _LEAVE_NOW, values).fetchone()))
@@ -317,24 +339,36 @@ class PostgresStore(Store):
     async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
         return await self._run(self._feed.read, self._extent, cursor, limit)
 
-    async def summary(self) -> Summary:
+    async def summary(self, *, at_end: bool = False) -> Summary:
         extent = {"first": self._extent.first, "last": self._extent.last, "space": self._extent.space}
 
         def count(c: Connection) -> Summary:
-            pending, held, in_progress, total, causes = self._execute(c, _SUMMARY, extent).fetchone()
+            sql = _SUMMARY_AT_END if at_end else _SUMMARY
+            pending, held, in_progress, total, causes = self._execute(c, sql, extent).fetchone()
+            completed = causes.pop("completed", 0)
             counted: dict[Cause, int] = causes
             failed = sum(counted.values())
             pending += held
-            return Summary(pending, in_progress, total - pending - in_progress - failed, failed, counted)
+            others = total - pending - in_progress - failed
+            return Summary(pending, in_progress, min(completed, others) if at_end else others, failed, counted)
 
         return await self._run(count)
 
     async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        sql = f"{loading(status)} ORDER BY e.id LIMIT %(limit)s"
+        sql = page_of(loading(status))
 
         def fetch(c: Connection) -> tuple[int, list[Evaluation]]:
-            rows = self._execute(c, sql, {"after": after, "limit": limit}).fetchall()
-            return (rows[-1][0] if rows else after), [evaluation(self._shown, row[1:]) for row in rows]
+            found: list[Evaluation] = []
+            seen = after
+            while not found:
+                rows = self._execute(c, sql, {"after": seen, "limit": limit, "size": PAGE_SIZE}).fetchall()
+                if not rows:
+                    break
+                seen = rows[-1][0]
+                for row in rows:
+                    with self.damaged.left_out():
+                        found.append(evaluation(self._shown, row[1:-2]))
+            return seen, found
 
         return await self._run(fetch)
 

@@ -11,8 +11,9 @@ CREATE TABLE speval.meta (
 
 CREATE TABLE speval.evaluations (
     id bigint PRIMARY KEY,                  -- in the order of the eval space, never given again
-    name text COLLATE "C" NOT NULL UNIQUE,  -- with NUL written as two characters, which no text can hold here
-    args text NOT NULL                      -- JSON; as text, because json knows no NaN and jsonb no order of keys
+    name text COLLATE "C" NOT NULL,         -- with NUL written as two characters, which no text can hold here
+    args text NOT NULL,                     -- JSON; as text, because json knows no NaN and jsonb no order of keys
+    EXCLUDE USING hash (name WITH =)        -- no name twice; other indexes hold no names above 2.7 kB
 );
 CREATE SEQUENCE speval.ids MINVALUE 0 START 0;
 

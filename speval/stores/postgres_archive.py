@@ -7,43 +7,47 @@ there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from itertools import islice
 from typing import Any, TypeVar
 
 from ..errors import DatabaseNotEmptyError
 from ..url import PostgresUrl
-from .archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, StoredWorker
+from .archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, StoredWorker, pieces
 from .base import StoreMode
 from .postgres_connection import Connection, PostgresConnection
-from .postgres_rows import settings_of
+from .postgres_rows import PAGE_SIZE, page_of, settings_of
 from .postgres_schema import READY, Names, prepare, stored_name, true_name
+from .rows import Damaged
 
 __all__ = ["PostgresArchive"]
 
 T = TypeVar("T")
 
 _FOR_LONG = 7 * 86_400.0  # seconds that a copy may take
-_AT_ONCE = 1000  # rows in one piece
+_AT_ONCE = 1000  # rows read at once, if they are no more than so many bytes
 
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, started_at, last_seen, coalesce(ended_at, last_seen) FROM speval.workers
 """
-_ATTEMPTS = """
-SELECT seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, error_type, error_message,
-    error_traceback
-FROM speval.attempts ORDER BY seq
-"""
-_EVALUATIONS = """
-SELECT e.id, e.name, e.args, CASE WHEN a.seq IS NULL THEN 0 WHEN a.outcome = 'completed' THEN 2 ELSE 3 END,
+_ATTEMPTS = page_of("""
+SELECT a.seq AS place, a.evaluation, a.attempt, a.worker, a.started_at, a.duration, a.ended_at, a.outcome, a.result,
+    a.error_type, a.error_message, a.error_traceback,
+    coalesce(octet_length(a.result), 0) + coalesce(octet_length(a.error_traceback), 0) AS size
+FROM speval.attempts AS a WHERE a.seq > %(after)s
+""")
+_EVALUATIONS = page_of("""
+SELECT e.id AS place, e.name, e.args, CASE WHEN a.seq IS NULL THEN 0 WHEN a.outcome = 'completed' THEN 2 ELSE 3 END,
     coalesce(a.attempt, r.attempt, q.attempt), coalesce(a.released, r.released + (NOT r.held)::integer, q.released),
     coalesce(r.forgiven, q.forgiven, 0), coalesce(a.suspect, r.suspect, q.suspect),
     (SELECT max(l.seq) FROM speval.attempts AS l WHERE l.evaluation = e.id),
-    coalesce(a.ended_at, r.updated_at, q.updated_at)
+    coalesce(a.ended_at, r.updated_at, q.updated_at), octet_length(e.args) AS size
 FROM speval.evaluations AS e LEFT JOIN speval.queue AS q ON q.id = e.id LEFT JOIN speval.running AS r ON r.id = e.id
 LEFT JOIN speval.attempts AS a ON a.evaluation = e.id AND a.final
-ORDER BY e.id
-"""
+WHERE e.id > %(after)s
+""")
+# A page is some rows of large tables, whatever is known of these.
+_PAGES = (
+    "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off; SET LOCAL jit = off"
+)
 _LOCK = "SELECT pg_advisory_xact_lock(1936745846, 'speval.evaluations'::regclass::oid::integer)"
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT FROM speval.evaluations) AND NOT EXISTS (SELECT FROM speval.attempts)"
 _SETTING = "INSERT INTO speval.meta VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
@@ -89,6 +93,7 @@ class PostgresArchive(Archive):
 
     def __init__(self, url: PostgresUrl, mode: StoreMode) -> None:
         self._shown = url.shown
+        self.damaged = Damaged(url.shown)
         self._names = Names(url.schema)
         self._connection = PostgresConnection(url, writes=mode != "read")
         try:
@@ -108,23 +113,24 @@ class PostgresArchive(Archive):
         return self._connection.run_once(_FOR_LONG, self._read, work)
 
     def _read(self, c: Connection, work: Callable[[Content], T]) -> T:
-        with ExitStack() as stack:
-            c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        c.execute(_PAGES)
 
-            def rows(sql: str, name: str) -> Iterator[tuple[Any, ...]]:
-                cursor = stack.enter_context(c.cursor(name=name))
-                cursor.itersize = _AT_ONCE
-                cursor.execute(self._names(sql))
-                yield from cursor
+        def rows(sql: str) -> Iterator[tuple[Any, ...]]:
+            after = -1
+            while page := c.execute(self._names(sql), {"after": after, "limit": _AT_ONCE, "size": PAGE_SIZE}).fetchall():
+                after = page[-1][0]
+                yield from (row[:-2] for row in page)
 
-            return work(
-                Content(
-                    settings_of(c, self._names),
-                    map(StoredWorker._make, rows(_WORKERS, "workers")),
-                    (StoredAttempt._make(_as_it_was(row, 9)) for row in rows(_ATTEMPTS, "attempts")),
-                    (StoredEvaluation(id, true_name(name), *rest) for id, name, *rest in rows(_EVALUATIONS, "evaluations")),
-                )
+        workers = c.execute(self._names(_WORKERS)).fetchall()
+        return work(
+            Content(
+                settings_of(c, self._names),
+                map(StoredWorker._make, iter(workers)),
+                (StoredAttempt._make(_as_it_was(row, 9)) for row in rows(_ATTEMPTS)),
+                (StoredEvaluation(id, true_name(name), *rest) for id, name, *rest in rows(_EVALUATIONS)),
             )
+        )
 
     def fill(self, content: Content) -> Counts:
         return self._connection.run_once(_FOR_LONG, self._fill, content)
@@ -153,9 +159,8 @@ class PostgresArchive(Archive):
 
     def _copy(self, c: Connection, sql: str, rows: Iterable[tuple[Any, ...]]) -> int:
         count = 0
-        rows = iter(rows)
         with c.cursor() as cursor, cursor.copy(self._names(sql)) as copy:
-            while some := list(islice(rows, _AT_ONCE)):
+            for some in pieces(rows):
                 copy.write("".join(["\t".join([_field(value) for value in row]) + "\n" for row in some]))
                 count += len(some)
         return count

@@ -16,6 +16,7 @@ from ..host import Process, is_gone, this_process
 from ..model import (
     Attempt,
     Cause,
+    Compacted,
     Evaluation,
     Failure,
     Finding,
@@ -30,15 +31,13 @@ from ..model import (
 from ..url import PostgresUrl
 from .base import Control, ControlMode
 from .postgres_connection import Connection, PostgresConnection, numbers, texts
-from .postgres_rows import COLUMNS, STATES, evaluation, loading, settings_of
+from .postgres_rows import COLUMNS, PAGE_SIZE, STATES, evaluation, loading, page_of, settings_of
 from .postgres_schema import READY, SCHEMA, Names, prepare, stored_name, true_name
-from .rows import decoded, error_of, worker_label
+from .rows import Damaged, decoded, error_of, fits, worker_label
 
 __all__ = ["PostgresControl"]
 
 _PAGE = 500  # evaluations
-_PAGE_SIZE = 4_000_000  # characters of args and results
-_FETCH = 20  # rows sent at once, of which a few may be as large as a page
 _CHUNK = 10_000  # evaluations dropped in one transaction
 _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
@@ -76,7 +75,11 @@ WHERE a.final AND a.outcome <> 'completed' ORDER BY a.seq DESC LIMIT %s
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM speval.attempts"
 _NEXT_ATTEMPT = "SELECT seq, ended_at FROM speval.attempts WHERE seq >= %s ORDER BY seq LIMIT 1"
 _EARLIER_ATTEMPT = "SELECT ended_at FROM speval.attempts WHERE seq <= %s ORDER BY seq DESC LIMIT 1 OFFSET %s"
-_FILTERED = "(%(pattern)s::text IS NULL OR e.name LIKE %(pattern)s) AND (%(cause)s::text IS NULL OR a.outcome = %(cause)s)"
+# Names with a character that is stored as two are looked at one by one.
+_FILTERED = """
+(%(pattern)s::text IS NULL OR e.name LIKE %(pattern)s OR strpos(e.name, chr(16)) > 0)
+AND (%(cause)s::text IS NULL OR a.outcome = %(cause)s)
+"""
 _ONE = f"SELECT e.id, {COLUMNS} FROM {STATES} WHERE e.name = %s"
 _STANDING = """
 SELECT e.id, r.attempt, r.updated_at, w.id, w.host, w.pid FROM speval.evaluations AS e
@@ -119,6 +122,16 @@ SELECT current_setting('server_version'),
         WHERE c.relnamespace = to_regnamespace(%(schema)s) AND c.relkind = 'r')::bigint,
     current_setting('max_connections')::integer, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
     current_setting('fsync')::boolean, current_setting('autovacuum')::boolean, current_setting('transaction_read_only')::boolean
+"""
+_FOR_LONG = 86_400.0  # seconds that compacting may take
+_BYTES = """
+SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class AS c
+WHERE c.relnamespace = to_regnamespace(%s) AND c.relkind = 'r'
+"""
+_PRUNE = """
+DELETE FROM speval.workers AS w WHERE w.ended_at IS NOT NULL
+    AND NOT EXISTS (SELECT FROM speval.attempts AS a WHERE a.worker = w.id)
+    AND NOT EXISTS (SELECT FROM speval.running AS r WHERE r.worker = w.id)
 """
 _OLDEST = """
 SELECT pid, coalesce(nullif(application_name, ''), 'without a name'), extract(epoch FROM clock_timestamp() - xact_start)
@@ -171,6 +184,7 @@ class PostgresControl(Control):
     def __init__(self, url: PostgresUrl, mode: ControlMode = "read", clock: Clock | None = None) -> None:
         self._url = url
         self._shown = url.shown
+        self.damaged = Damaged(url.shown)
         self._clock = clock or Clock()
         self._machine = this_process().machine
         self._names = Names(url.schema)
@@ -304,27 +318,28 @@ class PostgresControl(Control):
         values = {"cause": cause, "pattern": like}
         after: int | None = 0
         left = limit
-        while after is not None and left != 0:
-            after, page = self._connection.run(self._page, status, values, after, _PAGE if left is None else min(_PAGE, left))
-            left = None if left is None else left - len(page)
-            yield from page
+        try:
+            while after is not None and left != 0:
+                at_once = _PAGE if left is None else min(_PAGE, left)
+                after, page = self._connection.run(self._page, status, values, after, at_once)
+                if pattern is not None:
+                    page = [e for e in page if stored_name(e["name"]) == e["name"] or fits(pattern, e["name"])]
+                left = None if left is None else left - len(page)
+                yield from page
+        finally:
+            self.damaged.tell()
 
     def _page(
         self, c: Connection, status: Status | None, values: dict[str, str | None], after: int, limit: int
     ) -> tuple[int | None, list[Evaluation]]:
         """Return where the next page begins, None at the end, and the evaluations of this one."""
-        sql = f"{loading(status)} AND {_FILTERED} ORDER BY e.id LIMIT %(limit)s"
+        sql = page_of(f"{loading(status)} AND {_FILTERED}")
         found: list[Evaluation] = []
-        size = 0
-        with c.cursor(name="speval") as cursor:
-            cursor.itersize = _FETCH
-            cursor.execute(self._names(sql), values | {"after": after, "limit": limit})
-            for row in cursor:
-                found.append(evaluation(self._shown, row[1:]))
-                size += len(row[4]) + len(row[6] or "")
-                if len(found) == limit or size > _PAGE_SIZE:
-                    return row[0], found
-        return None, found
+        rows = self._execute(c, sql, values | {"after": after, "limit": limit, "size": PAGE_SIZE}).fetchall()
+        for row in rows:
+            with self.damaged.left_out():
+                found.append(evaluation(self._shown, row[1:-2]))
+        return rows[-1][0] if rows else None, found
 
     def evaluation(self, name: str) -> Evaluation:
         def find(c: Connection) -> Evaluation:
@@ -408,6 +423,20 @@ class PostgresControl(Control):
             self._execute(c, "UPDATE speval.spaces SET exact = false")
         return count
 
+    def compact(self) -> Compacted:
+        def pruned(c: Connection) -> tuple[int, int]:
+            (before,) = self._execute(c, _BYTES, (self._url.schema,)).fetchone()
+            return before, self._execute(c, _PRUNE).rowcount
+
+        def vacuum(c: Connection) -> None:  # which is no part of a transaction, and lets others work
+            for table in ("workers", "queue", "running", "attempts", "evaluations"):
+                self._execute(c, f"VACUUM (ANALYZE) speval.{table}")
+
+        before, count = self._connection.run_once(_FOR_LONG, pruned)
+        self._connection.call(_FOR_LONG, vacuum)
+        (after,) = self._connection.run(lambda c: self._execute(c, _BYTES, (self._url.schema,)).fetchone())
+        return Compacted(before, after, count)
+
     # Looking under the bonnet
 
     def check(self, *, integrity: bool = True) -> Health:
@@ -427,6 +456,10 @@ class PostgresControl(Control):
                 damage = self._connection.run(self._damage)
                 facts["integrity"] = "damaged" if damage else "ok"
                 findings += [Finding(f"damaged: {problem}", "go back to a backup", True) for problem in damage]
+                after: int | None = 0
+                while after is not None:
+                    after, _ = self._connection.run(self._page, None, {"cause": None, "pattern": None}, after, _PAGE)
+                findings += self.damaged.findings("`speval drop` forgets it")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "see to the server, then look again", True))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))

@@ -14,9 +14,10 @@ from typing import Any
 
 from ..model import Evaluation
 from .postgres_connection import Connection
-from .postgres_rows import COLUMNS, FINAL, evaluation, in_space
+from .postgres_rows import COLUMNS, FINAL, PAGE_SIZE, SIZE, evaluation, in_space, page_of
 from .postgres_schema import Names
 from .postgres_seed import Extent
+from .rows import Damaged
 
 __all__ = ["Feed"]
 
@@ -40,18 +41,19 @@ SELECT virtualtransaction FROM pg_locks
 WHERE locktype = 'advisory' AND classid = 1936745846 AND objid = speval.movers()::oid AND objsubid = 2
     AND database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()) AND granted
 """
-_ENDED = f"""
-SELECT a.seq, e.id, {COLUMNS} FROM {FINAL}
-WHERE a.seq > %(cursor)s AND a.seq <= %(complete)s AND a.final AND {in_space("a.evaluation")} ORDER BY a.seq LIMIT %(limit)s
-"""
+_ENDED = page_of(
+    f"SELECT a.seq AS place, e.id, {COLUMNS}, {SIZE} AS size FROM {FINAL}"
+    f" WHERE a.seq > %(cursor)s AND a.seq <= %(complete)s AND a.final AND {in_space('a.evaluation')}"
+)
 
 
 class Feed:
     """Reads what has ended, in the order of the numbers."""
 
-    def __init__(self, names: Names, shown: str) -> None:
+    def __init__(self, names: Names, shown: str, damaged: Damaged) -> None:
         self._names = names
         self._shown = shown
+        self._damaged = damaged
         self._complete = 0
         self._mark: tuple[int, set[str]] | None = None
 
@@ -59,12 +61,17 @@ class Feed:
         """Return the next cursor and what has ended since the given one."""
         found: list[tuple[int, Evaluation]] = []
         while True:
-            values: dict[str, int | None] = {"cursor": cursor, "complete": self._complete, "limit": limit - len(found)}
+            values: dict[str, int | None] = {"cursor": cursor, "complete": self._complete, "limit": limit, "size": PAGE_SIZE}
             values |= {"first": extent.first, "last": extent.last, "space": extent.space}
             rows = c.execute(self._names(_ENDED), values).fetchall()
-            found += [(row[1], evaluation(self._shown, row[2:])) for row in rows]
-            if len(found) == limit:
-                return rows[-1][0], found
+            for row in rows:
+                cursor = row[0]
+                with self._damaged.left_out():
+                    found.append((row[1], evaluation(self._shown, row[2:-2])))
+            if found:
+                return cursor, found
+            if rows:
+                continue
             cursor = max(cursor, self._complete)
             if not self._advance(c):
                 return cursor, found

@@ -14,7 +14,9 @@ from .postgres_connection import Connection
 from .postgres_schema import Names, true_name
 from .rows import evaluation as shown_evaluation
 
-__all__ = ["COLUMNS", "FINAL", "STATES", "evaluation", "in_space", "loading", "settings_of"]
+__all__ = ["COLUMNS", "FINAL", "PAGE_SIZE", "SIZE", "STATES", "evaluation", "in_space", "loading", "page_of", "settings_of"]
+
+PAGE_SIZE = 8_000_000  # bytes of args and results that a page of reading holds besides its last row
 
 # Of evaluations (e), queue (q), running (r), attempts (a) and workers (w); the codes are those of the SQLite store.
 COLUMNS = """
@@ -67,9 +69,23 @@ def settings_of(c: Connection, names: Names) -> Settings:
     return Settings(values.get("paused", "0") != "0", None if concurrency is None else int(concurrency))
 
 
+# Told by the server from where it keeps them, without reading them.
+SIZE = "octet_length(e.args) + coalesce(octet_length(a.result), 0) + coalesce(octet_length(a.error_traceback), 0)"
+
+
+def page_of(query: str) -> str:
+    """Return the query for so many rows, or so many bytes and a row, of one that has a ``place`` first and a ``size`` last."""
+    return f"""
+        SELECT * FROM (
+            SELECT part.*, sum(size) OVER (ORDER BY place ROWS UNBOUNDED PRECEDING) AS upto
+            FROM ({query} ORDER BY place LIMIT %(limit)s) AS part
+        ) AS page WHERE upto - size <= %(size)s ORDER BY place
+    """
+
+
 def loading(status: Status | None) -> str:
     """Return the query for the next evaluations of a status after an id, with the condition left open for more."""
-    return f"SELECT e.id, {COLUMNS} FROM {STATES} WHERE e.id > %(after)s AND {_WHERE[status]}"
+    return f"SELECT e.id AS place, {COLUMNS}, {SIZE} AS size FROM {STATES} WHERE e.id > %(after)s AND {_WHERE[status]}"
 
 
 def in_space(column: str) -> str:

@@ -177,6 +177,8 @@ class Seeding:
         if row is None:
             return None
         number, first, last, gaps, stored = row
+        if stored < space.count:
+            return None  # others have deleted some
         (since,) = self._one(c, _SINCE)
         return Seeded(0, space.count, 0, stored - space.count), Extent(first, last, number if gaps else None, since)
 

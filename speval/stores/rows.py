@@ -1,34 +1,100 @@
 """What the rows of either kind of database mean.
 
-Owns the codes of the statuses, and the ways from rows to an ``Evaluation`` and to ``Settings``. Invariant: a row that no
-speval has written is an error that names the evaluation, never a wrong value.
+Owns the codes of the statuses, the ways from rows to an ``Evaluation`` and to ``Settings``, and the account of what can't be
+read. Invariant: a row that no speval has written is an error that names the evaluation, never a wrong value.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from ..codec import decode
-from ..errors import DatabaseError
-from ..model import Error, Evaluation, Settings, Status
+from ..codec import read
+from ..errors import EvaluationDamagedError
+from ..model import Error, Evaluation, Finding, Settings, Status, counted
 from ..text import visible
 
-__all__ = ["CODES", "COLUMNS", "STATUS", "decoded", "error_of", "evaluation", "settings_of", "worker_label"]
+__all__ = [
+    "CODES",
+    "PAGE_SIZE",
+    "STATUS",
+    "Damaged",
+    "decoded",
+    "error_of",
+    "evaluation",
+    "fits",
+    "settings_of",
+    "worker_label",
+]
+
+logger = logging.getLogger("speval.store")
+
+PAGE_SIZE = 2_000_000  # characters, of up to four bytes, that a page of reading holds besides its last row
+_NAMED = 5  # damaged evaluations that a warning names
+_KEPT = 1000  # that are kept for whoever wants more
 
 STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
 CODES: dict[Status | None, str] = {
     None: "[0, 1, 2, 3, 4]", "pending": "[0, 4]", "in_progress": "[1]", "completed": "[2]", "failed": "[3]",
 }  # fmt: skip
 
-# Of evaluations (e), states (s), attempts (a) and workers (w).
-COLUMNS = """
-    e.name, s.status, s.updated_at, e.args, s.attempt - s.released, a.result, a.outcome,
-    a.error_type, a.error_message, a.error_traceback, a.started_at, a.duration, w.id, w.host, w.pid
-"""
-
 _SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
+
+
+class Damaged:
+    """An account of the evaluations that were left out of what was read.
+
+    Args:
+        db: The database, as people read it.
+    """
+
+    def __init__(self, db: str) -> None:
+        self._db = db
+        self.count = 0
+        self.first: list[EvaluationDamagedError] = []
+
+    def add(self, error: EvaluationDamagedError) -> None:
+        """Note one."""
+        self.count += 1
+        if len(self.first) < _KEPT:
+            self.first.append(error)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Note the evaluation that is found damaged inside, and go on."""
+        try:
+            yield
+        except EvaluationDamagedError as error:
+            self.add(error)
+
+    def findings(self, fix: str) -> list[Finding]:
+        """Return what was noted as what a doctor has found, instead of a warning."""
+        found = [Finding(f"evaluation {error.name!r} is damaged: {error.what}", fix, True) for error in self.first]
+        if self.count > len(found):
+            found.append(Finding(f"{counted(self.count - len(found))} more are damaged", fix, True))
+        self.count, self.first = 0, []
+        return found
+
+    def tell(self) -> None:
+        """Warn of what was noted since the last time."""
+        if self.count:
+            named = "; ".join(visible(f"{error.name!r}: {error.what}") for error in self.first[:_NAMED])
+            more = f"; and {self.count - _NAMED} more" if self.count > _NAMED else ""
+            what = "1 evaluation is" if self.count == 1 else f"{self.count} evaluations are"
+            fix = f"`speval doctor {self._db}` names all, `speval salvage {self._db} NEW` saves the others"
+            logger.warning("%s: %s damaged and left out (%s%s); %s", self._db, what, named, more, fix)
+        self.count = 0
+        self.first = []
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Tell whether the whole name fits a pattern, in which ``*`` stands for any text and ``?`` for any one character."""
+    parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
+    return re.fullmatch("".join(parts), name, re.DOTALL) is not None
 
 
 def worker_label(id: int, host: str, pid: int) -> str:
@@ -37,10 +103,15 @@ def worker_label(id: int, host: str, pid: int) -> str:
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of ``COLUMNS`` stands for.
+    """Return the evaluation that the values of a row stand for.
+
+    Args:
+        db: The database, for the error.
+        row: Name, code of the status, when it changed, args, attempts, result, outcome, type, message and traceback of its
+            error, start, duration, and id, host and pid of the worker.
 
     Raises:
-        DatabaseError: its args or its result are no JSON.
+        EvaluationDamagedError: its args or its result are no JSON, or too deep.
     """
     name, code, updated, args, attempts, result, outcome, type_, message, traceback, started, duration, *worker = row
     status = STATUS[code]
@@ -48,7 +119,7 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
         "name": str(name),
         "status": status,
         "updated": updated,
-        "result": None if result is None else decoded(db, name, result),
+        "result": decoded(db, name, result) if status == "completed" else None,
         "args": decoded(db, name, args),
         "attempts": attempts,
         "error": error_of(outcome, type_, message, traceback) if status == "failed" else None,
@@ -67,12 +138,12 @@ def decoded(db: str, name: object, text: str) -> Any:
     """Return what stored JSON stands for.
 
     Raises:
-        DatabaseError: it is none.
+        EvaluationDamagedError: it is none, or nested deeper than anything that speval writes.
     """
     try:
-        return decode(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DatabaseError(db, f"what is stored of evaluation {str(name)!r} is no JSON ({error})") from error
+        return read(text)
+    except (TypeError, ValueError) as error:
+        raise EvaluationDamagedError(db, str(name), f"what is stored of it is no JSON ({error})") from error
 
 
 def settings_of(c: sqlite3.Connection) -> Settings:

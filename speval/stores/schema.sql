@@ -1,4 +1,4 @@
--- Version 1. Wide columns (args, result) are kept out of the rows that change status, so that a claim costs the same
+-- Version 2. Wide columns (args, result) are kept out of the rows that change status, so that a claim costs the same
 -- however large they are.
 
 CREATE TABLE meta (
@@ -10,7 +10,8 @@ CREATE TABLE evaluations (
     -- In the order of the eval space; never given again, so that what is said of a dropped evaluation fits no other.
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name NOT NULL UNIQUE,    -- decimal numbers as integers: those of a list then arrive in the order of the index
-    args TEXT NOT NULL       -- JSON
+    args TEXT NOT NULL,      -- JSON
+    crc INTEGER              -- checksum.py; a row without one is damaged
 );
 
 CREATE TABLE states (
@@ -44,7 +45,8 @@ CREATE TABLE attempts (
     result TEXT,            -- JSON
     error_type TEXT,
     error_message TEXT,
-    error_traceback TEXT
+    error_traceback TEXT,
+    crc INTEGER             -- as above; NULL where what a dropped evaluation had was emptied
 );
 
 CREATE TABLE workers (

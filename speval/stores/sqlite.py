@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import secrets
 import sqlite3
 import threading
@@ -26,15 +27,19 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..errors import ArgsChangedError, DatabaseError, StoreClosedError, UnknownNameError
+from ..errors import ArgsChangedError, DatabaseError, EvaluationDamagedError, StoreClosedError, UnknownNameError
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
 from . import sqlite_seed as seeding
-from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode
-from .rows import CODES, COLUMNS, STATUS, evaluation, settings_of
+from .base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
+from .checksum import of_attempt, of_evaluation
+from .rows import CODES, STATUS, Damaged, settings_of
 from .sqlite_file import SqliteFile, shown_path
 from .sqlite_lease import SqliteLeaseKeeping
+from .sqlite_rows import COLUMNS, FROM, bounded, check_evaluation, check_states, evaluation, shown_0_1
+from .sqlite_unrecorded import take_in
+from .sqlite_watchman import missing_log
 
 __all__ = ["SqliteStore"]
 
@@ -52,7 +57,7 @@ _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever w
 
 # The index holds pending rows only, in order: a claim is as cheap behind a million completed ones as behind none.
 _FIND = """
-SELECT s.id, s.attempt + 1, s.attempt + 1 - s.released - s.forgiven, e.name, e.args
+SELECT s.id, s.attempt + 1, s.attempt + 1 - s.released - s.forgiven, e.name, e.args, e.crc
 FROM states AS s INDEXED BY states_pending CROSS JOIN evaluations AS e ON e.id = s.id
 WHERE s.status = 0 AND s.id <= :last AND s.id NOT IN strangers ORDER BY s.id LIMIT :limit
 """
@@ -70,7 +75,7 @@ WHERE states.id = e.column5 AND states.attempt = e.column6 AND states.worker = e
 """
 _ADD_ATTEMPT = """
 INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result,
-    error_type, error_message, error_traceback)
+    error_type, error_message, error_traceback, crc)
 VALUES {rows}
 """
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
@@ -107,16 +112,12 @@ INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen
 VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
 """
 
-_LOAD = (
-    "SELECT s.id,"
-    + COLUMNS
-    + """
-FROM states AS s JOIN evaluations AS e ON e.id = s.id
-LEFT JOIN attempts AS a ON a.seq = s.last AND s.status IN (2, 3)
-LEFT JOIN workers AS w ON w.id = CASE WHEN s.status = 1 THEN s.worker ELSE a.worker END
-WHERE s.id > ? AND s.status IN (SELECT value FROM json_each(?)) ORDER BY s.id LIMIT ?
+_LOAD = f"""
+SELECT {COLUMNS} {FROM}
+WHERE s.id > ? AND s.status IN (SELECT value FROM json_each(?)) ORDER BY s.id
 """
-)
+# Of a status that none is, it is damaged, whatever is wanted.
+_LOAD_ALL = f"SELECT {COLUMNS} {FROM} WHERE s.id > ? ORDER BY s.id"
 _LOAD_0_1 = """
 SELECT rowid, name, CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END, updated,
     coalesce(args, 'null'), status <> 'pending', CASE status WHEN 'completed' THEN coalesce(result, 'null') END, NULL,
@@ -124,33 +125,32 @@ SELECT rowid, name, CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 
 FROM evals
 WHERE rowid > ? AND CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END
     IN (SELECT value FROM json_each(?))
-ORDER BY rowid LIMIT ?
+ORDER BY rowid
 """
-_ENDED_SINCE = (
-    "SELECT a.seq, s.id,"
-    + COLUMNS
-    + """
-FROM attempts AS a JOIN states AS s ON s.id = a.evaluation AND s.last = a.seq JOIN evaluations AS e ON e.id = s.id
+_ENDED_SINCE = f"""
+SELECT {COLUMNS}
+FROM attempts AS a JOIN states AS s ON s.id = a.evaluation AND s.last = a.seq LEFT JOIN evaluations AS e ON e.id = s.id
 LEFT JOIN workers AS w ON w.id = a.worker
-WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN strangers ORDER BY a.seq LIMIT :limit
+WHERE a.seq > :cursor AND s.status IN (2, 3) AND s.id <= :last AND s.id NOT IN strangers ORDER BY a.seq
 """
-)
+_SEQ = 9  # the place of the attempt's number in it
 
-_COUNTS = "SELECT status, count(*) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status"
+_COUNTS = """
+SELECT status, count(*), min(last), max(last) FROM states WHERE id <= :last AND id NOT IN strangers GROUP BY status
+"""
+_IS_KEPT = "SELECT 1 FROM attempts WHERE seq = ?"
 _CAUSES = """
 SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
 FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
 WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY 1
 """
 
-_UNKNOWN_NAMES = """
-SELECT value FROM json_each(?) AS j WHERE NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = j.value)
-"""
+_ID = "SELECT id FROM evaluations WHERE name = ?"
 _RETRY = """
 UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, updated_at = ?
 WHERE status IN (SELECT value FROM json_each(?))
 """
-_RETRY_NAMED = _RETRY + " AND id IN (SELECT e.id FROM json_each(?) AS j CROSS JOIN evaluations AS e ON e.name = j.value)"
+_RETRY_SOME = _RETRY + " AND id IN (SELECT value FROM json_each(?))"
 
 
 class _Connection(aiosqlite.Connection):
@@ -213,6 +213,7 @@ class SqliteStore(Store):
         self._mode: StoreMode = mode
         self._durability: Durability = durability
         self._clock = clock or Clock()
+        self.damaged = Damaged(self._shown)
         self._given_up = threading.Event()
         self._file: SqliteFile | None = None
         self._connection: _Connection | None = None
@@ -222,6 +223,14 @@ class SqliteStore(Store):
 
     def __repr__(self) -> str:
         return f"<SqliteStore {self._shown!r}{'' if self._connection else ' closed'}>"
+
+    @property
+    def shown(self) -> str:
+        return self._shown
+
+    @property
+    def beside(self) -> Path:
+        return Path(os.path.realpath(self.path))  # one name, by whichever link a copy was given the file
 
     async def open(self) -> None:
         def connect() -> sqlite3.Connection:
@@ -242,6 +251,7 @@ class SqliteStore(Store):
                 self._file.close()
             raise
         self._connection = connection
+        await self._look_for_log()
         if self._file is not None and self._file.network and self._mode == "create":
             logger.warning(
                 "%s is on a network filesystem (%s), or on what may be one: commits are slow there, and safe only where its "
@@ -250,7 +260,15 @@ class SqliteStore(Store):
                 self._file.network,
             )
 
+    async def _look_for_log(self) -> None:
+        """Warn of a file that was copied without its -wal; with workers of this machine, another program may have merged it."""
+        if self._mode == "create" and self._file is not None and self._file.lacks_log:
+            problem = await self._read(missing_log, this_process().machine)
+            if problem is not None:
+                logger.warning("%s: %s; what is not in it is evaluated again", self._shown, problem)
+
     async def close(self) -> None:
+        self.damaged.tell()
         connection, self._connection = self._connection, None
         if connection is not None and self._file is not None and self._file.owner.is_here:
             self._given_up.set()
@@ -414,7 +432,12 @@ class SqliteStore(Store):
             fresh = c.execute(_FIND_FRESH, values | {"limit": ahead}).fetchall()
             self._take(c, fresh, values | {"ahead": 1})
             found = sorted(found + fresh, key=itemgetter(0))
-        return [Claim(id, attempt, charged, str(name), args, worker) for id, attempt, charged, name, args in found]
+        claims = []
+        for id, attempt, charged, name, args, crc in found:
+            if crc != of_evaluation(id, name, args):
+                check_evaluation(self._shown, id, name, args, crc)
+            claims.append(Claim(id, attempt, charged, str(name), args, worker))
+        return claims
 
     def _take(self, c: sqlite3.Connection, found: list[Any], values: dict[str, Any]) -> None:
         taken = c.execute(_CLAIM, values | {"ids": json.dumps([row[0] for row in found])}).rowcount if found else 0
@@ -424,6 +447,9 @@ class SqliteStore(Store):
     def _damaged(self) -> DatabaseError:
         fix = f"`sqlite3 {self._shown} REINDEX` may mend it"
         return DatabaseError(self._shown, f"damaged: what it says is pending is not there to be had; {fix}")
+
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        return await self._write(take_in, ended, self._clock.wall(), _end)
 
     async def leave(self, worker: int) -> None:
         def leave(c: sqlite3.Connection) -> None:
@@ -443,18 +469,37 @@ class SqliteStore(Store):
 
     async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
         def fetch(c: sqlite3.Connection) -> tuple[int, list[tuple[int, Evaluation]]]:
-            rows = c.execute(_ENDED_SINCE, {"cursor": cursor, "last": self._last, "limit": limit}).fetchall()
-            # Rows that were passed over need not be looked at again.
-            (newest,) = (rows[-1][0],) if len(rows) == limit else c.execute(_MAX_SEQ).fetchone()
-            return newest, [(row[1], evaluation(self._shown, row[2:])) for row in rows]
+            # Rows that are passed over need not be looked at again.
+            (newest,) = c.execute(_MAX_SEQ).fetchone()
+            found: list[tuple[int, Evaluation]] = []
+            seen = cursor
+            while not found and seen < newest:
+                count = 0
+                rows = c.execute(_ENDED_SINCE, {"cursor": seen, "last": self._last})
+                for row in bounded(self._shown, rows, limit, _SEQ):
+                    count += 1
+                    seen = row[_SEQ]
+                    try:
+                        found.append((row[0], evaluation(self._shown, row)))
+                    except EvaluationDamagedError as error:
+                        self.damaged.add(error)
+                if not count:
+                    seen = newest
+            return seen, found
 
         return await self._read(fetch)
 
-    async def summary(self) -> Summary:
+    async def summary(self, *, at_end: bool = False) -> Summary:
         def count(c: sqlite3.Connection) -> Summary:
             counts: dict[str, int] = dict.fromkeys(STATUS.values(), 0)
-            for status, number in c.execute(_COUNTS, {"last": self._last}):
-                counts[STATUS[status]] += number
+            ended = 0
+            for status, number, *seqs in c.execute(_COUNTS, {"last": self._last}).fetchall():
+                # The first and the last attempt stand for all: whoever deletes attempts deletes the oldest or all of them.
+                is_kept = status not in (2, 3) or all(c.execute(_IS_KEPT, (seq,)).fetchone() for seq in seqs)
+                counts[STATUS[status]] += number if is_kept or not at_end else 0
+                ended += number if status in (2, 3) else 0
+            if at_end:  # after all were deleted, their numbers are given again
+                counts["completed"] -= min(counts["completed"], max(0, ended - c.execute(_MAX_SEQ).fetchone()[0]))
             causes: dict[Cause, int] = dict(c.execute(_CAUSES, {"last": self._last}).fetchall())
             return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
 
@@ -464,11 +509,24 @@ class SqliteStore(Store):
         _, file = self._opened()
         if file.is_empty:
             return after, []
-        sql = _LOAD_0_1 if file.is_0_1 else _LOAD
+        sql, shown = (_LOAD_0_1, shown_0_1) if file.is_0_1 else (_LOAD if status else _LOAD_ALL, evaluation)
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
-            rows = c.execute(sql, (after, CODES[status], limit)).fetchall()
-            return (rows[-1][0] if rows else after), [evaluation(self._shown, row[1:]) for row in rows]
+            found: list[Evaluation] = []
+            seen, count = after, 1
+            while count and not found:
+                begun, count = seen, 0
+                cursor = c.execute(sql, (seen,) if sql is _LOAD_ALL else (seen, CODES[status]))
+                for row in bounded(self._shown, cursor, limit, is_0_1=file.is_0_1):
+                    count += 1
+                    seen = row[0]
+                    try:
+                        found.append(shown(self._shown, row))
+                    except EvaluationDamagedError as error:
+                        self.damaged.add(error)
+                if sql is _LOAD_ALL:
+                    check_states(c, self._shown, self.damaged, begun, seen if count else _ALL)
+            return seen, found
 
         return await self._read(fetch)
 
@@ -477,11 +535,12 @@ class SqliteStore(Store):
             now = self._clock.wall()
             if names is None:
                 return c.execute(_RETRY, (now, CODES[status])).rowcount
-            keys = json.dumps([name_to_key(name) for name in names])
-            unknown = [str(name) for (name,) in c.execute(_UNKNOWN_NAMES, (keys,))]
+            # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
+            ids = {name: c.execute(_ID, (name_to_key(name),)).fetchone() for name in names}
+            unknown = [name for name, row in ids.items() if row is None]
             if unknown:
                 raise UnknownNameError(self._shown, unknown)
-            return c.execute(_RETRY_NAMED, (now, CODES[status], keys)).rowcount
+            return c.execute(_RETRY_SOME, (now, CODES[status], json.dumps([id for (id,) in ids.values()]))).rowcount
 
         return await self._write(put_back)
 
@@ -536,4 +595,5 @@ def _attempt(seq: int, ended: Ended, now: float) -> tuple[Any, ...]:
     error = outcome.error
     shown = (None, None, None) if error is None else (error["type"], error["message"], error["traceback"])
     times = (outcome.started_at, outcome.duration, now)
-    return (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
+    row = (seq, claim.id, claim.attempt, claim.worker, *times, outcome.cause or "completed", outcome.result, *shown)
+    return (*row, of_attempt(row))

@@ -19,6 +19,7 @@ from ..host import Process, is_gone, this_process
 from ..model import (
     Attempt,
     Cause,
+    Compacted,
     Evaluation,
     Failure,
     Finding,
@@ -32,16 +33,18 @@ from ..model import (
 )
 from ..space import name_to_key
 from .base import Control, ControlMode
-from .rows import CODES, COLUMNS, decoded, error_of, evaluation, settings_of, worker_label
+from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_label
+from .sqlite_compact import compact
 from .sqlite_file import SqliteFile
 from .sqlite_mount import filesystem, is_network
+from .sqlite_rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
 from .sqlite_schema import SCHEMA
+from .sqlite_watchman import missing_log
 
 __all__ = ["SqliteControl"]
 
 _SPAN = 20_000  # rows looked at in one transaction
 _PAGE = 500  # evaluations
-_PAGE_SIZE = 4_000_000  # characters of args and results
 _CHUNK = 10_000  # rows deleted in one transaction
 _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
@@ -85,18 +88,15 @@ _LAST_UPTO = "SELECT max(seq) FROM attempts WHERE seq <= ?"  # from one to the n
 _NEXT_ATTEMPT = "SELECT seq, ended_at FROM attempts WHERE seq >= ? ORDER BY seq LIMIT 1"
 _EARLIER_ATTEMPT = "SELECT ended_at FROM attempts WHERE seq <= ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
 
-_FROM = f"""
-SELECT s.id, {COLUMNS}
-FROM states AS s JOIN evaluations AS e ON e.id = s.id
-LEFT JOIN attempts AS a ON a.seq = s.last AND s.status IN (2, 3)
-LEFT JOIN workers AS w ON w.id = CASE WHEN s.status = 1 THEN s.worker ELSE a.worker END
-"""
-_PAGED = f"""{_FROM}
-WHERE s.id > :after AND s.id <= :upto AND s.status IN (SELECT value FROM json_each(:codes))
-    AND (:pattern IS NULL OR CAST(e.name AS TEXT) GLOB :pattern) AND (:cause IS NULL OR (s.status = 3 AND a.outcome = :cause))
+# Names with a NUL, which GLOB takes for their end, are looked at one by one.
+_PAGED = f"""
+SELECT {COLUMNS} {FROM}
+WHERE s.id > :after AND s.id <= :upto AND (:any OR s.status IN (SELECT value FROM json_each(:codes)))
+    AND (:pattern IS NULL OR CAST(e.name AS TEXT) GLOB :pattern OR instr(CAST(e.name AS BLOB), x'00'))
+    AND (:cause IS NULL OR (s.status = 3 AND a.outcome = :cause))
 ORDER BY s.id
 """
-_ONE = f"{_FROM} WHERE e.name = ?"
+_ONE = f"SELECT {COLUMNS} {FROM} WHERE e.name = ?"
 _NEXT_ID = "SELECT min(id) FROM states WHERE id > ?"
 
 _STANDING = """
@@ -104,17 +104,13 @@ SELECT s.id, s.status, s.attempt, s.attempt - s.released, s.last, s.updated_at, 
 FROM evaluations AS e JOIN states AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
 """
 # There is no index by evaluation, which would cost every worker; from the last one backwards, they are soon found.
-_ATTEMPTS = """
-SELECT a.attempt, a.started_at, a.ended_at, a.duration, a.outcome, a.result, a.error_type, a.error_message, a.error_traceback,
-    w.id, w.host, w.pid
+_ATTEMPTS = f"""
+SELECT {ATTEMPT}, w.id, w.host, w.pid
 FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
 WHERE a.seq > :after AND a.seq <= :upto AND a.evaluation = :id ORDER BY a.seq DESC
 """
 
-_NAMED = """
-SELECT j.value, e.id, s.status
-FROM json_each(?) AS j LEFT JOIN evaluations AS e ON e.name = j.value LEFT JOIN states AS s ON s.id = e.id
-"""
+_NAMED = "SELECT e.id, s.status FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id WHERE e.name = ?"
 _WITH_STATUS = "SELECT id FROM states WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"
 _DROP_STATES = "DELETE FROM states WHERE id IN (SELECT value FROM json_each(?)) AND status <> 1"
 _DROP_EVALUATIONS = """
@@ -130,7 +126,7 @@ _DROP_ATTEMPTS = """
 DELETE FROM attempts WHERE seq IN (SELECT value FROM json_each(?)) AND seq < (SELECT max(seq) FROM attempts)
 """
 _EMPTY_ATTEMPTS = """
-UPDATE attempts SET result = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL
+UPDATE attempts SET result = NULL, error_type = NULL, error_message = NULL, error_traceback = NULL, crc = NULL
 WHERE seq IN (SELECT value FROM json_each(?))
 """
 
@@ -159,6 +155,7 @@ class SqliteControl(Control):
     def __init__(self, path: Path, mode: ControlMode = "read", clock: Clock | None = None) -> None:
         self._clock = clock or Clock()
         self._file = SqliteFile(path, mode)
+        self.damaged = Damaged(self._file.shown)
         self._is_0_1 = self._file.is_0_1
         self._machine = this_process().machine
         if mode == "read":
@@ -235,41 +232,48 @@ class SqliteControl(Control):
         pattern: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Evaluation]:
-        # GLOB knows sets of characters too, which nobody is promised.
-        glob = None if pattern is None else pattern.replace("[", "[[]")
-        values = {"codes": CODES[status], "cause": cause, "pattern": glob}
+        # GLOB knows sets of characters too, which nobody is promised, and ends a pattern at a NUL.
+        glob = None if pattern is None else "*" if "\0" in pattern else pattern.replace("[", "[[]")
+        values = {"codes": CODES[status], "any": status is None, "cause": cause, "pattern": glob}
+        is_all = status is None and cause is None and pattern is None
         after: int | None = 0
         left = limit
-        while after is not None and left != 0:
-            after, page = self._file.read(self._page, values, after, _PAGE if left is None else min(_PAGE, left))
-            left = None if left is None else left - len(page)
-            yield from page
+        try:
+            while after is not None and left != 0:
+                at_once = _PAGE if left is None else min(_PAGE, left)
+                after, page = self._file.read(self._page, values, after, at_once, is_all)
+                if pattern is not None:
+                    page = [e for e in page if "\0" not in pattern + e["name"] or fits(pattern, e["name"])]
+                left = None if left is None else left - len(page)
+                yield from page
+        finally:
+            self.damaged.tell()
 
     def _page(
-        self, c: sqlite3.Connection, values: dict[str, str | None], after: int, limit: int
+        self, c: sqlite3.Connection, values: dict[str, Any], after: int, limit: int, is_all: bool
     ) -> tuple[int | None, list[Evaluation]]:
         """Return where the next page begins, None at the end, and the evaluations of this one."""
+        db = self._file.shown
         (first,) = c.execute(_NEXT_ID, (after,)).fetchone()
-        if first is None:
-            return None, []
-        upto = first + _SPAN
+        upto = 2**62 if first is None else first + _SPAN
         found: list[Evaluation] = []
-        size = 0
-        cursor = c.execute(_PAGED, values | {"after": after, "upto": upto})
-        for row in cursor:
-            found.append(evaluation(self._file.shown, row[1:]))
-            size += len(row[4]) + len(row[6] or "")
-            if len(found) == limit or size > _PAGE_SIZE:
-                cursor.close()  # an open one would keep the transaction from ending
-                return row[0], found
-        return upto, found
+        seen = after
+        for row in bounded(db, c.execute(_PAGED, values | {"after": after, "upto": upto}), limit):
+            seen = row[0]
+            with self.damaged.left_out():
+                found.append(evaluation(db, row))
+        if seen == after:
+            seen = upto
+        if is_all:
+            check_states(c, db, self.damaged, after, seen)
+        return None if first is None else seen, found
 
     def evaluation(self, name: str) -> Evaluation:
         def find(c: sqlite3.Connection) -> Evaluation:
             row = c.execute(_ONE, (name_to_key(name),)).fetchone()
             if row is None:
                 raise UnknownNameError(self._file.shown, [name])
-            return evaluation(self._file.shown, row[1:])
+            return evaluation(self._file.shown, row)
 
         return self._file.read(find)
 
@@ -295,7 +299,8 @@ class SqliteControl(Control):
         (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
         found = []
         for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}):
-            number, started_at, ended_at, duration, outcome, result, type_, message, traceback, *worker = row
+            check_attempt(self._file.shown, name, row[:12], row[12])
+            _, _, number, _, started_at, duration, ended_at, outcome, result, type_, message, traceback, _, *worker = row
             value = None if result is None else decoded(self._file.shown, name, result)
             error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)
             found.append(Attempt(int(number), _label(worker), started_at, ended_at, duration, outcome, value, error))
@@ -331,12 +336,13 @@ class SqliteControl(Control):
         return dropped
 
     def _drop_named(self, c: sqlite3.Connection, names: list[str]) -> int:
-        rows = c.execute(_NAMED, (json.dumps([name_to_key(name) for name in names]),)).fetchall()
-        if unknown := [str(name) for name, id, _ in rows if id is None]:
+        # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
+        rows = {name: c.execute(_NAMED, (name_to_key(name),)).fetchone() for name in names}
+        if unknown := [name for name, row in rows.items() if row is None]:
             raise UnknownNameError(self._file.shown, unknown)
-        if held := [str(name) for name, _, code in rows if code == 1]:
+        if held := [name for name, (_, code) in rows.items() if code == 1]:
             raise InProgressError(self._file.shown, held)
-        return _drop(c, [id for _, id, _ in rows])
+        return _drop(c, [id for id, _ in rows.values()])
 
     def _drop_some(self, c: sqlite3.Connection, after: int, codes: str) -> tuple[int, int | None]:
         """Drop a bounded number; return how many, and where to go on."""
@@ -354,6 +360,9 @@ class SqliteControl(Control):
     def _delete_attempts(self, c: sqlite3.Connection, seqs: str) -> None:
         c.execute(_DROP_ATTEMPTS, (seqs,))
         c.execute(_EMPTY_ATTEMPTS, (seqs,))
+
+    def compact(self) -> Compacted:
+        return compact(self._file)
 
     # Looking under the bonnet
 
@@ -387,8 +396,10 @@ class SqliteControl(Control):
             if integrity:
                 damage = self._file.read(_damage)
                 facts["integrity"] = "damaged" if damage else "ok"
-                fix = f"`sqlite3 {self._file.shown} .recover` saves what can be saved"
+                fix = f"`speval salvage {self._file.shown} NEW` saves what can be saved"
                 findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
+                self._read_all()
+                findings += self.damaged.findings(f"{fix}, `speval drop` forgets one")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "go back to a copy of the file, or start a new one", True))
         if is_network(kind):
@@ -396,11 +407,21 @@ class SqliteControl(Control):
             findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
 
+    def _read_all(self) -> None:
+        """Read every evaluation, for what is damaged of them."""
+        values = {"codes": CODES[None], "any": True, "cause": None, "pattern": None}
+        after: int | None = 0
+        while after is not None:
+            after, _ = self._file.read(self._page, values, after, _PAGE, True)
+
     def _look_inside(self, c: sqlite3.Connection) -> tuple[dict[str, str | int | None], list[Finding]]:
         (journal,) = c.execute("PRAGMA journal_mode").fetchone()
         meta = dict(c.execute("SELECT key, value FROM meta").fetchall())
         facts: dict[str, str | int | None] = {"journal": journal, "schema": SCHEMA, "since release": meta.get("release")}
         findings = []
+        if self._file.lacks_log and (problem := missing_log(c)):
+            fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; if it is no copy, nothing is missing'
+            findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
         if stored is not None and journal not in (stored, "memory"):
             problem = f"its journal mode is {journal}, and the copies agreed on {stored}"

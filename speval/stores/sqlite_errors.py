@@ -77,7 +77,7 @@ def translated(
     if code == sqlite3.SQLITE_NOTADB:
         return ForeignDatabaseError(shown, "some other kind of file")
     if code == sqlite3.SQLITE_CORRUPT:
-        fix = f"`sqlite3 {shown} REINDEX` mends an index, `sqlite3 {shown} .recover` saves what can be saved"
+        fix = f"`sqlite3 {shown} REINDEX` mends an index, `speval salvage {shown} NEW` saves what can be saved"
         return DatabaseError(shown, f"damaged ({error}); {fix}")
     if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
         return DatabaseError(shown, "damaged: what should be text in it is none")

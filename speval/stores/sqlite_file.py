@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from ..errors import (
@@ -34,6 +34,7 @@ from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 from .sqlite_schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
+from .sqlite_watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
 
@@ -77,14 +78,12 @@ class SqliteFile:
         self._kind: str | None = None
         self._freshness: Freshness | None = None
         self._is_current = False
-        self._identity: tuple[int, int] | None = None
-        self._log: tuple[int, int] | None = None  # the same of the -wal, where there is one
-        self._was_filled = False
-        self._is_linked = False
+        self._is_linked = False  # it has got a second name, which was said
         self._is_waiting = False  # and has said so
         self._writes = mode != "read"
         self._rolls_back = False  # it has a rollback journal, which is looked for at the start of each transaction
-        self._rescued = ""  # what was said of it
+        self._watchman = Watchman(real)
+        self.lacks_log = lacks_log(real)
         self._given_up = given_up or threading.Event()
         self._closed = False
         if self._writes:
@@ -92,7 +91,7 @@ class SqliteFile:
         if mode == "create" and not real.exists():
             self._create()
         check_file(real, self.shown)
-        self.owner = Owner(_identity(real)[0] or (0, 0), self.shown)
+        self.owner = Owner(identity(real)[0] or (0, 0), self.shown)
         with self._errors():
             try:
                 self.connection = self._connect(mode)
@@ -124,6 +123,12 @@ class SqliteFile:
         """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
 
+    def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
+        with self._errors():
+            for row in self.connection.execute(sql, values):  # noqa: UP028 - which would close the cursor, perhaps too late
+                yield row
+
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
@@ -141,8 +146,21 @@ class SqliteFile:
         Raises:
             DatabaseError: it does not.
         """
-        if how := self._taken_away():
+        if how := self._watchman.taken_away():
             raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
+
+    def rewrite(self) -> None:
+        """Write the whole file anew, without the room that nothing needs, and empty the -wal.
+
+        Raises:
+            DatabaseLockedError: another program reads or writes it.
+        """
+        self._look_after_the_file()
+        with self._errors():
+            self._patiently(self.patience, "VACUUM")
+            (is_busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if is_busy:
+                raise DatabaseLockedError(self.shown, 0.0)
 
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
@@ -151,6 +169,11 @@ class SqliteFile:
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
+
+    def checkpoint(self) -> None:
+        """Move what is in the -wal into the file, as far as that keeps nobody waiting."""
+        with suppress(sqlite3.Error):
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def close(self) -> None:
         """Close the connection; calling it again does nothing."""
@@ -219,44 +242,14 @@ class SqliteFile:
 
     def _look_after_the_file(self) -> None:
         """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
-        if how := self._taken_away():
-            self._rescued = self._rescued or self._rescue()
-            raise DatabaseError(self.shown, f"{how} while in use; {self._rescued}")
-
-    def _taken_away(self) -> str | None:
-        """Return what has happened to the files, None if they are there."""
-        how = None
-        try:
-            found, size, links = _identity(self.path)
-            if self._identity is None:
-                self._identity = found
-            if found != self._identity:
-                how = "was deleted" if found is None else "was replaced by another file"
-            elif self._was_filled and not size:
-                how = "was emptied"
-            # SQLite itself deletes it only when the last one closes the database, and it holds what is not in the database yet.
-            elif self._log is not None and _identity(self._log_path)[0] != self._log:
-                how = "has lost its -wal file, which was deleted or replaced"
-            elif links > 1 and not self._is_linked:  # of no harm to those who have it open: no copy is let in by either name
-                self._is_linked = True
-                if self.patience >= _PATIENCE:  # not the lease's thread as well
-                    logger.warning("%s has got a second name (a hard link): remove it, no copy starts before", self.shown)
-        except OSError:
-            return None  # a folder or a server out of reach: SQLite will say
-        self._was_filled = self._was_filled or size > 0
-        return how
-
-    def _rescue(self) -> str:
-        """Copy what the open file still holds beside the name it had, and say where to."""
-        rescued = Path(f"{self.path}.rescued")
-        try:
-            os.close(os.open(rescued, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            self.connection.execute("VACUUM INTO ?", (str(rescued),))
-        except FileExistsError:
-            return f"all that was recorded is in {rescued}, unless that is an older one"
-        except (OSError, sqlite3.Error) as error:
-            return f"what was recorded could not be saved: {error}"
-        return f"all that was recorded is in {rescued}: rename it and start again"
+        how = self._watchman.taken_away()
+        if how is not None:
+            raise DatabaseError(self.shown, f"{how} while in use; {self._watchman.rescue(self.connection)}")
+        if self._watchman.is_linked and not self._is_linked:
+            # Of no harm to those who have it open: no copy is let in by either name.
+            self._is_linked = True
+            if self.patience >= _PATIENCE:  # not the lease's thread as well
+                logger.warning("%s has got a second name (a hard link): remove it, no copy starts before", self.shown)
 
     def _patiently(self, patience: float, statement: str) -> sqlite3.Cursor:
         """Execute a statement that may find the database locked."""
@@ -318,7 +311,10 @@ class SqliteFile:
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
                 raise self.read(self._newer, version)
-            self._is_current = version == SCHEMA
+            if version < SCHEMA:
+                problem = f"was made by a development version of speval (schema {version}), which no release reads"
+                raise DatabaseError(self.shown, f"{problem}; use another name for a new one")
+            self._is_current = True
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
         elif application_id == 0 and version == 0 and not tables:
@@ -346,7 +342,7 @@ class SqliteFile:
             raise DatabaseError(self.shown, f"others use its write-ahead log, which is lost on {self.network}; stop them first")
         if mode == "wal":
             self.read(describe)  # makes the -wal
-            self._log = _identity(self._log_path)[0]
+            self._watchman.note_log()
         self._rolls_back = mode != "wal"
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"
@@ -358,6 +354,7 @@ class SqliteFile:
             self.is_0_1, self._is_current = False, True
         if mode != stored:
             self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
+            self.checkpoint()  # so that the file itself is one of speval, with or without its -wal
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""
@@ -387,12 +384,3 @@ def _connected(uri: str) -> sqlite3.Connection:
     # What a stranger's triggers and views may call: nothing that reaches outside of the database.
     connection.execute("PRAGMA trusted_schema = OFF")
     return connection
-
-
-def _identity(path: Path) -> tuple[tuple[int, int] | None, int, int]:
-    """Return what tells a file from every other one, None if there is none of that name, its size and how many names it has."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None, 0, 0
-    return (status.st_dev, status.st_ino), status.st_size, status.st_nlink

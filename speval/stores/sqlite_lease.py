@@ -13,6 +13,7 @@ from typing import Any
 
 from ..clock import Clock
 from ..host import Process, this_process
+from .checksum import of_attempt
 from .rows import worker_label
 from .sqlite_file import SqliteFile
 from .watch import Reclaiming, Taken, Watch, WorkerRow, unknown_label
@@ -51,12 +52,11 @@ _TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, la
 _TAKE_BACK_AHEAD = """
 UPDATE states SET status = 0, worker = NULL, released = released + 1, ahead = 2, updated_at = ? WHERE id = ?
 """
-_ADD_LOST = """
-INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, ended_at, outcome, error_type, error_message,
-    error_traceback)
-VALUES ((SELECT coalesce(max(seq), 0) + 1 FROM attempts), ?, ?, ?, ?, ?, 'lost', 'WorkerLost', ?, '') RETURNING seq
-"""
+_ADD_LOST = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
+
+_CHECKPOINT_EVERY = 5.0  # seconds of answers, about, that a copy without the -wal lacks at most
 
 
 class SqliteLeaseKeeping(Reclaiming):
@@ -72,6 +72,7 @@ class SqliteLeaseKeeping(Reclaiming):
         self._clock = clock
         self._file: SqliteFile | None = None
         self._watch = Watch(this_process().machine)
+        self._checkpoint_at = 0.0  # monotonic; with the first look, the space and its workers get into the file
 
     def __repr__(self) -> str:
         return f"<SqliteLeaseKeeping {str(self._path)!r}>"
@@ -93,7 +94,11 @@ class SqliteLeaseKeeping(Reclaiming):
 
         Each worker watches all others by itself, so a look reads a row of each; the more there are, the fewer look.
         """
-        if not self._watch.is_due(worker, self._clock.monotonic()):
+        now = self._clock.monotonic()
+        if now >= self._checkpoint_at:
+            self._checkpoint_at = now + _CHECKPOINT_EVERY
+            self._opened().checkpoint()
+        if not self._watch.is_due(worker, now):
             return [], []
         others, orphaned = self._opened().read(self._look, worker)
         rows = [
@@ -141,7 +146,9 @@ class SqliteLeaseKeeping(Reclaiming):
                 continue
             seq, final = None, False
             if status == 1:
-                (seq,) = c.execute(_ADD_LOST, (id, attempt, known, claimed_at, now, message)).fetchone()
+                seq = c.execute(_MAX_SEQ).fetchone()[0] + 1
+                row = (seq, id, attempt, known, claimed_at, None, now, "lost", None, "WorkerLost", message, "")
+                c.execute(_ADD_LOST, (*row, of_attempt(row)))
                 final = charged >= max_attempts
             c.execute(_TAKE_BACK, (3 if final else 0, seq, now, id))
             pending += not final

@@ -9,10 +9,12 @@ from __future__ import annotations
 import sqlite3
 from importlib import resources
 
+from .checksum import of_attempt, of_evaluation
+
 __all__ = ["APPLICATION_ID", "COLUMNS_0_1", "SCHEMA", "describe", "migrate", "stored_journal_mode", "stored_release"]
 
 APPLICATION_ID = 0x7370_6576  # "spev"
-SCHEMA = 1
+SCHEMA = 2
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 
@@ -52,6 +54,8 @@ def migrate(connection: sqlite3.Connection) -> bool:
         connection.execute("ALTER TABLE evals RENAME TO evals_0_1")
     _script(connection, "schema.sql")
     if from_0_1:
+        connection.create_function("crc_of_evaluation", 3, of_evaluation, deterministic=True)
+        connection.create_function("crc_of_attempt", 12, lambda *row: of_attempt(row), deterministic=True)
         _script(connection, "from_0_1.sql")
     connection.execute("INSERT INTO meta VALUES ('release', ?)", (RELEASE_FOR_SCHEMA,))
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")

@@ -17,6 +17,7 @@ from ..errors import ArgsChangedError
 from ..model import OnChanged
 from ..space import Key, Space
 from .base import Seeded
+from .checksum import of_evaluation
 
 __all__ = [
     "CHUNK",
@@ -47,17 +48,18 @@ _OTHER_TEXT = """
 SELECT e.id, i.position, e.args, i.args FROM incoming AS i JOIN evaluations AS e ON e.name = i.name
 WHERE e.args <> i.args ORDER BY i.position
 """
-_ADD = """
-INSERT INTO evaluations (name, args) SELECT name, args FROM incoming AS i
+_MISSING = """
+SELECT name, args FROM incoming AS i
 WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
 ORDER BY position
 """
+_ADD = "INSERT INTO evaluations (id, name, args, crc) VALUES (?, ?, ?, ?)"
 _ADD_STATES = "INSERT INTO states (id, updated_at) SELECT id, ? FROM evaluations WHERE id > ?"
-_NEW_ARGS = """
-UPDATE evaluations SET args = (
-    SELECT i.args FROM differing AS d JOIN incoming AS i ON i.position = d.position WHERE d.id = evaluations.id
-) WHERE id IN (SELECT id FROM differing)
+_DIFFERENT = """
+SELECT d.id, e.name, i.args FROM differing AS d
+JOIN incoming AS i ON i.position = d.position JOIN evaluations AS e ON e.id = d.id
 """
+_NEW_ARGS = "UPDATE evaluations SET args = ?, crc = ? WHERE id = ?"
 # With a new attempt number, so that a worker that still runs one with the old args is refused.
 _RERUN = """
 UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, attempt = attempt + 1, released = released + 1,
@@ -68,7 +70,11 @@ _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
-_LAST_GIVEN = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'evaluations'"
+_COUNT = "SELECT (SELECT count(*) FROM evaluations), (SELECT count(*) FROM states)"
+_LAST_GIVEN = """
+SELECT max(coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = 'evaluations'), 0),
+    coalesce((SELECT max(id) FROM evaluations), 0))
+"""
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 
 
@@ -95,7 +101,8 @@ def is_known(c: sqlite3.Connection, space: Space) -> tuple[int, int, bool]:
     since = follow(c)
     (last,) = c.execute(_LAST).fetchone()
     stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
-    return since, last, bool(stored == (_digest(space),))
+    # The digest speaks of what speval has stored, the count of what others have left of it.
+    return since, last, stored == (_digest(space),) and c.execute(_COUNT).fetchone() == (space.count, space.count)
 
 
 def follow(c: sqlite3.Connection) -> int:
@@ -115,12 +122,17 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     (last,) = c.execute(_LAST_GIVEN).fetchone()
     if last != filled or _args_version(c):
         return 0
-    added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
+    added: int = c.executemany(_ADD, _numbered(last, islice(rows, CHUNK))).rowcount
     c.execute(_ADD_STATES, (now, last))
     # Unless somebody has dropped some of them meanwhile: the next start is to find out.
     if filled + added == space.count == c.execute("SELECT count(*) FROM evaluations").fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
+
+
+def _numbered(last: int, rows: Iterable[tuple[Key, str]]) -> Iterator[tuple[int, Key, str, int]]:
+    """Yield rows as they are stored, numbered behind the last id that was ever given."""
+    return ((id, name, args, of_evaluation(id, name, args)) for id, (name, args) in enumerate(rows, last + 1))
 
 
 def load(c: sqlite3.Connection, rows: Iterable[tuple[Key, str]]) -> None:
@@ -161,8 +173,8 @@ def compare(c: sqlite3.Connection) -> Comparison:
 
 def add(c: sqlite3.Connection, low: int, high: int, now: float) -> int:
     """Add what is missing of these positions, and return how many."""
-    (last,) = c.execute("SELECT coalesce(max(id), 0) FROM evaluations").fetchone()
-    c.execute(_ADD, (low, high))
+    (last,) = c.execute(_LAST_GIVEN).fetchone()
+    c.executemany(_ADD, _numbered(last, c.execute(_MISSING, (low, high)).fetchall()))
     c.execute("DELETE FROM meta WHERE key = 'space'")
     return c.execute(_ADD_STATES, (now, last)).rowcount
 
@@ -202,7 +214,8 @@ def extend(c: sqlite3.Connection, db: str, rows: Sequence[tuple[Key, str]], on_c
 
 def _rerun(c: sqlite3.Connection, version: int, now: float) -> None:
     """Store the other args, and have those evaluated again."""
-    c.execute(_NEW_ARGS)
+    differing = c.execute(_DIFFERENT).fetchall()
+    c.executemany(_NEW_ARGS, ((args, of_evaluation(id, name, args), id) for id, name, args in differing))
     c.execute(_RERUN, (now,))
     c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
     c.execute("DELETE FROM meta WHERE key = 'space'")
