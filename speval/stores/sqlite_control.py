@@ -35,6 +35,7 @@ from ..space import name_to_key
 from .base import Control, ControlMode
 from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_label
 from .sqlite_compact import compact
+from .sqlite_errors import may_use
 from .sqlite_file import SqliteFile
 from .sqlite_mount import filesystem, is_network
 from .sqlite_rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
@@ -375,7 +376,7 @@ class SqliteControl(Control):
             "bytes": path.stat().st_size,
             "log bytes": _size(Path(f"{path}-wal")),
             "filesystem": kind,
-            "writable": os.access(path, os.W_OK) and os.access(path.parent, os.W_OK),
+            "writable": may_use(path, os.W_OK) and may_use(path.parent, os.W_OK | os.X_OK),
         }
         findings = []
         try:
@@ -423,7 +424,10 @@ class SqliteControl(Control):
             fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; if it is no copy, nothing is missing'
             findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
-        if stored is not None and journal not in (stored, "memory"):
+        if self._file.is_immutable:
+            # SQLite has not looked, and says that of a file that nobody changes.
+            facts["journal"] = "can't be told without write permission"
+        elif stored is not None and journal not in (stored, "memory"):
             problem = f"its journal mode is {journal}, and the copies agreed on {stored}"
             findings.append(Finding(problem, "stop all copies and start again", True))
         fix = "go back to a copy of the file, or start a new one"
