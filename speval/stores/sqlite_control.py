@@ -37,7 +37,8 @@ from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_l
 from .sqlite_compact import compact
 from .sqlite_errors import may_use
 from .sqlite_file import SqliteFile
-from .sqlite_mount import filesystem, is_network
+from .sqlite_log import blocked
+from .sqlite_mount import filesystem, is_network, kind_of_place
 from .sqlite_rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
 from .sqlite_schema import SCHEMA
 from .sqlite_watchman import missing_log
@@ -403,8 +404,9 @@ class SqliteControl(Control):
                 findings += self.damaged.findings(f"{fix}, `speval drop` forgets one")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "go back to a copy of the file, or start a new one", True))
+        findings += blocked(path)
         if is_network(kind):
-            problem = f"it is on a network filesystem ({kind}): commits are slow, and as safe as its locks"
+            problem = f"it is on {kind_of_place(kind)}: commits are slow, and as safe as its locks"
             findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
 
