@@ -86,7 +86,7 @@ def is_network(kind: str | None) -> bool:
     return kind is not None and kind not in _LOCAL
 
 
-def kind_of_place(kind: str) -> str:
+def kind_of_place(kind: str | None) -> str:
     """Return how messages name a filesystem that is not known to be local."""
     return f"a network filesystem ({kind})" if kind in _NETWORK else f"a filesystem that is not known to be local ({kind})"
 
