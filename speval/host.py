@@ -23,7 +23,8 @@ class Process:
     Attributes:
         host: The host's name, for people.
         pid: Its number, only good within ``machine``.
-        machine: The boot and the PID namespace the number belongs to; empty where the system can't tell.
+        machine: The boot, the PID namespace the number belongs to, and the time namespace in which ``start`` was read; empty
+            where the system can't tell.
         start: When it started in the kernel's own ticks, so that a number used again is noticed; empty if unknown.
     """
 
@@ -76,7 +77,9 @@ def _machine() -> str:
     try:
         if sys.platform == "linux":
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+            # The kernel shifts the start of a process by the offset of the time namespace of the one who reads it.
+            spaces = [path.stat().st_ino for name in ("pid", "time") if (path := Path("/proc/self/ns", name)).exists()]
+            return " ".join([boot, *map(str, spaces)])
         if sys.platform == "darwin":
             command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()  # noqa: S603

@@ -68,6 +68,7 @@ class Lease:
         self._suspended = self._drift()
         self._in_doubt = False
         self._lost: int | None = None
+        self._retiring = False
         self._trouble: str | None = None
         self._broken_since: float | None = None  # when nothing could be taken back for the first time, for good as it seems
         self._stopping = threading.Event()
@@ -84,6 +85,10 @@ class Lease:
         """Go on for a worker that was registered anew just now."""
         self._proven = self._clock.monotonic()
         self._worker = worker
+
+    def retire(self) -> None:
+        """Go on renewing, and take it for no loss when there is nothing to renew: the worker ends its row now."""
+        self._retiring = True
 
     def stop(self) -> None:
         """Stop renewing; returns when the thread has closed its connection, within about a second."""
@@ -135,7 +140,7 @@ class Lease:
         if alive:
             self._proven = self._clock.monotonic()
             self._doubt(False)
-        elif worker == self._worker:
+        elif worker == self._worker and not self._retiring:
             self._lost = worker
             self._doubt(False)
             self._on_lost(worker)

@@ -313,6 +313,7 @@ class Worker:
     async def _leave(self) -> None:
         if self._lease is None:
             return
+        self._lease.retire()
         try:
             if self._ended:  # the event loop ends, and this task was cancelled like all others
                 ended, self._ended = self._ended, []

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -346,6 +348,37 @@ def test_export_writes_files_by_their_suffix_completely_or_not_at_all(here, call
     assert not list(here.glob("*none*")) + list(here.glob(".*"))
 
 
+def test_text_in_a_csv_is_no_formula_and_numbers_stay_numbers(here, call):
+    texts = ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\r=1", "x\r=1", "-5", "+1.5e3", "a=b", "-"]
+    space = {name: {"n": -0.5, "text": name, "none": -math.inf} for name in texts}
+    speval(lambda a: [a["n"]], space, here / "x.db", executor="thread", progress=False)
+    call("export", "x.db", "-o", "x.csv")
+    with (here / "x.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    shown = ["'=1+1", "'+A1", "'-A1", "'@SUM(A1)", "'\t=1", "'\r=1", "x\r=1", "-5", "+1.5e3", "a=b", "'-"]
+    assert [row["name"] for row in found] == [row["args.text"] for row in found] == shown
+    assert {(row["args.n"], row["args.none"], row["result"]) for row in found} == {("-0.5", "-inf", "[-0.5]")}
+    assert [json.loads(line)["name"] for line in lines(call("export", "x.db", "-f", "jsonl"))] == texts
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [(0o600, 0o600), (0o640, 0o640), (0o664, 0o644), (0o444, 0o644)])
+def test_an_export_is_as_private_as_the_database(mode, wanted, here, call):
+    speval(lambda x: x, range(2), here / "x.db", executor="thread", progress=False)
+    (here / "x.db").chmod(mode)
+    call("export", "x.db", "-o", "out.csv")
+    assert (here / "out.csv").stat().st_mode & 0o777 == wanted
+    (here / "out.csv").chmod(0o600)
+    call("export", "x.db", "-o", "out.csv")
+    assert (here / "out.csv").stat().st_mode & 0o777 == 0o600, "what was made private stays so"
+
+
+def test_without_a_standard_output_nothing_is_said_and_nothing_breaks(filled):
+    for arguments in ("ls runs.db", "export runs.db", "status runs.db"):
+        command = f"{COMMAND} {arguments} >&-"
+        done = subprocess.run(command, shell=True, cwd=filled.parent, capture_output=True, text=True, timeout=WAIT)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_export_writes_parquet_with_types(here, call):
     import pandas
 
@@ -661,7 +694,7 @@ def test_help_is_there_for_everything_and_completion_for_three_shells(call):
 def test_a_shell_completes_subcommands_options_and_names(filled):
     def completed(line: str) -> list[str]:
         words = line.split(" ")
-        env = os.environ | {"_SPEVAL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        env = os.environ | {"_SPEVAL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": words[-1]}
         done = subprocess.run([COMMAND], cwd=filled.parent, env=env, capture_output=True, text=True, timeout=WAIT)
         assert done.stderr == ""
         return [entry.partition(",")[2] for entry in done.stdout.split()]
@@ -671,6 +704,52 @@ def test_a_shell_completes_subcommands_options_and_names(filled):
     assert completed("speval show runs.db a") == ["a"]
     assert completed("speval show no.db a") == []
     assert completed("speval ls runs.db --status c") == ["completed"]
+
+
+ODD = ("zz;touch PWNED;#", "yy`touch PWNED`$(touch PWNED)", "lr=0.1;depth=2", "~x, y!'\"\\*")
+SHELLS = {
+    "bash": (("--norc", "--noprofile", "-i"), 'eval "$(speval completion bash)"'),
+    "zsh": (("-f", "-i"), 'autoload -U compinit; compinit -u -D; eval "$(speval completion zsh)"'),
+    "fish": (("--no-config", "-i"), "speval completion fish | source"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_completed_name_is_one_quoted_word_whatever_it_holds(shell, terminal, tmp_path, monkeypatch):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    speval(lambda x: x, dict.fromkeys(ODD, 1), tmp_path / "x.db", executor="thread", progress=False)
+    monkeypatch.setenv("PATH", f"{Path(COMMAND).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options, setup = SHELLS[shell]
+    typing = terminal(shell, *options, columns=150)
+    typing.type(f"{setup}; echo re'a'dy\n")
+    typing.wait_for("(?m)^ready")
+    for typed, name in zip(("z", "y", "lr", "\\~"), ODD, strict=True):
+        typing.type(f"speval show x.db {typed}\t\n")
+        typing.wait_for(f"(?m)^name      {re.escape(name)}$")
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "replaced", "offered"),
+    [
+        ("a", "a", [r"a\;"]),  # as far as both go
+        (r"a\;", r"a\;", [r"a\;\`b", r"a\;\ c", " "]),
+        ("'a;", "a;", ["'a;`b'", "'a; c'", " "]),
+        ('"a; ', "a; ", ['"a; c"']),
+        ("k=1:", "", ["v"]),  # bash replaces what follows the last "=" or ":"
+        ("~", "~", [r"\~u"]),
+        ("q", "q", ["q"]),  # another one has a character that a terminal would obey
+    ],
+)
+def test_bash_is_offered_names_in_the_quotes_that_are_open(line, replaced, offered, tmp_path):
+    names = ("a;`b", "a; c", "k=1:v", "~u", "q", "q\x1b[2J")
+    speval(lambda x: x, dict.fromkeys(names, 1), tmp_path / "x.db", executor="thread", progress=False)
+    env = os.environ | {"_SPEVAL_COMPLETE": "bash_complete", "COMP_WORDS": f"speval show x.db {line}", "COMP_CWORD": replaced}
+    done = subprocess.run([COMMAND], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=WAIT)
+    assert done.stderr == ""
+    assert [entry.partition(",")[2] for entry in done.stdout.splitlines()] == offered
 
 
 def test_python_m_speval_is_the_same_command(filled, tmp_path):

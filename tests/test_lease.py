@@ -1,5 +1,6 @@
 """Leases: who is dead, when to renew, when to doubt, decided on one's own monotonic clock."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import time
 
 import pytest
 
+from speval import speval
 from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, StoreClosedError
 from speval.host import Process, is_gone, this_process
 from speval.lease import Lease
 from speval.stores.base import LeaseKeeping, Reclaimed
 from speval.stores.watch import Watch, WorkerRow
+from speval.worker import Worker
 
 from .conftest import wait_for
 
@@ -82,6 +85,61 @@ def test_each_process_is_asked_about_by_few_and_yet_every_dead_one_is_found(monk
     assert len(asked) == len(alive) + len(found)
 
 
+def test_telling_the_dead_from_the_living_costs_no_comparison_of_each_with_each():
+    compared = 0
+
+    class Id(int):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    rows = [row(id=Id(i), dead=True) for i in range(500)]
+    assert Watch(HERE.machine).dead(rows, 999, 0) == rows
+    compared, before = 0, compared
+    assert len(Watch(HERE.machine).dead(rows, 999, 0)) == 500
+    assert compared < 10 * len(rows), before
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_many_workers_together_look_no_more_often_than_few_in_sqlite(count):
+    watches = [Watch(HERE.machine) for _ in range(count)]
+    looks, now, seconds = 0, 1000.0, 60
+    for i in range(int(seconds / 0.4)):
+        now = 1000.0 + i * 0.4
+        beat = int(now / 10)  # all renew
+        rows = [row(id=i, lease=30.0, beat=beat) for i in range(count)]
+        for me, watch in enumerate(watches):
+            if watch.is_due(me, now):
+                looks += 1
+                assert watch.dead(rows[:me] + rows[me + 1 :], me, now) == []
+    assert looks <= count + 20 * seconds, "each looks at once when it starts, then all of them ten times a second"
+
+
+def test_among_many_workers_in_sqlite_one_that_stands_still_is_found_when_its_lease_is_over():
+    watch = Watch(HERE.machine)
+    others = [row(id=i, lease=300.0) for i in range(200)]
+    still = row(id=500, lease=5.0)
+    assert watch.is_due(999, 1000.0)
+    assert watch.dead([*others, still], 999, 1000.0) == []
+    assert watch.is_due(999, 1005.0)
+    assert watch.dead([*others, still], 999, 1005.0) == [still]
+    assert watch.is_due(999, 1005.1), "taking back may have failed for a lock"
+
+
+def test_a_process_gone_on_this_machine_makes_a_look_due_among_many(monkeypatch):
+    gone: set[int] = set()
+    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid in gone)
+    rows = [row(id=i, process=Process("host", i, HERE.machine, "1"), lease=1000.0) for i in range(200)]
+    watch = Watch(HERE.machine)
+    assert watch.dead(rows, 999, 0.0) == []
+    assert not watch.is_due(999, 0.4)
+    gone.add(0)
+    assert watch.is_due(999, 0.4)
+
+
 # Whether a process is gone
 
 
@@ -120,6 +178,24 @@ def test_of_a_process_elsewhere_nothing_is_known():
     mine = this_process()
     assert not is_gone(Process("other", 2**22 + 1, "another boot", "1"), mine.machine)
     assert not is_gone(Process("other", 2**22 + 1, "", "1"), "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs time namespaces")
+def test_from_another_time_namespace_a_running_process_is_not_taken_for_dead():
+    # The kernel shows there another start of the same process.
+    other = "import sys; from speval.host import *; p = Process(*sys.argv[1:2], int(sys.argv[2]), *sys.argv[3:]); "
+    other += "print(is_gone(p, this_process().machine))"
+    mine = this_process()
+    command = [sys.executable, "-c", other, mine.host, str(mine.pid), mine.machine, mine.start]
+    space = ["unshare", "--map-root-user", "--time", "--boottime", "100000"]
+    try:
+        seen = subprocess.run([*space, *command], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if seen.returncode and "unshare" in seen.stderr:
+        pytest.skip(f"needs the right to make a time namespace: {seen.stderr}")
+    assert (seen.stdout, seen.stderr) == ("False\n", "")
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "False\n"
 
 
 # One's own lease
@@ -272,6 +348,45 @@ def test_a_lost_lease_is_told_once_and_goes_on_as_another_worker(lease, keeping,
     clock.now += 11
     lease._beat()
     assert keeping.renewed == [1, 2]
+
+
+def test_a_worker_that_ends_its_row_has_lost_nothing(lease, keeping, clock):
+    lease.retire()
+    keeping.answer = False
+    clock.now += 11
+    lease._beat()
+    assert keeping.renewed == [1]
+    assert lease.told == []
+
+
+def test_at_a_normal_end_no_worker_is_said_to_be_declared_dead(anywhere, monkeypatch, caplog):
+    # The row ends, and the lease thread renews once more before it is stopped.
+    refused = threading.Event()
+    beat, leave = Lease._beat, Worker._leave
+
+    def one_more_beat(self):
+        self._proven -= self._seconds
+        beat(self)
+        if self._keeping.renew(self._worker, 1.0) is False:
+            refused.set()
+
+    async def leave_slowly(self):
+        left = self._store.leave
+
+        async def leave_and_wait(worker):
+            await left(worker)
+            monkeypatch.setattr(Lease, "_beat", one_more_beat)
+            assert await asyncio.to_thread(refused.wait, 60)
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        self._store.leave = leave_and_wait
+        await leave(self)
+
+    monkeypatch.setattr(Worker, "_leave", leave_slowly)
+    assert speval(lambda x: x, range(2), anywhere, executor="thread", progress=False).completed == 2
+    assert refused.is_set()
+    assert "declared dead" not in caplog.text
 
 
 def test_after_a_suspend_it_renews_first_and_watches_anew(lease, keeping, clock):

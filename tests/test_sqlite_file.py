@@ -5,13 +5,14 @@ import pwd
 import shutil
 import sqlite3
 import stat
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from speval import aio
+from speval import aio, speval
 from speval.errors import (
     DatabaseError,
     DatabaseLockedError,
@@ -319,6 +320,46 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
         f"DatabaseError {open_folder}/runs.db: can't be created in {open_folder}: Permission denied; {fix}"
     ), done.stderr
     assert list(open_folder.iterdir()) == []
+
+
+LOOKS = """
+import os, sys
+import speval.stores.sqlite_control
+from speval.cli.params import opened
+import encodings.idna
+if os.geteuid() == 0:
+    os.setegid(65534); os.seteuid(65534)
+with opened(sys.argv[1]) as control:
+    for _ in sys.stdin:
+        seen, health = control.overview(), control.check()
+        found = [finding.problem for finding in health.findings if finding.is_error]
+        print(seen.completed, seen.settings.concurrency, found, health.facts["writable"], health.facts["journal"], flush=True)
+"""
+
+
+def test_whoever_may_only_read_sees_what_others_record_later_and_is_told_no_error(open_folder):
+    db = open_folder / "runs.db"
+    speval(double, [1, 2], db, executor="thread", progress=False)
+    db.chmod(0o644)
+    open_folder.chmod(0o555)
+    command = [sys.executable, "-c", LOOKS, str(db)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as reader:
+
+        def look() -> str:
+            print(file=reader.stdin)
+            return reader.stdout.readline().strip()
+
+        assert look() == "2 None [] False can't be told without write permission"
+        open_folder.chmod(0o755)
+        with closing(sqlite3.connect(db, isolation_level=None)) as writer:
+            writer.execute("INSERT INTO meta VALUES ('concurrency', '3')")
+            open_folder.chmod(0o555)
+            assert look() == "2 3 [] False wal"  # it is in the -wal alone
+        open_folder.chmod(0o755)
+        speval(double, [1, 2, 3], db, executor="thread", progress=False)
+        open_folder.chmod(0o555)
+        assert look().startswith("3 3 [] False")
+        reader.stdin.close()
 
 
 async def test_a_database_in_a_folder_that_cannot_be_written_to_can_be_read(open_folder, scripts: Scripts):

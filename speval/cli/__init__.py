@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 
 __all__ = ["main"]
 
@@ -28,6 +29,9 @@ def main() -> None:
     from .commands import ClosedPipe, speval
     from .text import shown
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with it closed; the next file opened would take its number
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # also where only ASCII can be shown

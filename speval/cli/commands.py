@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
 
 from .. import __version__
+from .completion import get_completion_class
 from .export import export
 from .look import best, doctor, ls, show, status
 from .repair import compact, salvage

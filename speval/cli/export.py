@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -19,13 +21,16 @@ import click
 
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
-from .params import database, filters, opened
+from .params import as_private_as, database, filters, opened
 from .text import json_line, shown
 
 __all__ = ["export"]
 
 Format = Literal["csv", "jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - what a spreadsheet takes for the beginning of a formula
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_CSV_END = "\r\n"  # a writer quotes what holds one of these, and else a single "\r" would begin a row; lines end with "\n"
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes
 
 
@@ -49,7 +54,8 @@ def export(
     """Write evaluations as a table or as JSON lines, in eval-space order.
 
     Tables (csv, parquet) have a column for each argument and each key of the result: args.lr, result.loss. JSON lines hold what
-    load_evals() returns.
+    load_evals() returns. In CSV, text that begins like a formula (= + - @) gets an apostrophe before it. A file is as private
+    as the database.
     """
     chosen: Format = format_ or _SUFFIXES.get(output.suffix.lower() if output else "", "csv")
     if chosen == "parquet":
@@ -58,7 +64,7 @@ def export(
             raise click.ClickException("parquet is nothing for a terminal; name a file with --output")
     with opened(db) as control:
         found = control.evaluations(status=status, cause=cause, pattern=pattern)
-        with _target(output) as file:
+        with as_private_as(db), _target(output) as file:
             if chosen == "parquet":
                 _write_parquet(found, file)
             elif chosen == "csv":
@@ -89,7 +95,8 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
             yield file
         umask = os.umask(0)
         os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
+        mode = 0o666 & ~umask
+        Path(name).chmod(mode & stat.S_IMODE(path.stat().st_mode) if path.exists() else mode)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -107,7 +114,7 @@ def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
         spool.seek(0)
         columns = ordered(seen)
         lines = _Encoded(file)
-        writer = csv.writer(lines, lineterminator="\n")
+        writer = csv.writer(lines, lineterminator=_CSV_END)
         writer.writerow(columns)
         for line in spool:
             row = json.loads(line)
@@ -122,13 +129,22 @@ class _Encoded:
         self._is_terminal = file.isatty()
 
     def write(self, text: str) -> int:
+        text = text.removesuffix(_CSV_END) + "\n"
         if self._is_terminal:
             text = shown(text, lines=True)
         return self._file.write(text.encode("utf-8", "surrogatepass"))
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a table holds it: nothing for None, true and false as JSON has them, lists as JSON."""
+    """Return a value as a table holds it: nothing for None, true and false as JSON has them, lists as JSON.
+
+    Text that a spreadsheet would execute gets an apostrophe, by which it knows text; text that is a number is none of that.
+
+    Source:
+        https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    if isinstance(value, str) and value.startswith(_FORMULA) and not _NUMBER.fullmatch(value):
+        return f"'{value}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
 
 

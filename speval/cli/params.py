@@ -6,7 +6,9 @@ database.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, get_args
 
 import click
@@ -19,7 +21,8 @@ from ..stores import make_control
 from ..stores.base import Control, ControlMode
 from ..url import PostgresUrl
 
-__all__ = ["DB", "as_json", "cause", "database", "database_name", "filters", "named", "names_of", "opened", "pattern", "status"]
+__all__ = ["DB", "as_json", "as_private_as", "cause", "database", "database_name", "filters"]
+__all__ += ["named", "names_of", "opened", "pattern", "status"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,7 +51,8 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
                 found = [e["name"] for e in control.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
         except (SpevalError, KeyError, OSError):
             return []
-        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+        # What can't be printed can't be typed either, and a shell would send it to the terminal.
+        return [CompletionItem(name, stored=True) for name in found if name.startswith(incomplete) and name.isprintable()]
 
 
 DB = _Database()
@@ -74,6 +78,21 @@ def opened(db: str, mode: ControlMode = "read") -> Control:
         DatabaseError: it is not there, or can't be used.
     """
     return make_control(checked_database(db), mode)
+
+
+@contextmanager
+def as_private_as(db: str) -> Iterator[None]:
+    """See that the files made meanwhile are open to those only who may read and write the database, if that is a file."""
+    checked = checked_database(db)
+    forbidden = 0
+    with suppress(OSError):  # it is not there, which those who read it will say
+        forbidden = 0 if isinstance(checked, PostgresUrl) else ~checked.stat().st_mode & 0o077
+    old = os.umask(0o077)
+    os.umask(old | forbidden)
+    try:
+        yield
+    finally:
+        os.umask(old)
 
 
 def named(*, many: bool) -> Callable[[F], F]:

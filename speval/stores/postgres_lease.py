@@ -7,7 +7,6 @@ be renewed with.
 
 from __future__ import annotations
 
-import random
 import threading
 from typing import Any
 
@@ -16,15 +15,13 @@ from ..host import Process, this_process
 from .postgres_connection import Connection, PostgresConnection
 from .postgres_schema import Names, true_name
 from .rows import worker_label
-from .watch import Reclaiming, Taken, WorkerRow, gone_here, unknown_label
+from .watch import Reclaiming, Taken, WorkerRow, gone_here, pause, unknown_label
 
 __all__ = ["PostgresLeaseKeeping"]
 
 _PATIENCE = 1.0  # seconds at most: taking back can wait for the next look, one's own renewal can't wait for it
 _LONG = 2.0  # seconds without an answer after which others may have had none either
 
-_LOOKS = 10.0  # looks per second of all workers together
-_FEW = 16  # workers that may all look at each beat
 _OVERDUE = 3.0  # seconds without a look of anybody, after which the next one who renews looks at once
 
 # Calls of functions with qualified names alone: these run outside of a transaction with settings of its own.
@@ -87,7 +84,7 @@ class PostgresLeaseKeeping(Reclaiming):
         self._here = []
         for kind, id, host, pid, machine, start, lease, beat, is_dead in found:
             if kind == 0:
-                self._next_look = now + _pause(id)
+                self._next_look = now + pause(id)
             elif kind == 3:
                 orphaned.append(id)
             else:
@@ -138,8 +135,3 @@ class PostgresLeaseKeeping(Reclaiming):
 
     def _execute(self, c: Connection, sql: str, *values: object) -> Any:
         return c.execute(self._names(sql), values)
-
-
-def _pause(living: int) -> float:
-    """Return the seconds until one of so many workers looks again."""
-    return living / _LOOKS * random.uniform(0.5, 1.5) if living > _FEW else 0.0

@@ -35,8 +35,10 @@ from ..space import name_to_key
 from .base import Control, ControlMode
 from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_label
 from .sqlite_compact import compact
+from .sqlite_errors import may_use
 from .sqlite_file import SqliteFile
-from .sqlite_mount import filesystem, is_network
+from .sqlite_log import blocked
+from .sqlite_mount import filesystem, is_network, kind_of_place
 from .sqlite_rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
 from .sqlite_schema import SCHEMA
 from .sqlite_watchman import missing_log
@@ -375,7 +377,7 @@ class SqliteControl(Control):
             "bytes": path.stat().st_size,
             "log bytes": _size(Path(f"{path}-wal")),
             "filesystem": kind,
-            "writable": os.access(path, os.W_OK) and os.access(path.parent, os.W_OK),
+            "writable": may_use(path, os.W_OK) and may_use(path.parent, os.W_OK | os.X_OK),
         }
         findings = []
         try:
@@ -402,8 +404,9 @@ class SqliteControl(Control):
                 findings += self.damaged.findings(f"{fix}, `speval drop` forgets one")
         except DatabaseError as error:  # then the rest can't be known
             findings.append(Finding(error.problem, "go back to a copy of the file, or start a new one", True))
+        findings += blocked(path)
         if is_network(kind):
-            problem = f"it is on a network filesystem ({kind}): commits are slow, and as safe as its locks"
+            problem = f"it is on {kind_of_place(kind)}: commits are slow, and as safe as its locks"
             findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
         return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
 
@@ -423,7 +426,10 @@ class SqliteControl(Control):
             fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; if it is no copy, nothing is missing'
             findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
-        if stored is not None and journal not in (stored, "memory"):
+        if self._file.is_immutable:
+            # SQLite has not looked, and says that of a file that nobody changes.
+            facts["journal"] = "can't be told without write permission"
+        elif stored is not None and journal not in (stored, "memory"):
             problem = f"its journal mode is {journal}, and the copies agreed on {stored}"
             findings.append(Finding(problem, "stop all copies and start again", True))
         fix = "go back to a copy of the file, or start a new one"

@@ -34,6 +34,7 @@ from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 from .sqlite_schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
+from .sqlite_still import Stillness, stillness
 from .sqlite_watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -82,6 +83,7 @@ class SqliteFile:
         self._is_waiting = False  # and has said so
         self._writes = mode != "read"
         self._rolls_back = False  # it has a rollback journal, which is looked for at the start of each transaction
+        self._still: Stillness | None = None  # how the file was when it was opened as one that nobody changes
         self._watchman = Watchman(real)
         self.lacks_log = lacks_log(real)
         self._given_up = given_up or threading.Event()
@@ -121,7 +123,23 @@ class SqliteFile:
 
     def read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
+        while self._still is not None:
+            # Read without locks, what others write meanwhile looks like damage, and would never be seen in what is cached.
+            with suppress(DatabaseError):
+                result = self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+                if self._still == stillness(self.path):
+                    return result
+            if self._still == stillness(self.path):
+                break  # and raise the error
+            self.connection.close()
+            with self._errors():
+                self.connection = self._connect("read")
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+
+    @property
+    def is_immutable(self) -> bool:
+        """Return whether the file is read as one that nobody changes, until somebody does."""
+        return self._still is not None
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
@@ -137,7 +155,7 @@ class SqliteFile:
                 self.connection.backup(copy)
                 self.connection.close()
                 self.owner.leave()
-                self.connection = copy
+                self.connection, self._still = copy, None
                 migrate(copy)
 
     def look_after(self) -> None:
@@ -275,14 +293,18 @@ class SqliteFile:
         # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
         # mode=ro for reading: a reader that may write cleans up behind itself.
         uri = f"file:{quote(str(self.path))}?mode=rw"
+        self._still = None
         connection = _connected(uri)
         is_open = may_use(self.path.parent, os.W_OK)
         if mode != "read" or is_open or not is_unreadable(connection):
             return connection
         connection.close()
         # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
-        if self._log_path.exists():
-            raise DatabaseError(self.shown, "its folder can't be written to and its -wal file has to be merged; copy both")
+        still = stillness(self.path)
+        if still.log:
+            why = permission(self.path.parent, "wx")
+            raise DatabaseError(self.shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
+        self._still = still
         return _connected(f"{uri}&immutable=1")
 
     def _check_mount(self) -> None:

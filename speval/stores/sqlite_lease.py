@@ -90,10 +90,16 @@ class SqliteLeaseKeeping(Reclaiming):
         return self._opened().write_within(patience, beat)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
+        """Return who is dead, and who holds something and is none of those that have not ended.
+
+        Each worker watches all others by itself, so a look reads a row of each; the more there are, the fewer look.
+        """
         now = self._clock.monotonic()
         if now >= self._checkpoint_at:
             self._checkpoint_at = now + _CHECKPOINT_EVERY
             self._opened().checkpoint()
+        if not self._watch.is_due(worker, now):
+            return [], []
         others, orphaned = self._opened().read(self._look, worker)
         rows = [
             WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))

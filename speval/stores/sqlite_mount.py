@@ -20,13 +20,18 @@ from typing import ClassVar
 
 from ..errors import DatabaseError
 
-__all__ = ["Freshness", "check_locks", "filesystem", "is_mount_point", "is_network"]
+__all__ = ["Freshness", "check_locks", "filesystem", "is_mount_point", "is_network", "kind_of_place"]
 
 # One kernel alone writes to these. Any other kind, also one that is yet to be made, may be shared by several machines.
 _LOCAL = {
     "apfs", "aufs", "bcachefs", "btrfs", "cramfs", "devtmpfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk",
     "hfs", "hfsplus", "iso9660", "jffs2", "jfs", "minix", "msdos", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiser4",
     "reiserfs", "rootfs", "squashfs", "tmpfs", "ubifs", "udf", "ufs", "vfat", "xfs", "zfs",
+}  # fmt: skip
+_NETWORK = {
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse.ceph", "fuse.glusterfs", "fuse.gcsfuse", "fuse.juicefs",
+    "fuse.lizardfs", "fuse.mfs", "fuse.moosefs", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs",
+    "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs",
 }  # fmt: skip
 _UNKNOWN = "unknown"
 _HEADER = 100  # bytes of a database file, the counter of its changes among them
@@ -79,6 +84,11 @@ def _mount_of(path: Path) -> str | None:
 def is_network(kind: str | None) -> bool:
     """Tell whether a kind of filesystem is shared by several machines, or may be."""
     return kind is not None and kind not in _LOCAL
+
+
+def kind_of_place(kind: str | None) -> str:
+    """Return how messages name a filesystem that is not known to be local."""
+    return f"a network filesystem ({kind})" if kind in _NETWORK else f"a filesystem that is not known to be local ({kind})"
 
 
 def check_locks(path: Path, shown: str, kind: str) -> None:

@@ -5,6 +5,7 @@ Owns the verdict, from rows and the time alone. Invariant: nobody is declared de
 
 from __future__ import annotations
 
+import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from ..host import Process, is_gone
 from .base import LeaseKeeping, Reclaimed
 from .rows import worker_label
 
-__all__ = ["Reclaiming", "Taken", "Watch", "WorkerRow", "gone_here", "unknown_label"]
+__all__ = ["Reclaiming", "Taken", "Watch", "WorkerRow", "gone_here", "pause", "unknown_label"]
 
 _BOUND = 1000  # evaluations taken back in one transaction
+_LOOKS = 10.0  # looks per second of all workers together
+_FEW = 16  # workers that may all look at each beat
 
 
 class WorkerRow(NamedTuple):
@@ -46,6 +49,16 @@ class Watch:
     def __init__(self, machine: str) -> None:
         self._machine = machine
         self._sights: dict[int, _Sight] = {}
+        self._living: list[WorkerRow] = []  # as they were at the last look
+        self._next_look = 0.0  # monotonic
+
+    def is_due(self, me: int, now: float) -> bool:
+        """Tell whether to read the rows of the others again.
+
+        Each worker looks the less often, the more there are, but as soon as a beat can have stood still for a lease: at most
+        once a lease for each, which is a third of the renewals. Meanwhile a process gone on this machine makes a look due.
+        """
+        return now >= self._next_look or bool(gone_here(self._living, me, self._machine))
 
     def dead(self, rows: list[WorkerRow], me: int, now: float) -> list[WorkerRow]:
         """Return those of the rows that are certainly dead.
@@ -57,7 +70,15 @@ class Watch:
         """
         dead = [row for row in rows if row.dead or self._stands_still(row, now)]
         self._sights = {row.id: self._sights[row.id] for row in rows if row.id in self._sights}
-        return dead + gone_here([row for row in rows if row not in dead], me, self._machine)
+        told = {row.id for row in dead}
+        living = [row for row in rows if row.id not in told]
+        dead += gone_here(living, me, self._machine)
+        told = {row.id for row in dead}
+        self._living = [row for row in living if row.id not in told]
+        expiries = (self._sights[row.id].since + row.lease for row in self._living)
+        # What a dead one holds may be refused to us for a lock; then the next beat tries again.
+        self._next_look = now if dead else min(now + pause(len(self._living)), min(expiries, default=now))
+        return dead
 
     def _stands_still(self, row: WorkerRow, now: float) -> bool:
         sight = self._sights.get(row.id)
@@ -69,6 +90,12 @@ class Watch:
     def forget(self) -> None:
         """Start all windows anew."""
         self._sights.clear()
+        self._next_look = 0.0
+
+
+def pause(living: int) -> float:
+    """Return the seconds until one of so many workers looks again."""
+    return living / _LOOKS * random.uniform(0.5, 1.5) if living > _FEW else 0.0
 
 
 def gone_here(rows: Iterable[WorkerRow], me: int, machine: str) -> list[WorkerRow]:
