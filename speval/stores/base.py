@@ -12,8 +12,22 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
-from ..model import Attempt, Cause, Claim, Evaluation, Health, OnChanged, Outcome, Overview, Settings, Status, Summary
+from ..model import (
+    MOST_CONCURRENCY,
+    Attempt,
+    Cause,
+    Claim,
+    Evaluation,
+    Health,
+    OnChanged,
+    Outcome,
+    Overview,
+    Settings,
+    Status,
+    Summary,
+)
 from ..space import Key, Space
+from ..text import shown_number
 
 __all__ = ["Control", "ControlMode", "Ended", "LeaseKeeping", "Reclaimed", "Recorded", "Seeded", "Store", "StoreMode"]
 
@@ -174,8 +188,8 @@ class Control(ABC):
 
     def set_concurrency(self, concurrency: int | None) -> None:
         """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
-        if concurrency is not None and concurrency < 1:
-            raise OptionError("concurrency", repr(concurrency), "a whole number, 1 or more")
+        if concurrency is not None and not 1 <= concurrency <= MOST_CONCURRENCY:
+            raise OptionError("concurrency", shown_number(concurrency), f"a whole number from 1 to {MOST_CONCURRENCY}")
         self._set("concurrency", concurrency)
 
     @abstractmethod

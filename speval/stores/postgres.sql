@@ -188,7 +188,8 @@ BEGIN
     IF v_floor > p_call THEN
         RETURN;  -- its worker has given this call up, and a later one has been here
     END IF;
-    SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0', max(m.value) FILTER (WHERE m.key = 'concurrency')
+    SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0',
+        max(least(m.value::numeric, 1000000)) FILTER (WHERE m.key = 'concurrency')  -- no more than a worker goes to
     INTO v_paused, v_concurrency FROM speval.meta AS m WHERE m.key IN ('paused', 'concurrency');
 
     IF p_ids IS NOT NULL THEN

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..codec import decode
 from ..errors import DatabaseError
-from ..model import Error, Evaluation, Settings, Status
+from ..model import MOST_CONCURRENCY, Error, Evaluation, Settings, Status
 from ..text import visible
 
-__all__ = ["CODES", "COLUMNS", "STATUS", "decoded", "error_of", "evaluation", "settings_of", "worker_label"]
+__all__ = ["CODES", "COLUMNS", "STATUS", "concurrency_of", "decoded", "error_of", "evaluation", "settings_of", "worker_label"]
 
 STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
 CODES: dict[Status | None, str] = {
@@ -79,4 +79,10 @@ def settings_of(c: sqlite3.Connection) -> Settings:
     """Return what is set for all workers."""
     found = dict(c.execute(_SETTINGS).fetchall())
     concurrency = found.get("concurrency")
-    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)
+    return Settings(bool(found.get("paused")), concurrency_of(concurrency) if concurrency else None)
+
+
+def concurrency_of(stored: int | float | str) -> int:
+    """Return a stored concurrency, as near to it as a worker goes."""
+    # No int() of a text or an infinity that may be anything: compared as a float, every number ends up in between.
+    return int(min(max(float(stored), 1), MOST_CONCURRENCY))
