@@ -68,6 +68,8 @@ _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+# With a condition it is done row by row, so that it ends in a damaged file too.
+_COUNT = "SELECT count(*) FROM evaluations WHERE id > -9e18"
 _LAST_GIVEN = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'evaluations'"
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 
@@ -118,7 +120,7 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     added: int = c.executemany("INSERT INTO evaluations (name, args) VALUES (?, ?)", islice(rows, CHUNK)).rowcount
     c.execute(_ADD_STATES, (now, last))
     # Unless somebody has dropped some of them meanwhile: the next start is to find out.
-    if filled + added == space.count == c.execute("SELECT count(*) FROM evaluations").fetchone()[0]:
+    if filled + added == space.count == c.execute(_COUNT).fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
 
