@@ -471,6 +471,8 @@ class SqliteStore(Store):
 
         def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
             rows = c.execute(sql, (after, CODES[status], limit)).fetchall()
+            if rows and rows[-1][0] <= after:  # pages would follow without end
+                raise DatabaseError(self._shown, "damaged: its evaluations are out of order; go back to a copy of the file")
             return (rows[-1][0] if rows else after), [evaluation(self._shown, row[1:]) for row in rows]
 
         return await self._read(fetch)
