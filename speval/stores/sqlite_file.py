@@ -29,6 +29,7 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
+from .sqlite_contents import GuardedConnection, check_contents, guarded
 from .sqlite_errors import BUSY, code_of, is_unreadable, may_use, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
@@ -150,7 +151,7 @@ class SqliteFile:
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
-            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            copy = guarded(":memory:", self.path, self.shown, is_reader=False)
             with self._errors():
                 self.connection.backup(copy)
                 self.connection.close()
@@ -184,6 +185,7 @@ class SqliteFile:
         """Return a number that differs after another connection has written."""
         self.owner.check()
         self._look_after_the_file()  # who waits would not notice for long
+        self.connection.allow()
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
@@ -224,6 +226,7 @@ class SqliteFile:
             self._look_after_the_file()
         if self._rolls_back:
             check_journal(self.path, self.shown)
+        connection.allow()
         with self._errors():
             self._patiently(patience, begin)
             try:
@@ -254,7 +257,7 @@ class SqliteFile:
             return work(connection, *args, **kwargs)
         except SpevalError:
             raise
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
             raise DatabaseError(self.shown, problem) from error
 
@@ -289,12 +292,12 @@ class SqliteFile:
                 if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
                     raise DatabaseLockedError(self.shown, waited) from error
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _connect(self, mode: str) -> GuardedConnection:
         # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
         # mode=ro for reading: a reader that may write cleans up behind itself.
         uri = f"file:{quote(str(self.path))}?mode=rw"
         self._still = None
-        connection = _connected(uri)
+        connection = guarded(uri, self.path, self.shown, is_reader=not self._writes)
         is_open = may_use(self.path.parent, os.W_OK)
         if mode != "read" or is_open or not is_unreadable(connection):
             return connection
@@ -305,7 +308,7 @@ class SqliteFile:
             why = permission(self.path.parent, "wx")
             raise DatabaseError(self.shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
         self._still = still
-        return _connected(f"{uri}&immutable=1")
+        return guarded(f"{uri}&immutable=1", self.path, self.shown, is_reader=True)
 
     def _check_mount(self) -> None:
         """See that there are locks, where that is not to be taken for granted."""
@@ -329,6 +332,7 @@ class SqliteFile:
 
     def _recognise(self, mode: str) -> None:
         """Tell what the file is, writing nothing."""
+        self.read(check_contents, APPLICATION_ID, SCHEMA)
         application_id, version, tables, columns = self.read(describe)
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
@@ -398,11 +402,6 @@ class SqliteFile:
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if self._closed and not isinstance(error, UnicodeDecodeError):
                 raise StoreClosedError(self.shown) from error
+            if not isinstance(error, UnicodeDecodeError) and code_of(error) == sqlite3.SQLITE_INTERRUPT:
+                raise self.connection.reason() from None
             raise translated(error, self.path, self.shown, writes=self._writes, waited=min(self.patience, _PATIENCE)) from error
-
-
-def _connected(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
-    # What a stranger's triggers and views may call: nothing that reaches outside of the database.
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
