@@ -131,15 +131,26 @@ class SqliteFile:
                     return result
             if self._still == stillness(self.path):
                 break  # and raise the error
-            self.connection.close()
-            with self._errors():
-                self.connection = self._connect("read")
+            self._open_again()
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
 
     @property
     def is_immutable(self) -> bool:
         """Return whether the file is read as one that nobody changes, until somebody does."""
-        return self._still is not None
+        return self._still is not None and not (self.is_empty or self.is_0_1)
+
+    def _open_again(self) -> None:
+        """Read what others have written since the file was opened as one that nobody changes, or copied into memory."""
+        self.connection.close()
+        was_copied = self.is_empty or self.is_0_1
+        self.is_empty = self.is_0_1 = False
+        if was_copied:
+            self.owner = Owner(identity(self.path)[0] or (0, 0), self.shown)
+        with self._errors():
+            self.connection = self._connect("read")
+            if was_copied:
+                self._recognise("read")
+                self.show_as_current()
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
@@ -150,12 +161,13 @@ class SqliteFile:
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
+            still = self._still or stillness(self.path)
             copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             with self._errors():
                 self.connection.backup(copy)
                 self.connection.close()
                 self.owner.leave()
-                self.connection, self._still = copy, None
+                self.connection, self._still = copy, still
                 migrate(copy)
 
     def look_after(self) -> None:
