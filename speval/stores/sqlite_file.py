@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
-from urllib.parse import quote
 
 from ..errors import (
     DatabaseError,
@@ -29,12 +28,12 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
-from .sqlite_errors import BUSY, code_of, is_unreadable, may_use, permission, shown_path, translated
+from .sqlite_connect import Stillness, connected, stillness
+from .sqlite_errors import BUSY, code_of, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 from .sqlite_schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
-from .sqlite_still import Stillness, stillness
 from .sqlite_watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -302,22 +301,8 @@ class SqliteFile:
                     raise DatabaseLockedError(self.shown, waited) from error
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
-        # mode=ro for reading: a reader that may write cleans up behind itself.
-        uri = f"file:{quote(str(self.path))}?mode=rw"
-        self._still = None
-        connection = _connected(uri)
-        is_open = may_use(self.path.parent, os.W_OK)
-        if mode != "read" or is_open or not is_unreadable(connection):
-            return connection
-        connection.close()
-        # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
-        still = stillness(self.path)
-        if still.log:
-            why = permission(self.path.parent, "wx")
-            raise DatabaseError(self.shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
-        self._still = still
-        return _connected(f"{uri}&immutable=1")
+        connection, self._still = connected(self.path, self.shown, reads=mode == "read")
+        return connection
 
     def _check_mount(self) -> None:
         """See that there are locks, where that is not to be taken for granted."""
@@ -411,10 +396,3 @@ class SqliteFile:
             if self._closed and not isinstance(error, UnicodeDecodeError):
                 raise StoreClosedError(self.shown) from error
             raise translated(error, self.path, self.shown, writes=self._writes, waited=min(self.patience, _PATIENCE)) from error
-
-
-def _connected(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
-    # What a stranger's triggers and views may call: nothing that reaches outside of the database.
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
