@@ -362,6 +362,16 @@ def test_whoever_may_only_read_sees_what_others_record_later_and_is_told_no_erro
         reader.stdin.close()
 
 
+def test_who_watches_an_empty_file_sees_what_the_first_copy_makes_of_it(db):
+    db.touch()
+    with make_control(db) as control:
+        assert control.overview().total == 0
+        speval(double, [1, 2], db, executor="thread", progress=False)
+        assert control.overview().completed == 2
+        speval(double, [1, 2, 3], db, executor="thread", progress=False)
+        assert control.overview().completed == 3
+
+
 async def test_a_database_in_a_folder_that_cannot_be_written_to_can_be_read(open_folder, scripts: Scripts):
     await aio.speval(double, [1, 2], open_folder / "runs.db")
     (open_folder / "runs.db").chmod(0o444)

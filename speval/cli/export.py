@@ -6,6 +6,7 @@ Owns the formats. Invariant: a file stands under its name only when it is comple
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import click
 
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
+from ..stores.sqlite_errors import permission
 from .params import as_private_as, database, filters, opened
 from .text import json_line, shown
 
@@ -89,7 +91,8 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise click.ClickException(f"{path} can't be written: {error.strerror}") from error
+        why = f"; {permission(path.parent, 'wx')}" if error.errno == errno.EACCES else ""
+        raise click.ClickException(f"{path} can't be written: {error.strerror}{why}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

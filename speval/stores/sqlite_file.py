@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
-from urllib.parse import quote
 
 from ..errors import (
     DatabaseError,
@@ -29,13 +28,13 @@ from ..errors import (
     StoreClosedError,
 )
 from ..model import Durability
+from .sqlite_connect import Stillness, connected, stillness
 from .sqlite_contents import GuardedConnection, check_contents, guarded
-from .sqlite_errors import BUSY, code_of, is_unreadable, may_use, permission, shown_path, translated
+from .sqlite_errors import BUSY, code_of, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
 from .sqlite_schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
-from .sqlite_still import Stillness, stillness
 from .sqlite_watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -132,15 +131,26 @@ class SqliteFile:
                     return result
             if self._still == stillness(self.path):
                 break  # and raise the error
-            self.connection.close()
-            with self._errors():
-                self.connection = self._connect("read")
+            self._open_again()
         return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
 
     @property
     def is_immutable(self) -> bool:
         """Return whether the file is read as one that nobody changes, until somebody does."""
-        return self._still is not None
+        return self._still is not None and not (self.is_empty or self.is_0_1)
+
+    def _open_again(self) -> None:
+        """Read what others have written since the file was opened as one that nobody changes, or copied into memory."""
+        self.connection.close()
+        was_copied = self.is_empty or self.is_0_1
+        self.is_empty = self.is_0_1 = False
+        if was_copied:
+            self.owner = Owner(identity(self.path)[0] or (0, 0), self.shown)
+        with self._errors():
+            self.connection = self._connect("read")
+            if was_copied:
+                self._recognise("read")
+                self.show_as_current()
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
@@ -151,12 +161,13 @@ class SqliteFile:
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
+            still = self._still or stillness(self.path)
             copy = guarded(":memory:", self.path, self.shown, is_reader=False)
             with self._errors():
                 self.connection.backup(copy)
                 self.connection.close()
                 self.owner.leave()
-                self.connection, self._still = copy, None
+                self.connection, self._still = copy, still
                 migrate(copy)
 
     def look_after(self) -> None:
@@ -293,22 +304,8 @@ class SqliteFile:
                     raise DatabaseLockedError(self.shown, waited) from error
 
     def _connect(self, mode: str) -> GuardedConnection:
-        # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
-        # mode=ro for reading: a reader that may write cleans up behind itself.
-        uri = f"file:{quote(str(self.path))}?mode=rw"
-        self._still = None
-        connection = guarded(uri, self.path, self.shown, is_reader=not self._writes)
-        is_open = may_use(self.path.parent, os.W_OK)
-        if mode != "read" or is_open or not is_unreadable(connection):
-            return connection
-        connection.close()
-        # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
-        still = stillness(self.path)
-        if still.log:
-            why = permission(self.path.parent, "wx")
-            raise DatabaseError(self.shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
-        self._still = still
-        return guarded(f"{uri}&immutable=1", self.path, self.shown, is_reader=True)
+        connection, self._still = connected(self.path, self.shown, reads=mode == "read")
+        return connection
 
     def _check_mount(self) -> None:
         """See that there are locks, where that is not to be taken for granted."""
