@@ -20,7 +20,7 @@ _ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SEL
 _COLUMNS = {
     "meta": "i AS key, i AS value",
     "evaluations": "i AS id, i AS name, '1' AS args",
-    "states": "i AS id, 0 AS status, 0 AS attempt, 0 AS released, 0 AS forgiven, 0 AS ahead, 1 AS worker, 1 AS last, 0 AS updated_at",  # noqa: E501
+    "states": "i AS id, 0 AS status, 0 AS attempt, 0 AS released, 0 AS forgiven, 0 AS ahead, 1 AS worker, 1 AS last, 0 AS updated_at",
     "attempts": "i AS seq, i AS evaluation, 1 AS attempt, 1 AS worker, 0 AS started_at, 0 AS duration, 0 AS ended_at,"
     " 'completed' AS outcome, '1' AS result, '' AS error_type, '' AS error_message, '' AS error_traceback",
     "workers": "i AS id, '' AS host, 1 AS pid, '' AS machine, '' AS start, 1 AS lease, 0 AS beat, 0 AS dead, 0 AS started_at,"
@@ -138,7 +138,7 @@ def flipped(seed: int, bits: int, path: Path) -> None:
 # Refused by everyone before a row is read.
 REFUSED: dict[str, Change] = {
     **{
-        f"{table} is a {kind}": in_place_of(table, kind) for table in _COLUMNS for kind in ("view", "virtual", "computed column")  # noqa: E501
+        f"{table} is a {kind}": in_place_of(table, kind) for table in _COLUMNS for kind in ("view", "virtual", "computed column")
     },
     "trigger": sql("CREATE TRIGGER t AFTER UPDATE ON states BEGIN DELETE FROM attempts; END;"),
     "trigger on meta": sql("CREATE TRIGGER t BEFORE DELETE ON meta BEGIN UPDATE states SET status = 0; END;"),
@@ -200,12 +200,12 @@ ODD: dict[str, Change] = {
     "times of 1e300": sql("UPDATE states SET updated_at = 1e300; UPDATE attempts SET ended_at = 1e300, started_at = -1e300;"),
     "workers of another world": sql("UPDATE workers SET pid = 1 << 62, started_at = 1e300, ended_at = NULL, last_seen = 'x';"),
     "held by bytes": sql("UPDATE states SET status = 1, worker = x'00ff' WHERE id % 2;"),
-    "largest ids": sql("UPDATE evaluations SET id = 9223372036854775807 - id; UPDATE states SET id = 9223372036854775807 - id;"),  # noqa: E501
+    "largest ids": sql("UPDATE evaluations SET id = 9223372036854775807 - id; UPDATE states SET id = 9223372036854775807 - id;"),
     "ids below zero": sql("UPDATE evaluations SET id = -id; UPDATE states SET id = -id;"),
     "attempts numbered to the end": sql("UPDATE attempts SET seq = 9223372036854775807 - seq;"),
     "attempts beyond counting": sql("UPDATE states SET attempt = 9223372036854775807, released = -9223372036854775807;"),
     "sequence at its end": sql("UPDATE sqlite_sequence SET seq = 9223372036854775807;"),
-    "odd settings": sql("INSERT INTO meta VALUES ('concurrency', 1e300), ('paused', 0), ('args_version', 'x'), ('space', x'ff');"),  # noqa: E501
+    "odd settings": sql("INSERT INTO meta VALUES ('concurrency', 1e300), ('paused', 0), ('args_version', 'x'), ('space', x'ff');"),
     "concurrency of a text": sql("INSERT INTO meta VALUES ('concurrency', 'many');"),
     "concurrency of 5,000 digits": sql("INSERT INTO meta VALUES ('concurrency', replace(hex(zeroblob(2500)), '0', '9'));"),
     "journal mode of a text": sql("UPDATE meta SET value = 'off' WHERE key = 'journal_mode';"),
