@@ -15,6 +15,7 @@ from .errors import EvaluationsFailed
 from .text import visible
 
 __all__ = [
+    "MOST_CONCURRENCY",
     "Attempt",
     "Cause",
     "Claim",
@@ -218,6 +219,9 @@ class Attempt:
     outcome: Literal["completed"] | Cause | None
     result: Any
     error: Error | None
+
+
+MOST_CONCURRENCY = 1_000_000  # of a call or a setting; far more than any machine runs at once
 
 
 class Settings(NamedTuple):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
-from .model import Durability, OnChanged, Status
+from .model import MOST_CONCURRENCY, Durability, OnChanged, Status
+from .text import shown_number
 from .url import PostgresUrl, is_conninfo, is_postgres
 
 __all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]
@@ -44,7 +45,7 @@ class Options:
         object.__setattr__(self, "retry_on", _exception_types(self.retry_on))
         if self.timeout is not None:
             _number("timeout", self.timeout, "seconds above 0, or None for no limit", above=0)
-        _whole("concurrency", self.concurrency)
+        _whole("concurrency", self.concurrency, most=MOST_CONCURRENCY)
         if not isinstance(self.executor, FutureExecutor):
             _one_of("executor", self.executor, ("auto", "coroutine", "thread", "process"))
         _whole("max_attempts", self.max_attempts)
@@ -110,9 +111,10 @@ def _exception_types(value: Any) -> tuple[type[BaseException], ...]:
     return types
 
 
-def _whole(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(option, repr(value)[:60], "a whole number, 1 or more")
+def _whole(option: str, value: Any, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        shown = shown_number(value) if isinstance(value, int) else repr(value)[:60]
+        raise OptionError(option, shown, f"a whole number{', 1 or more' if most is None else f' from 1 to {most}'}")
 
 
 def _number(option: str, value: Any, expected: str, *, above: float = -math.inf, least: float = -math.inf) -> None:

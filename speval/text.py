@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["rate", "span", "visible"]
+__all__ = ["rate", "shown_number", "span", "visible"]
 
 
 def visible(text: str) -> str:
     """Return the text with control characters spelled out instead of sent."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shown_number(number: int) -> str:
+    """Return a whole number as text; of a very long one its size, since Python refuses to write thousands of digits."""
+    return repr(number) if number.bit_length() <= 128 else f"<{number.bit_length()} bits>"
 
 
 def span(seconds: float | None) -> str:

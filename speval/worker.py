@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import shlex
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -87,6 +88,8 @@ class Worker:
         self._ended: list[Ended] = []
         self._in_flight: Sequence[Ended] = ()  # on their way to the database
         self._unrecorded: list[Ended] = []  # ended, and not to be recorded any more
+        self._kept: set[Claim] = set()  # written elsewhere
+        self._keeping = threading.Lock()
         self._refused: deque[Ended] = deque(maxlen=_MOST_REFUSED)
         self._final: Summary | None = None  # as counted at the end
         self._told = Told(logger)
@@ -280,10 +283,14 @@ class Worker:
 
     def _keep(self) -> str:
         """Write what ended and is not recorded to a file beside the database; return what there is to say of it."""
-        left, self._unrecorded, self._ended = self._unrecorded + self._ended, [], []
-        if not left:
-            return ""
-        path, text = keep(self._store.beside, left)
+        # At exit it is another thread than the loop's, which may be about to do the same.
+        with self._keeping:
+            left, self._unrecorded, self._ended = self._unrecorded + self._ended, [], []
+            left = [one for one in left if one.claim not in self._kept]
+            if not left:
+                return ""
+            path, text = keep(self._store.beside, left)
+            self._kept.update(one.claim for one in left)
         logger.log(logging.ERROR if path is None else logging.WARNING, "%s: %s", self._store.shown, text)
         self._stopping = f"{self._stopping}; {text}" if self._stopping else text
         return text
@@ -308,6 +315,9 @@ class Worker:
             return
         self._lease.retire()
         try:
+            if self._ended:  # the event loop ends, and this task was cancelled like all others
+                ended, self._ended = self._ended, []
+                await self._store.record(self._id, ended)
             await self._store.leave(self._id)
         except SpevalError as error:
             logger.warning("what was claimed could not be given back, the lease will run out: %s", error)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 
+from speval import aio
 from speval.clock import Clock
 from speval.errors import DatabaseMissingError, InProgressError, OptionError, UnknownNameError
 from speval.model import Claim, Outcome, Settings
@@ -401,6 +402,27 @@ async def test_settings_stand_in_meta_as_numbers_and_are_gone_when_unset(databas
     steering.set_paused(False)
     steering.set_concurrency(None)
     assert database.place.query(sql) == []
+
+
+NO_MACHINE_HAS = {"a million and one": 1_000_001, "three billion": 3_000_000_000, "2**63": 2**63, "5,000 digits": 10**5000}
+
+
+@pytest.mark.parametrize("concurrency", NO_MACHINE_HAS.values(), ids=NO_MACHINE_HAS)
+async def test_a_concurrency_that_no_machine_has_is_refused_and_changes_nothing(database, concurrency):
+    await aio.speval(str, range(1), database.place.checked)
+    with pytest.raises(OptionError, match="a whole number from 1 to 1000000"):
+        database.control("write").set_concurrency(concurrency)
+    with pytest.raises(OptionError, match="a whole number from 1 to 1000000"):
+        await aio.speval(str, range(1), database.place.checked, concurrency=concurrency)
+    assert database.control("read").overview().settings.concurrency is None
+
+
+@pytest.mark.parametrize("stored", ["3000000000", "1000000000000000000", "1e300"])
+async def test_a_stored_concurrency_that_no_machine_has_ends_no_copy(database, stored):
+    await aio.speval(str, range(1), database.place.checked)
+    database.place.execute(f"INSERT INTO meta VALUES ('concurrency', {stored})")
+    assert (await aio.speval(str, range(9), database.place.checked)).recorded == 8
+    assert database.control("read").overview().settings.concurrency == 1_000_000
 
 
 async def test_a_concurrency_below_one_is_refused(database):

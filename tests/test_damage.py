@@ -159,11 +159,12 @@ def behind_the_index(db, index, statement):
 def test_an_index_that_says_one_is_pending_that_is_not_is_an_error_that_says_what_to_do(db, statement):
     held_by(db, "UPDATE states SET status = 0")
     behind_the_index(db, "states_pending", statement)
-    with pytest.raises(DatabaseError, match=r"runs\.db: damaged.* REINDEX` "):
-        speval(str, range(10), db)
+    if "UPDATE" in statement:  # the other one gets its state again when the space is compared
+        with pytest.raises(DatabaseError, match=r"runs\.db: damaged.* REINDEX` "):
+            speval(str, range(10), db)
     with closing(sqlite3.connect(db)) as connection:
         connection.execute("REINDEX")
-    assert speval(str, range(10), db).total == 9 + ("UPDATE" in statement)
+    assert speval(str, range(10), db).total == 10
 
 
 def test_a_pending_evaluation_without_args_is_an_error_and_not_an_endless_wait(db):

@@ -4,17 +4,20 @@ import asyncio
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 import warnings
+from concurrent.futures import Executor as FutureExecutor
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy
 import pytest
 
 from speval import ExecutorError, FunctionError, aio, load_evals, speval
 from speval.clock import Clock
-from speval.executors import make_executor
+from speval.executors import foreign_call, make_executor
 from speval.options import Options
 
 from .conftest import Scripts, rows
@@ -196,14 +199,111 @@ def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiti
     assert "'in_progress'" not in done.stdout
 
 
-def test_what_waits_for_its_turn_in_a_pool_is_not_timed_out(db):
-    others = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(others.wait, 60)
-        threading.Timer(1.5, others.set).start()
-        summary = speval(str, range(5), db, executor=pool, concurrency=5, timeout=1, max_attempts=1)
+def wait_for_file(path, number):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def test_what_waits_for_its_turn_in_a_pool_is_not_timed_out(pool, db, tmp_path):
+    release = tmp_path / "release"
+    started = [
+        pool.submit(wait_for_file, str(release), number) for number in range(2)
+    ]  # somebody else's, on both of its places
+    threading.Timer(1.5, release.touch).start()
+    summary = speval(str, range(5), db, executor=pool, concurrency=5, timeout=1, max_attempts=1)
     assert summary.completed == 5
     assert all(e["duration"] < 1 for e in load_evals(db))
+    assert [future.result() for future in started] == [None, None]
+
+
+async def test_a_process_that_can_not_tell_the_beginning_of_a_call_makes_it_all_the_same(db):
+    pool = make_process_pool()
+    executor = make_executor(abs, Options(executor=pool), Clock())
+    slot = executor.slot(0)
+    try:
+        assert (await slot.call("17", "-1", 60)).result == "1"
+        assert executor.tells_beginnings
+        os.unlink(executor._channel.address[1])  # as those do who tidy up the folder for temporary files
+        assert (await slot.call("17", "-2", 60)).result == "2"
+        assert not executor.tells_beginnings
+        assert (await slot.call("17", "-3", 60)).result == "3"
+    finally:
+        await executor.close()
+        pool.shutdown()
+
+
+def test_a_call_whose_run_is_over_does_not_begin(tmp_path):
+    payload = pickle.dumps((os.mkdir, ()))
+    args = (b"mkdir", payload, "0" * 16, ("fifo", str(tmp_path / "gone")), "17", json.dumps(str(tmp_path / "made")))
+    assert foreign_call.call_loaded(*args) == foreign_call.NOT_TOLD
+    assert not (tmp_path / "made").exists()
+
+
+class Slow:
+    """Takes its time to be dropped, as a connection or a model does."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, args):
+        return self.kind
+
+    def __del__(self, sleep=time.sleep):
+        sleep(0.0001)
+
+
+class Threads(FutureExecutor):
+    """Threads of a kind that is not known to be of this process, such as those of a Dask worker."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(8)
+
+    def submit(self, function, *args):
+        return self.pool.submit(function, *args)
+
+
+@pytest.mark.parametrize("make", [Threads, lambda: ThreadPoolExecutor(8)])
+def test_two_runs_that_share_a_pool_get_the_answers_of_their_own_function(make, tmp_path):
+    pool = make()
+    kinds = [str(kind) for kind in range(6)]  # more functions than are kept at once
+
+    def run(kind):
+        speval(Slow(kind), range(200), tmp_path / f"{kind}.db", executor=pool, concurrency=8, progress=False)
+
+    threads = [threading.Thread(target=run, args=(kind,)) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [{e["result"] for e in load_evals(tmp_path / f"{kind}.db")} for kind in kinds] == [{kind} for kind in kinds]
+
+
+class Counting(ProcessPoolExecutor):
+    sent = 0
+
+    def submit(self, function, *args):
+        self.sent += sum(len(arg) for arg in args if isinstance(arg, bytes))
+        return super().submit(function, *args)
+
+
+def test_a_large_function_is_sent_to_a_process_once_and_not_with_each_call(db):
+    large = numpy.arange(1_000_000.0)  # 8 MB
+    with Counting(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert speval(lambda args: float(large[args]), range(50), db, executor=pool, timeout=60).completed == 50
+        assert 8e6 < pool.sent < 9e6
+    assert [e["result"] for e in load_evals(db)] == list(range(50))
+
+
+def test_a_thread_pool_runs_the_function_itself(db):
+    seen, lock = [], threading.Lock()
+
+    def function(args):
+        with lock:
+            seen.append(args)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert speval(function, range(5), db, executor=pool, concurrency=2).completed == 5
+    assert sorted(seen) == list(range(5))
 
 
 def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_nobody_who_never_began(db):
@@ -217,24 +317,12 @@ def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_n
     with ThreadPoolExecutor(2) as pool:
         try:
             with pytest.raises(ExecutorError, match=r"still occupied by 2 calls that ran longer than 0\.3 s"):
-                speval(ByReference(function), range(10), db, executor=pool, concurrency=4, timeout=0.3, max_attempts=1)
+                speval(function, range(10), db, executor=pool, concurrency=4, timeout=0.3, max_attempts=1)
         finally:
             release.set()
     found = [(e["status"], e["attempts"]) for e in load_evals(db)]
     assert found == [("failed", 1)] * 2 + [("pending", 0)] * 8
     assert speval(function, range(10), db).completed == 8
-
-
-class ByReference:
-    """Takes a function to a thread of the same process as it is; pickled, its event would be another one."""
-
-    kept = None
-
-    def __init__(self, function):
-        type(self).kept = staticmethod(function)
-
-    def __call__(self, args):
-        return type(self).kept(args)
 
 
 def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, tmp_path):
@@ -254,6 +342,6 @@ def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, t
 
 def test_what_can_not_be_pickled_is_refused_before_anything_is_claimed(db):
     lock = threading.Lock()
-    with ThreadPoolExecutor(1) as pool, pytest.raises(FunctionError, match="'lock'"):
+    with make_process_pool() as pool, pytest.raises(FunctionError, match="'lock'"):
         speval(lambda args: lock, [1], db, executor=pool)
     assert not db.exists()

@@ -10,7 +10,7 @@ import sys
 import click
 
 from ..copying import copy as copy_all
-from ..model import Cause, Status, counted
+from ..model import MOST_CONCURRENCY, Cause, Status, counted
 from ..sync import retry as put_back
 from .params import DB, as_json, cause, database, database_name, filters, named, names_of, opened, pattern
 from .text import line, print_json, shown
@@ -66,7 +66,7 @@ _SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
 @click.command("set", short_help="Set the concurrency of all workers.")
 @database
 @_SETTING
-@click.argument("value", type=click.IntRange(min=1), metavar="N")
+@click.argument("value", type=click.IntRange(1, MOST_CONCURRENCY), metavar="N")
 def set_(db: str, setting: str, value: int) -> None:
     """Have each worker run N evaluations at once, whatever its call was given, now and later."""
     with opened(db, "write") as control:

@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..model import Function, Outputs
 from ..options import Options
 from .base import Executor
+from .unwrap import unwrapped
 
 __all__ = ["make_executor"]
 
@@ -53,8 +54,9 @@ def make_executor(function: Function, options: Options, clock: Clock, outputs: O
 
 def _is_async(function: Any) -> bool:
     """Tell whether calling it returns a coroutine, seeing through partials and objects with an async ``__call__``."""
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unwrapped(function)
+    if isinstance(function, functools.partial):  # one in a circle, or an object that says so: inspect would never come back
+        return False
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

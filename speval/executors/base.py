@@ -6,14 +6,16 @@ call ends within its timeout plus a short grace, whatever the function does, and
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import SpevalError
 from ..model import Claim, Outcome, Result
 from .call import outcome
 
-__all__ = ["Executor", "NoRoomError", "Slot", "as_outcome", "timed_out"]
+__all__ = ["Executor", "NoRoomError", "Slot", "as_outcome", "surely", "timed_out"]
 
 
 class NoRoomError(Exception):
@@ -108,3 +110,17 @@ def timed_out(timeout: float, where: str, started_at: float, duration: float) ->
     """Return the outcome of a function that ran for too long; ``where`` is the stack it was stopped in."""
     message = f"ran longer than {timeout:g} s"
     return as_outcome(outcome("timeout", "TimeoutError", message, where, started_at, duration, again=True))
+
+
+async def surely(awaitable: Any) -> Any:
+    """Await to the end, and only then raise a cancellation that came meanwhile."""
+    task = asyncio.ensure_future(awaitable)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    return task.result()

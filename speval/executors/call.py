@@ -73,23 +73,40 @@ def completed(result: Any, name: str, started_at: float, duration: float) -> Res
 
 def failed(error: BaseException, retry_on: RetryOn, started_at: float, duration: float) -> Result:
     """Return the outcome of a function that raised."""
-    if type(error) is BrokenPipeError and _output_is_closed():
-        return outcome(OUTPUT_CLOSED, "BrokenPipeError", str(error), "", started_at, duration)
+    if _is_about_a_pipe(error) and _output_is_closed():
+        return outcome(OUTPUT_CLOSED, "BrokenPipeError", _text(error), "", started_at, duration)
     # Not isinstance(), which asks the exception itself.
     return _shown("exception", error, started_at, duration, again=issubclass(type(error), retry_on))
 
 
-def _output_is_closed() -> bool:
-    """Tell whether what this process prints has no reader any more, as behind ``| head -1``."""
-    import select
+def _is_about_a_pipe(error: BaseException | None) -> bool:
+    """Tell whether an exception is a BrokenPipeError, or comes of one."""
+    try:
+        for _ in range(10):
+            if error is None or issubclass(type(error), BrokenPipeError):
+                return error is not None
+            error = error.__cause__ or error.__context__
+    except BaseException:  # noqa: S110 - the exception's own code
+        pass
+    return False
 
-    closed = select.POLLERR | select.POLLHUP
+
+def _output_is_closed() -> bool:
+    """Tell whether stdout or stderr is a pipe without a reader, as behind ``| head -1``."""
+    import select  # few calls need it
+
+    descriptors = {1, 2}
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptors.add(stream.fileno())
+        except Exception:  # noqa: S110 - it may be closed, replaced by anything, or None
+            pass
     try:
         poll = select.poll()
-        for fd in (1, 2):
-            poll.register(fd, 0)
-        return any(event & closed for _, event in poll.poll(0))
-    except OSError:
+        for descriptor in descriptors:
+            poll.register(descriptor, 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    except Exception:  # such as after gevent's patches, which leave no poll()
         return False
 
 

@@ -14,15 +14,15 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from types import CoroutineType
 
 from ..clock import Clock
 from ..codec import decode
 from ..model import Claim, Function, Outcome, RetryOn
-from .base import Executor, Slot, as_outcome, timed_out
+from .base import Executor, Slot, as_outcome, surely, timed_out
 from .batch import BatchSlot
 from .call import completed, failed, leave_if_forked
+from .subtasks import cause_of_death, culprit, current, fail_evaluation
 
 __all__ = ["CoroutineExecutor", "fail_evaluation"]
 
@@ -78,11 +78,13 @@ class _CoroutineSlot(BatchSlot):
         # Not simply ``await task``: that would wait for ever for one that swallows its cancellation.
         self._waiter: asyncio.Future[None] = self._loop.create_future()
         self._begin(claim)
+        is_cancelled = False
         try:
             await self._waiter
         except asyncio.CancelledError:
-            if not self._task.done():
-                await _stop(self._evaluation, self._task)
+            is_cancelled = True
+            await surely(self._stop_cancelled())  # a loop that ends cancels more than once
+            if self._task.cancelled() or not self._task.done() or self._evaluation.is_cancelled_too:
                 raise
             # Else it came too late: there is an outcome.
         finally:
@@ -98,7 +100,21 @@ class _CoroutineSlot(BatchSlot):
             duration = self._executor.clock.monotonic() - evaluation.started
             outcome = timed_out(self._timeout, where, evaluation.started_at, duration)
         self._ended(self._claim, outcome)
-        return self._next()
+        return None if is_cancelled else self._next()
+
+    async def _stop_cancelled(self) -> None:
+        """Stop the evaluation, and charge it if it has itself ended the event loop, one of the user's that nothing guards.
+
+        It would end the loop again at each start, and all others are cancelled with it.
+        """
+        if not self._task.done():
+            await _stop(self._evaluation, self._task)
+        death = await cause_of_death()
+        if death is not None and culprit(death) is self._evaluation and not self._is_told:
+            # A Ctrl-C that arrives in its code looks the same: then the attempt is lost, and not the evaluation.
+            again = isinstance(death, KeyboardInterrupt)
+            self._ended(self._claim, self._evaluation.failed(death)._replace(again=again))
+            raise asyncio.CancelledError
 
     def _begin(self, claim: Claim) -> None:
         self._claim = claim
@@ -111,6 +127,8 @@ class _CoroutineSlot(BatchSlot):
             self._set_alarm(self._loop.call_later(self._timeout, self._wake))
 
     def _on_end(self, task: asyncio.Task[Outcome]) -> None:
+        if task is self._task:
+            self._evaluation.task = None  # its context knows the evaluation: no circle is left for the garbage collector
         if task is not self._task or self._waiter.done():  # left behind; or overdue or cancelled, and looked after
             return
         try:
@@ -140,9 +158,7 @@ class _CoroutineSlot(BatchSlot):
 class _Evaluation:
     """One call of the function; a thousand may be under way, so the garbage collector has little of each to look at."""
 
-    __slots__ = ("_args", "_executor", "exit", "name", "started", "started_at", "stopped", "task")
-
-    task: asyncio.Task[Outcome]
+    __slots__ = ("_args", "_executor", "error", "is_cancelled_too", "name", "started", "started_at", "stopped", "task")
 
     def __init__(self, executor: CoroutineExecutor, name: str, args: str) -> None:
         self._executor = executor
@@ -151,54 +167,49 @@ class _Evaluation:
         self.started_at = executor.clock.wall()
         self.started = executor.clock.monotonic()
         self.stopped = False
-        self.exit: BaseException | None = None  # what one of its callbacks has raised
+        self.is_cancelled_too = False  # it ended with a cancellation that its slot has not asked for
+        self.task: asyncio.Task[Outcome] | None = None
+        self.error: BaseException | None = None  # SystemExit or KeyboardInterrupt, out of what it has started
+
+    def strike(self, error: BaseException) -> None:
+        """End with this error."""
+        if self.task is None or self.task.done():
+            logger.error("evaluation %r had ended when something that it had started raised %r", self.name, error)
+        elif self.error is None:
+            self.error = error
+            self.task.cancel()
 
     async def run(self) -> Outcome:
         clock, pid = self._executor.clock, os.getpid()
-        _evaluating.set(self)
+        current.set(self)
         try:
             result = self._executor.function(decode(self._args))
             if type(result) is CoroutineType or inspect.isawaitable(result):
                 result = await result
-            if self.exit is not None:
-                raise self.exit
-        except BaseException as raised:
-            error = self.exit or raised
+        except BaseException as error:
             leave_if_forked(pid, error)
-            # The user's own second Ctrl-C arrives here only where the loop runs in the main thread.
+            if self.error is not None:
+                return self.failed(self.error)
+            # The user's own second Ctrl-C arrives here only where the loop runs in the main thread. One that comes out of what
+            # the function has started has ended the loop before.
             kind = type(error)  # not isinstance(), which asks the exception itself
             is_interrupt = issubclass(kind, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+            if is_interrupt and await cause_of_death() is error:
+                return self.failed(error)
             # A cancellation that we did not ask for is the function's own doing, and its failure.
             if is_interrupt or (self.stopped and issubclass(kind, asyncio.CancelledError)):
                 raise
-            return as_outcome(failed(error, self._executor.retry_on, self.started_at, clock.monotonic() - self.started))
+            self.is_cancelled_too = issubclass(kind, asyncio.CancelledError)
+            return self.failed(error)
         leave_if_forked(pid, None)
+        if self.error is not None:
+            return self.failed(self.error)
         return as_outcome(completed(result, self.name, self.started_at, clock.monotonic() - self.started))
 
-
-_evaluating: ContextVar[_Evaluation] = ContextVar("speval evaluation")  # of all that the function starts in the loop
-
-
-def fail_evaluation(error: BaseException) -> bool:
-    """Fail the evaluation whose callback has raised what came out of the event loop; False if that is not known.
-
-    What a task has raised is left to those who await it.
-    """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code is not asyncio.Handle._run.__code__:
-        trace = trace.tb_next
-    if trace is None:  # another kind of loop
-        return False
-    below = trace.tb_next
-    if below is not None and below.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
-        return True
-    context = getattr(trace.tb_frame.f_locals["self"], "_context", None)
-    evaluation = context.get(_evaluating) if context is not None else None
-    if evaluation is None or evaluation.task.done():
-        return False
-    evaluation.exit = error.with_traceback(trace)
-    evaluation.task.cancel()
-    return True
+    def failed(self, error: BaseException) -> Outcome:
+        """Return its failure with this error."""
+        duration = self._executor.clock.monotonic() - self.started
+        return as_outcome(failed(error, self._executor.retry_on, self.started_at, duration))
 
 
 async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:

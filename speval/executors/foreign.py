@@ -7,6 +7,8 @@ the evaluation's crash, told apart from an exception of the function; the execut
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import hashlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -19,22 +21,25 @@ from ..clock import Clock
 from ..errors import ExecutorError
 from ..model import Function, Outcome, Result, RetryOn, counted
 from .base import Executor, Slot, as_outcome, timed_out
+from .beginnings import TOKEN, Channel, open_channel
 from .call import evaluate, outcome
-from .payload import pickled
+from .foreign_call import NEEDS_PAYLOAD, NOT_TOLD, call_loaded
 
 __all__ = ["ForeignExecutor"]
 
 logger = logging.getLogger("speval.executor")
 
 _LOOK = 2.0  # seconds between looks whether the pool is still there
-_TURN = (0.001, 0.05)  # seconds between looks whether a call has begun: at first, and in the long run
+_TURN = (0.001, 0.05)  # seconds between looks whether a call has begun that can't tell it: at first, and in the long run
+_SMALL = 100_000  # bytes; a larger function is sent to a process that asks for it only
+_Interpreters: Any = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # threads, and as apart as processes
 
 
 class ForeignExecutor(Executor):
-    """Submits each evaluation to an executor such as a process pool, loky's or the one of a Dask client.
+    """Submits each evaluation to an executor such as a thread or process pool, loky's or the one of a Dask client.
 
     Args:
-        function: The function; pickled once, and sent with each call.
+        function: The function. Threads of this process call it as it is; for others it is pickled once.
         pool: Where to submit.
         retry_on: Exception types after which an evaluation may be tried again.
         clock: Where the time comes from.
@@ -48,28 +53,81 @@ class ForeignExecutor(Executor):
     def __init__(self, function: Function, pool: FutureExecutor, retry_on: RetryOn, clock: Clock) -> None:
         self.pool = pool
         self.clock = clock
-        self.payload = pickled(function, retry_on)
-        # Others, as Dask's, say of a call that it is pending until it has ended.
-        self.tells_beginnings = isinstance(pool, ThreadPoolExecutor | ProcessPoolExecutor) or _is_loky(pool)
+        self._function, self._retry_on = function, retry_on
+        self._is_here = isinstance(pool, ThreadPoolExecutor) and not isinstance(pool, _Interpreters)
+        if not self._is_here:
+            from .payload import pickled
+
+            self._payload = pickled(function, retry_on)
+            self._digest = hashlib.blake2b(self._payload, digest_size=16).digest()
+        self.is_small = self._is_here or len(self._payload) < _SMALL
+        # Others, as Dask's, say of a call that it is pending until it has ended, and that they have cancelled it in any case.
+        self.is_honest = isinstance(pool, ThreadPoolExecutor | ProcessPoolExecutor) or _is_loky(pool)
+        self.tells_beginnings = True  # as far as is known
+        self._channel: Channel | None = None
+        self._waiting: dict[str, Callable[[], object]] = {}
         self._has_warned = False
-        self._left_behind: set[Future[Result]] = set()
+        self._left_behind: set[Future[Any]] = set()
         self._news = clock.monotonic()  # when a call began or ended for the last time
 
     def slot(self, number: int) -> Slot:
         return _ForeignSlot(self)
 
-    def submit(self, name: str, args: str) -> Future[Result]:
+    def submit(self, name: str, args: str, *, whole: bool, begun: Callable[[], object] | None) -> Future[Any]:
         """Hand a call to the pool.
+
+        Args:
+            name: The evaluation's name.
+            args: Its args as JSON.
+            whole: Whether the function goes along.
+            begun: Called in the event loop when the call begins, if that is told.
 
         Raises:
             ExecutorError: the pool takes no more.
         """
-        # By position only, and never twice the same: Dask has uses of its own for many a keyword, and gives equal calls one
-        # result between them, which would make another attempt none.
+        future: Future[Any]
+        token = secrets.token_hex(TOKEN // 2)
         try:
-            return self.pool.submit(_call, self.payload, secrets.token_hex(8), name, args)
+            if self._is_here:
+                future = self.pool.submit(self._call_here, begun and _told(begun), name, args)
+            else:
+                address = self._listen(token, begun) if begun is not None else None
+                payload = self._payload if whole else None
+                # By position only, and never twice the same: Dask has uses of its own for many a keyword, and gives equal
+                # calls one result between them, which would make another attempt none.
+                future = self.pool.submit(call_loaded, self._digest, payload, token, address, name, args)
         except Exception as error:
+            self._waiting.pop(token, None)
             raise ExecutorError(type(self.pool).__qualname__, f"{type(error).__name__}: {error}") from error
+        future.add_done_callback(_told(lambda: self._waiting.pop(token, None)))
+        return future
+
+    def _call_here(self, begun: Callable[[], object] | None, name: str, args: str) -> Result:
+        """Call the function in a thread of this process."""
+        if begun is not None:
+            begun()
+        return evaluate(self._function, name, args, self._retry_on, self.clock)
+
+    def _listen(self, token: str, begun: Callable[[], object]) -> tuple[str, str] | None:
+        """Have the beginning of a call told, and return what it needs for that."""
+        if self._channel is None and self.tells_beginnings:
+            self._channel = open_channel(self.pool, self._hear)
+            self.tells_beginnings = self._channel is not None
+        if self._channel is None:
+            return None
+        self._waiting[token] = begun
+        return self._channel.address
+
+    def _hear(self, token: str) -> None:
+        begun = self._waiting.pop(token, None)
+        if begun is not None:
+            begun()
+
+    def give_up_beginnings(self) -> None:
+        """Ask for beginnings no more: a process can't tell them."""
+        channel, self._channel, self.tells_beginnings = self._channel, None, False
+        if channel is not None:
+            channel.close()
 
     def note(self) -> None:
         """Note that a call has begun or ended."""
@@ -105,7 +163,7 @@ class ForeignExecutor(Executor):
             )
 
     async def close(self) -> None:
-        pass
+        self.give_up_beginnings()
 
 
 class _ForeignSlot(Slot):
@@ -113,14 +171,32 @@ class _ForeignSlot(Slot):
         self._executor = executor
 
     async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
+        whole = self._executor.is_small
+        while True:
+            ended = await self._submitted(name, args, timeout, whole)
+            if ended == NEEDS_PAYLOAD:
+                whole = True
+            elif ended == NOT_TOLD:
+                self._executor.give_up_beginnings()
+            else:
+                assert isinstance(ended, Outcome)
+                return ended
+
+    async def _submitted(self, name: str, args: str, timeout: float | None, whole: bool) -> Outcome | str:
+        """Submit a call and return how it ended, or what kept it from beginning."""
         executor, clock = self._executor, self._executor.clock
         started_at, started = clock.wall(), clock.monotonic()
-        future = executor.submit(name, args)
-        ended = asyncio.Event()
-        future.add_done_callback(_told(asyncio.get_running_loop(), ended.set))
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        def end() -> None:
+            ended.set()
+            begun.set()
+
+        future = executor.submit(name, args, whole=whole, begun=begun.set if timeout is not None else None)
+        future.add_done_callback(_told(end))
         try:
-            if timeout is not None and executor.tells_beginnings:
-                await self._wait_for_its_turn(future, ended, timeout)
+            if timeout is not None:
+                await self._wait_for_its_turn(future, begun, timeout)
                 started_at, started = clock.wall(), clock.monotonic()
             async with asyncio.timeout(timeout):
                 while not await _is_set(ended, _LOOK):
@@ -128,7 +204,7 @@ class _ForeignSlot(Slot):
         except TimeoutError:
             if not future.done():
                 assert timeout is not None
-                if not _cancel(future) or not executor.tells_beginnings:  # Dask's say yes in any case
+                if not _cancel(future) or not executor.is_honest:
                     executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
         except BaseException:  # cancelled, or nothing is to be had from this pool any more
@@ -137,7 +213,8 @@ class _ForeignSlot(Slot):
                 raise
         executor.note()
         try:
-            return as_outcome(future.result())
+            result = future.result()
+            return result if isinstance(result, str) else as_outcome(result)
         except BaseException as error:  # not the function's: those come back as results
             executor.look_after()
             message = f"{type(error).__qualname__}: {error}"
@@ -146,14 +223,16 @@ class _ForeignSlot(Slot):
             )
             return as_outcome(trouble)
 
-    async def _wait_for_its_turn(self, future: Future[Result], ended: asyncio.Event, timeout: float) -> None:
-        """Return when the call has begun, or is over."""
-        pause, longest = _TURN
-        while not (future.running() or future.done()):
-            await _is_set(ended, pause)
-            self._executor.look_after(timeout)
+    async def _wait_for_its_turn(self, future: Future[Any], begun: asyncio.Event, timeout: float) -> None:
+        """Return when the call has begun, or is over, as far as that is told."""
+        executor = self._executor
+        pause, longest = (min(_LOOK, max(timeout, 0.05)),) * 2 if executor.tells_beginnings else _TURN
+        while not await _is_set(begun, pause):
+            if not executor.tells_beginnings and (future.running() or not executor.is_honest):
+                break
+            executor.look_after(timeout)
             pause = min(pause * 2, longest)
-        self._executor.note()
+        executor.note()
 
     async def close(self) -> None:
         pass
@@ -172,8 +251,11 @@ def _is_loky(pool: FutureExecutor) -> bool:
     return type(pool).__module__.partition(".")[0] == "loky"
 
 
-def _told(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> Callable[[Any], None]:
-    def tell(_: Any) -> None:
+def _told(callback: Callable[[], object]) -> Callable[..., None]:
+    """Return what has a callback called in the event loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def tell(*_: object) -> None:
         with suppress(RuntimeError):  # the loop is over: we were given up
             loop.call_soon_threadsafe(callback)
 
@@ -185,19 +267,3 @@ def _cancel(future: Future[Any]) -> bool:
         return future.cancel()
     except Exception:  # there are executors whose futures raise here
         return False
-
-
-# What runs over there
-
-_loaded: tuple[bytes, Any] | None = None
-
-
-def _call(payload: bytes, token: str, name: str, args: str) -> Result:
-    """Call the function, loading it when it is another one than last time."""
-    import pickle
-
-    global _loaded
-    if _loaded is None or _loaded[0] != payload:
-        _loaded = (payload, pickle.loads(payload))
-    function, retry_on = _loaded[1]
-    return evaluate(function, name, args, retry_on, Clock())

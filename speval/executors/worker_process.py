@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import FunctionError
 from ..model import Outputs
+from .base import surely
 from .forked import forgotten_after_fork
 from .group import Group
 from .limits import OpenFiles
@@ -346,16 +347,3 @@ def _interpreter_flags() -> list[str]:
     """Return the options this interpreter was started with, such as -O or -X utf8."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [flag for flag in flags if flag != "-P"]
-
-
-async def surely(awaitable: Any) -> None:
-    """Await to the end, and only then raise a cancellation that came meanwhile."""
-    task = asyncio.ensure_future(awaitable)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError

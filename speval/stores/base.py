@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
 from ..model import (
+    MOST_CONCURRENCY,
     Attempt,
     Cause,
     Claim,
@@ -28,6 +29,7 @@ from ..model import (
     Summary,
 )
 from ..space import Key, Space
+from ..text import shown_number
 from .rows import Damaged
 
 __all__ = [
@@ -223,8 +225,8 @@ class Control(ABC):
 
     def set_concurrency(self, concurrency: int | None) -> None:
         """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
-        if concurrency is not None and concurrency < 1:
-            raise OptionError("concurrency", repr(concurrency), "a whole number, 1 or more")
+        if concurrency is not None and not 1 <= concurrency <= MOST_CONCURRENCY:
+            raise OptionError("concurrency", shown_number(concurrency), f"a whole number from 1 to {MOST_CONCURRENCY}")
         self._set("concurrency", concurrency)
 
     @abstractmethod

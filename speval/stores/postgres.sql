@@ -263,8 +263,7 @@ BEGIN
         RETURN;  -- its worker has given this call up, and a later one has been here
     END IF;
     SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0',
-        CASE WHEN length(max(m.value) FILTER (WHERE m.key = 'concurrency')) > 9 THEN 999999999
-            ELSE max(m.value) FILTER (WHERE m.key = 'concurrency')::integer END,
+        max(least(m.value::numeric, 1000000)) FILTER (WHERE m.key = 'concurrency'),  -- no more than a worker goes to
         max(m.value) FILTER (WHERE m.key = 'schema')
     INTO v_paused, v_concurrency, v_schema FROM speval.meta AS m WHERE m.key IN ('paused', 'concurrency', 'schema');
     IF v_schema IS DISTINCT FROM '1' THEN

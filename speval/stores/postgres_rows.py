@@ -12,6 +12,7 @@ from typing import Any
 from ..model import Evaluation, Settings, Status
 from .postgres_connection import Connection
 from .postgres_schema import Names, true_name
+from .rows import concurrency_of
 from .rows import evaluation as shown_evaluation
 
 __all__ = ["COLUMNS", "FINAL", "PAGE_SIZE", "SIZE", "STATES", "evaluation", "in_space", "loading", "page_of", "settings_of"]
@@ -66,7 +67,7 @@ def settings_of(c: Connection, names: Names) -> Settings:
     """Return what people have set for all workers."""
     values = dict(c.execute(names(_SETTINGS)).fetchall())
     concurrency = values.get("concurrency")
-    return Settings(values.get("paused", "0") != "0", None if concurrency is None else int(concurrency))
+    return Settings(values.get("paused", "0") != "0", None if concurrency is None else concurrency_of(concurrency))
 
 
 # Told by the server from where it keeps them, without reading them.

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..codec import read
 from ..errors import EvaluationDamagedError
-from ..model import Error, Evaluation, Finding, Settings, Status, counted
+from ..model import MOST_CONCURRENCY, Error, Evaluation, Finding, Settings, Status, counted
 from ..text import visible
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "PAGE_SIZE",
     "STATUS",
     "Damaged",
+    "concurrency_of",
     "decoded",
     "error_of",
     "evaluation",
@@ -150,4 +151,10 @@ def settings_of(c: sqlite3.Connection) -> Settings:
     """Return what is set for all workers."""
     found = dict(c.execute(_SETTINGS).fetchall())
     concurrency = found.get("concurrency")
-    return Settings(bool(found.get("paused")), max(1, int(concurrency)) if concurrency else None)
+    return Settings(bool(found.get("paused")), concurrency_of(concurrency) if concurrency else None)
+
+
+def concurrency_of(stored: int | float | str) -> int:
+    """Return a stored concurrency, as near to it as a worker goes."""
+    # No int() of a text or an infinity that may be anything: compared as a float, every number ends up in between.
+    return int(min(max(float(stored), 1), MOST_CONCURRENCY))

@@ -71,6 +71,12 @@ INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
 _COUNT = "SELECT (SELECT count(*) FROM evaluations), (SELECT count(*) FROM states)"
+# Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never given again.
+_WITHOUT_STATE = """
+INSERT INTO states (id, attempt, updated_at)
+SELECT e.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = e.id), 0), ?
+FROM evaluations AS e WHERE e.id NOT IN (SELECT id FROM states)
+"""
 _LAST_GIVEN = """
 SELECT max(coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = 'evaluations'), 0),
     coalesce((SELECT max(id) FROM evaluations), 0))
@@ -191,6 +197,7 @@ def settle(
         return None
     if comparison.differing and on_changed == "rerun":
         _rerun(c, comparison.version, now)
+    c.execute(_WITHOUT_STATE, (now,))
     c.execute("DELETE FROM strangers")
     gone: int = c.execute(_STRANGERS).rowcount
     (last,) = c.execute(_LAST).fetchone()
