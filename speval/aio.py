@@ -74,7 +74,7 @@ async def speval(
             exception is final.
         backoff: Seconds before the second attempt, doubling with each further one, 60 at most, give or take a fifth. An
             evaluation whose worker died is tried again at once.
-        lease: Seconds without a sign of life after which a worker is presumed dead.
+        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
         on_changed: What to do when names are stored with other args: ``"error"`` raises and changes nothing, ``"keep"``
             warns and goes on with the stored ones, ``"rerun"`` stores the new ones and evaluates those again.
         wait: Return when every evaluation is completed or failed, also those other workers hold. False: return when nothing
@@ -147,7 +147,7 @@ def as_completed(
         max_attempts: Attempts an evaluation gets.
         retry_on: Exception types after which an evaluation is tried again.
         backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead.
+        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
         on_changed: What to do when names are stored with other args.
         wait: Go on until every evaluation has ended, also those other workers hold.
         max_failures: Stop claiming when so many evaluations, or this share, have failed.

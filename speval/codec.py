@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["decode", "encode", "read", "same"]
+__all__ = ["MOST_DIGITS", "decode", "encode", "read", "same"]
+
+MOST_DIGITS = 100_000  # of a whole number that is read
+_DIGITS_AT_ONCE = 600  # below any limit that a process may have set
 
 
 class _ObjectArray(Exception):
@@ -72,6 +75,20 @@ class _Plain:
     parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
 
 
+def _whole(text: str) -> int:
+    """Return the whole number of a text, also of one with more digits than this process converts at once."""
+    if len(text) > MOST_DIGITS:  # the time grows with the square
+        raise ValueError(f"a whole number of {len(text)} digits, of which {MOST_DIGITS} are read")
+    if len(text) <= _DIGITS_AT_ONCE:
+        return int(text)
+    value = 0
+    digits = text.lstrip("-")
+    for start in range(0, len(digits), _DIGITS_AT_ONCE):
+        part = digits[start : start + _DIGITS_AT_ONCE]
+        value = value * 10 ** len(part) + int(part)
+    return -value if text[0] == "-" else value
+
+
 def _encoder(*, ascii: bool = False, sort_keys: bool = False) -> Callable[[Any], str]:
     """Return what encodes; made once, because json.dumps() makes a new one for each call, which doubles the cost."""
     if make_encoder is None:
@@ -92,7 +109,7 @@ def _decoder() -> Callable[[str], Any]:
     def loads(text: str) -> Any:
         import json
 
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
 
     if make_encoder is None:
         return loads
@@ -101,8 +118,8 @@ def _decoder() -> Callable[[str], Any]:
     def decode(text: str) -> Any:
         try:
             value, end = scan(text, 0)
-        except StopIteration:
-            return loads(text)  # for its error
+        except (StopIteration, ValueError):
+            return loads(text)  # for its error, or for a number of many digits
         return value if end == len(text) else loads(text)  # white space, or an error
 
     return decode

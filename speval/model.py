@@ -15,6 +15,7 @@ from .errors import EvaluationsFailed
 from .text import visible
 
 __all__ = [
+    "LONGEST_LEASE",
     "MOST_CONCURRENCY",
     "Attempt",
     "Cause",
@@ -221,6 +222,7 @@ class Attempt:
     error: Error | None
 
 
+LONGEST_LEASE = 86_400.0  # seconds, also of one that a stranger has written into a database
 MOST_CONCURRENCY = 1_000_000  # of a call or a setting; far more than any machine runs at once
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
-from .model import MOST_CONCURRENCY, Durability, OnChanged, Status
+from .model import LONGEST_LEASE, MOST_CONCURRENCY, Durability, OnChanged, Status
 from .text import shown_number
 from .url import PostgresUrl, is_conninfo, is_postgres
 
@@ -50,7 +50,7 @@ class Options:
             _one_of("executor", self.executor, ("auto", "coroutine", "thread", "process"))
         _whole("max_attempts", self.max_attempts)
         _number("backoff", self.backoff, "seconds, 0 or more", least=0)
-        _number("lease", self.lease, "seconds, 1 or more", least=1)
+        _number("lease", self.lease, "seconds, from 1 to 86400 (a day)", least=1, most=LONGEST_LEASE)
         _one_of("on_changed", self.on_changed, get_args(OnChanged))
         _one_of("wait", self.wait, (True, False))
         _one_of("progress", self.progress, (True, False, None))
@@ -117,9 +117,11 @@ def _whole(option: str, value: Any, most: int | None = None) -> None:
         raise OptionError(option, shown, f"a whole number{', 1 or more' if most is None else f' from 1 to {most}'}")
 
 
-def _number(option: str, value: Any, expected: str, *, above: float = -math.inf, least: float = -math.inf) -> None:
+def _number(
+    option: str, value: Any, expected: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= above or value < least:
+    if not is_number or not math.isfinite(value) or value <= above or not least <= value <= most:
         raise OptionError(option, repr(value)[:60], expected)
 
 

@@ -63,7 +63,7 @@ def speval(
         max_attempts: Attempts an evaluation gets.
         retry_on: Exception types after which an evaluation is tried again.
         backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead.
+        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
         on_changed: What to do when names are stored with other args.
         wait: Return when every evaluation has ended, also those other workers hold.
         max_failures: Stop claiming when so many evaluations, or this share, have failed.
@@ -126,7 +126,7 @@ def as_completed(
         max_attempts: Attempts an evaluation gets.
         retry_on: Exception types after which an evaluation is tried again.
         backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead.
+        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
         on_changed: What to do when names are stored with other args.
         wait: Go on until every evaluation has ended, also those other workers hold.
         max_failures: Stop claiming when so many evaluations, or this share, have failed.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import OrderedDict, namedtuple
 from enum import Enum, IntEnum
 
@@ -178,3 +179,24 @@ def test_another_python_than_cpython_writes_and_reads_the_same(monkeypatch):
         assert other(value) == codec._encoder(**options)(value)
         monkeypatch.setattr("speval.codec.make_encoder", None)
     assert codec._decoder()('{"a":[1,2.5]}') == {"a": [1, 2.5]}
+
+
+@pytest.fixture
+def digits():
+    """Set how many digits this process converts at once."""
+    before = sys.get_int_max_str_digits()
+    yield sys.set_int_max_str_digits
+    sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_number_of_many_digits_is_read_whatever_this_process_converts_at_once(digits, sign):
+    text = f"{sign}{'7' * 9_999}10012345"
+    digits(0)
+    number = int(text)
+    digits(640)
+    assert decode(text) == number
+    assert decode(f' [{text}, {{"a": {text}}}, 1, 0.5]') == [number, {"a": number}, 1, 0.5]
+    digits(0)
+    with pytest.raises(ValueError, match="a whole number of 100001 digits"):
+        codec._whole("1" * (codec.MOST_DIGITS + 1))

@@ -379,6 +379,17 @@ def test_without_a_standard_output_nothing_is_said_and_nothing_breaks(filled):
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_result_of_ten_thousand_digits_is_listed_shown_and_exported(tmp_path, call):
+    code = "import sys; sys.set_int_max_str_digits(0); from speval import speval\n"
+    code += "speval(lambda n: 10**n + 7, [10_000, 3], 'runs.db', executor='thread', progress=False)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=WAIT)
+    number = f"1{'0' * 9_999}7"
+    assert [line.split("\t")[-1] for line in lines(call("ls", "runs.db"))[1:]] == [number, "1007"]
+    assert number in call("show", "runs.db", "0").stdout
+    assert number in call("export", "runs.db").stdout
+    assert number in call("export", "runs.db", "-f", "jsonl").stdout
+
+
 def test_export_writes_parquet_with_types(here, call):
     import pandas
 

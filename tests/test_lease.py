@@ -43,6 +43,25 @@ def test_every_beat_starts_the_window_anew():
         assert watch.dead([row(beat=beat)], 99, 1000.0 + 9 * beat) == []
 
 
+@pytest.mark.parametrize("lease", [1e300, float("inf"), float("nan"), 86_401.0])
+def test_a_lease_that_no_speval_has_written_is_believed_for_a_day_and_told_once(lease, caplog):
+    watch = Watch(HERE.machine)
+    rows = [row(lease=lease)]
+    assert watch.dead(rows, 99, 0) == watch.dead(rows, 99, 59) == []
+    assert caplog.messages == []
+    assert watch.dead(rows, 99, 61) == watch.dead(rows, 99, 86_399) == []
+    assert len(caplog.messages) == 1
+    assert "shows no sign of life for 61 s; what it may hold is waited for until its lease of 86400 s" in caplog.text
+    assert watch.dead(rows, 99, 86_400) == rows
+
+
+def test_a_worker_with_a_short_lease_is_not_told_of_before_its_end(caplog):
+    watch = Watch(HERE.machine)
+    rows = [row(lease=30)]
+    assert watch.dead(rows, 99, 0) == watch.dead(rows, 99, 29.9) == []
+    assert caplog.messages == []
+
+
 def test_the_watched_ones_own_lease_counts():
     watch = Watch(HERE.machine)
     rows = [row(id=1, lease=5), row(id=2, lease=50)]

@@ -284,6 +284,7 @@ def test_a_program_run_as_a_module_or_from_a_zip_works(scripts: Scripts, kind):
 
 
 def test_what_packages_and_the_standard_library_bring_goes_by_name():
+    import collections.abc  # noqa: F401
     import concurrent.futures.thread  # noqa: F401
     import os.path  # noqa: F401
     import xml.etree.ElementTree  # noqa: F401
@@ -319,6 +320,25 @@ def test_what_a_package_adds_to_its_own_path_goes_by_name_and_what_a_script_adds
         """
     )
     assert done.stdout == "True False\n", done.stderr
+
+
+def test_another_module_under_a_name_goes_by_name_if_the_package_has_put_it_there(scripts: Scripts):
+    for folder in ("own", "other"):
+        (scripts.folder / folder).mkdir()
+        scripts.write("", f"{folder}/model.py")
+    scripts.write("", "actual.py")
+    scripts.write("import sys, actual\nsys.modules['own.model'] = actual", "own/__init__.py")
+    scripts.write("", "other/__init__.py")
+    done = scripts.run(
+        """
+        import own.model, other, sys
+        sys.modules["other.model"] = sys.modules["actual"]
+        from speval.executors.importable import FreshInterpreter
+        fresh = FreshInterpreter()
+        print(fresh.imports("actual"), fresh.imports("own.model"), fresh.imports("other.model"))
+        """
+    )
+    assert done.stdout == "True True False\n", done.stderr
 
 
 # What needs care on its way

@@ -498,15 +498,11 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
     assert not tripped.exists()
 
 
-@pytest.mark.parametrize(
-    ("statement", "what"),
-    [("SELECT load_extension('x')", r"load_extension\(\)"), ("SELECT file FROM pragma_database_list", "pragma_database_list")],
-)
-async def test_a_strangers_triggers_may_not_reach_outside_of_the_database(db, statement, what):
+async def test_a_strangers_triggers_may_not_reach_outside_of_the_database(db):
     await aio.speval(double, range(3), db)
     with closing(sqlite3.connect(db)) as connection:
-        connection.execute(f"CREATE TRIGGER hostile AFTER UPDATE ON states BEGIN {statement}; END")
-    with pytest.raises(DatabaseError, match=rf"runs\.db: unsafe use of .*{what}"):
+        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON states BEGIN SELECT load_extension('x'); END")
+    with pytest.raises(DatabaseError, match=r"runs\.db: it has a trigger \('hostile'\)"):
         await aio.speval(double, range(5), db)
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     """
     import click
 
+    from ..codec import MOST_DIGITS
     from ..errors import SpevalError
     from .commands import ClosedPipe, speval
     from .text import shown
@@ -35,6 +36,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # also where only ASCII can be shown
+    sys.set_int_max_str_digits(MOST_DIGITS)  # what can be read can be shown
     try:
         code = speval.main(prog_name="speval", standalone_mode=False) or 0
     except click.ClickException as error:

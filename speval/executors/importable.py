@@ -121,7 +121,9 @@ class FreshInterpreter:
             return found
         path = [entry for entry in getattr(module, "__path__", ()) if isinstance(entry, str)]
         # What a package adds to its own path is added there too, what a script has added is not.
-        return path if not found or set(path) <= set(found) or _mentions_its_path(module) else found
+        return (
+            path if not found or set(path) <= set(found) or _mentions(getattr(module, "__file__", None), b"__path__") else found
+        )
 
     def _is_made_by_its_package(self, module: object, name: str, parent: str) -> bool:
         """Tell whether a submodule that no finder knows is there as soon as its package, which is the same one, is imported.
@@ -165,8 +167,10 @@ def _is_same(module: object, name: str, spec: ModuleSpec) -> bool:
     files = files_of(module)
     if spec.origin in files:
         return True
-    if "." in name and is_compiled(module) and _is_alias(module, name):
-        return True  # a submodule that puts an extension in its place
+    if "." in name and _is_alias(module, name):
+        # A package, or the submodule itself, that has put another one in its place does so there too; a script does not.
+        parent = getattr(sys.modules[name.rpartition(".")[0]], "__file__", None)
+        return any(_mentions(file, b"sys.modules") for file in (parent, spec.origin))
     if not files:
         if spec.origin is None:  # a namespace package
             there = set(_real(spec.submodule_search_locations or ()))
@@ -175,10 +179,10 @@ def _is_same(module: object, name: str, spec: ModuleSpec) -> bool:
     return spec.origin is not None and os.path.realpath(spec.origin) in _real(files)
 
 
-def _mentions_its_path(module: object) -> bool:
-    file = getattr(module, "__file__", None)
+def _mentions(file: Any, word: bytes) -> bool:
+    """Tell whether a source file has a word in it, or can't be read."""
     try:
-        return b"__path__" in Path(str(file)).read_bytes()
+        return word in Path(str(file)).read_bytes()
     except OSError:  # in a zip, say
         return True
 

@@ -49,6 +49,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _AT_ONCE = (512, 64, 8, 1)  # rows of one statement
+_A_ROW = 1000  # bytes of file that a row of an eval space counts as, for what may be done to it
 _HEAVY = 10_000_000  # characters of results that are not given to one statement together
 
 # The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
@@ -301,6 +302,8 @@ class SqliteStore(Store):
     # The space
 
     async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
+        file = self._opened()[1]
+        file.connection.allowance = space.count * _A_ROW
         (self._since, self._last, is_known) = await self._read(seeding.is_known, space)
         if is_known:
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)

@@ -7,13 +7,13 @@ in between is one state of the file; a log is never overlooked.
 from __future__ import annotations
 
 import os
-import sqlite3
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
 from ..errors import DatabaseError
+from .sqlite_contents import GuardedConnection, guarded
 from .sqlite_errors import is_unreadable, may_use, permission
 
 __all__ = ["Stillness", "connected", "stillness"]
@@ -40,7 +40,7 @@ def stillness(path: Path) -> Stillness:
     return Stillness(status.st_ino, status.st_size, status.st_mtime_ns, log)
 
 
-def connected(path: Path, shown: str, *, reads: bool) -> tuple[sqlite3.Connection, Stillness | None]:
+def connected(path: Path, shown: str, *, reads: bool) -> tuple[GuardedConnection, Stillness | None]:
     """Return a connection, and how the file stands if it had to be opened as one that nobody changes.
 
     Raises:
@@ -49,7 +49,7 @@ def connected(path: Path, shown: str, *, reads: bool) -> tuple[sqlite3.Connectio
     # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
     # mode=ro for reading: a reader that may write cleans up behind itself.
     uri = f"file:{quote(str(path))}?mode=rw"
-    connection = _connected(uri)
+    connection = guarded(uri, path, shown, is_reader=reads)
     is_open = may_use(path.parent, os.W_OK)
     if not reads or is_open or not is_unreadable(connection):
         return connection, None
@@ -59,11 +59,4 @@ def connected(path: Path, shown: str, *, reads: bool) -> tuple[sqlite3.Connectio
     if still.log:
         why = permission(path.parent, "wx")
         raise DatabaseError(shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
-    return _connected(f"{uri}&immutable=1"), still
-
-
-def _connected(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0, check_same_thread=False)
-    # What a stranger's triggers and views may call: nothing that reaches outside of the database.
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
+    return guarded(f"{uri}&immutable=1", path, shown, is_reader=True), still

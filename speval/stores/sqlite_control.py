@@ -52,10 +52,11 @@ _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
 _BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 
+# With a condition the first is counted row by row, so that it ends in a damaged file too.
 # Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
 _COUNTS = """
 SELECT
-    (SELECT count(*) FROM states),
+    (SELECT count(*) FROM states WHERE id > -9e18),
     (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
         + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
     (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),

@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..model import Durability
 from .sqlite_connect import Stillness, connected, stillness
+from .sqlite_contents import GuardedConnection, check_contents, guarded
 from .sqlite_errors import BUSY, code_of, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
@@ -161,7 +162,7 @@ class SqliteFile:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
         if self.is_empty or self.is_0_1:
             still = self._still or stillness(self.path)
-            copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            copy = guarded(":memory:", self.path, self.shown, is_reader=False)
             with self._errors():
                 self.connection.backup(copy)
                 self.connection.close()
@@ -195,6 +196,7 @@ class SqliteFile:
         """Return a number that differs after another connection has written."""
         self.owner.check()
         self._look_after_the_file()  # who waits would not notice for long
+        self.connection.allow()
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
@@ -235,6 +237,7 @@ class SqliteFile:
             self._look_after_the_file()
         if self._rolls_back:
             check_journal(self.path, self.shown)
+        connection.allow()
         with self._errors():
             self._patiently(patience, begin)
             try:
@@ -265,7 +268,7 @@ class SqliteFile:
             return work(connection, *args, **kwargs)
         except SpevalError:
             raise
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
             raise DatabaseError(self.shown, problem) from error
 
@@ -300,7 +303,7 @@ class SqliteFile:
                 if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
                     raise DatabaseLockedError(self.shown, waited) from error
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _connect(self, mode: str) -> GuardedConnection:
         connection, self._still = connected(self.path, self.shown, reads=mode == "read")
         return connection
 
@@ -326,6 +329,7 @@ class SqliteFile:
 
     def _recognise(self, mode: str) -> None:
         """Tell what the file is, writing nothing."""
+        self.read(check_contents, APPLICATION_ID, SCHEMA)
         application_id, version, tables, columns = self.read(describe)
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
@@ -395,4 +399,6 @@ class SqliteFile:
         except (sqlite3.Error, UnicodeDecodeError) as error:
             if self._closed and not isinstance(error, UnicodeDecodeError):
                 raise StoreClosedError(self.shown) from error
+            if not isinstance(error, UnicodeDecodeError) and code_of(error) == sqlite3.SQLITE_INTERRUPT:
+                raise self.connection.reason() from None
             raise translated(error, self.path, self.shown, writes=self._writes, waited=min(self.patience, _PATIENCE)) from error

@@ -24,7 +24,7 @@ def describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[s
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    columns = [row[1] for row in connection.execute("PRAGMA table_info(evals)")]
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(evals)")] if "evals" in tables else []
     return application_id, version, tables, columns
 
 

@@ -131,7 +131,7 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     added: int = c.executemany(_ADD, _numbered(last, islice(rows, CHUNK))).rowcount
     c.execute(_ADD_STATES, (now, last))
     # Unless somebody has dropped some of them meanwhile: the next start is to find out.
-    if filled + added == space.count == c.execute("SELECT count(*) FROM evaluations").fetchone()[0]:
+    if filled + added == space.count == c.execute(_COUNT).fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
 

@@ -5,6 +5,7 @@ Owns the verdict, from rows and the time alone. Invariant: nobody is declared de
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -13,11 +14,15 @@ from functools import partial
 from typing import NamedTuple
 
 from ..host import Process, is_gone
+from ..model import LONGEST_LEASE
 from .base import LeaseKeeping, Reclaimed
 from .rows import worker_label
 
 __all__ = ["Reclaiming", "Taken", "Watch", "WorkerRow", "gone_here", "pause", "unknown_label"]
 
+logger = logging.getLogger("speval.lease")
+
+_SILENCE = 60.0  # seconds of standing still before that is said
 _BOUND = 1000  # evaluations taken back in one transaction
 _LOOKS = 10.0  # looks per second of all workers together
 _FEW = 16  # workers that may all look at each beat
@@ -37,6 +42,7 @@ class WorkerRow(NamedTuple):
 class _Sight:
     beat: int
     since: float  # monotonic seconds
+    is_told: bool = False  # that it stands still for long
 
 
 class Watch:
@@ -85,7 +91,18 @@ class Watch:
         if sight is None or sight.beat != row.beat:
             self._sights[row.id] = _Sight(row.beat, now)
             return False
-        return now - sight.since >= row.lease
+        # Not min(): a NaN has to be bounded too.
+        bounded = row.lease if row.lease <= LONGEST_LEASE else LONGEST_LEASE
+        waited = now - sight.since
+        if waited >= bounded:
+            return True
+        if not sight.is_told and waited >= (max(_SILENCE, bounded / 2) if bounded == row.lease else _SILENCE):
+            sight.is_told = True
+            text = (
+                "worker %s shows no sign of life for %.0f s; what it may hold is waited for until its lease of %.0f s is over"
+            )
+            logger.warning(text, worker_label(row.id, row.process.host, row.process.pid), waited, bounded)
+        return False
 
     def forget(self) -> None:
         """Start all windows anew."""

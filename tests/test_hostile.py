@@ -1,0 +1,202 @@
+"""Files made to do harm: whoever opens one gets data or an error that names it, within seconds, and nothing of it is executed.
+
+``SPEVAL_HOSTILE=N`` tries N random files more.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from speval import SpevalError, aio, load_evals, retry, speval
+from speval.cli.commands import speval as command
+from speval.cli.watch import picture
+from speval.errors import DatabaseError
+from speval.options import checked_database
+from speval.stores import make_control
+
+from .conftest import WAIT
+from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
+
+FLIPS = 12 + int(os.environ.get("SPEVAL_HOSTILE", "0"))
+
+
+def one(args):
+    if args == 3:
+        raise ValueError("no 3")
+    return {"loss": args, "curve": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A database of ours with some of everything, in one file."""
+    db = tmp_path_factory.mktemp("whole") / "whole.db"
+    speval(one, {**{str(n): n for n in range(30)}, "a name": 5}, db, max_attempts=1, progress=False)
+    retry(db, ["7", "8"], status="completed")
+    with closing(sqlite3.connect(db)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("PRAGMA journal_mode = DELETE")
+    return db
+
+
+@pytest.fixture
+def fresh(whole, tmp_path) -> Iterator[Callable[..., Path]]:
+    """Return what makes a hostile file, alone in a folder of its own."""
+    made = []
+
+    def make(change) -> Path:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        db = folder / "evil.db"
+        shutil.copy(whole, db)
+        change(db)
+        made.append(db)
+        return db
+
+    return make
+
+
+def call(*arguments: object) -> None:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert all(line.isprintable() for line in result.output.replace("\t", " ").splitlines())
+
+
+def watch(db: Path) -> None:
+    """Draw one picture of those that the subcommand draws until it is ended."""
+    with make_control(checked_database(str(db)), "read") as control:
+        picture(str(db), control.overview(failures=5, runs=20), 100, 40)
+
+
+LOOKS: dict[str, Callable[[Path], object]] = {
+    "load_evals": load_evals,
+    "status": partial(call, "status"),
+    "ls": partial(call, "ls", "--json"),
+    "show": lambda db: call("show", db, "5"),
+    "best": lambda db: call("best", db, "loss", "--min"),
+    "export": partial(call, "export"),
+    "doctor": partial(call, "doctor"),
+    "watch": watch,
+    "copy": lambda db: call("copy", db, db.with_name(f"copy of {db.stem}-{len(list(db.parent.iterdir()))}.db")),
+}
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "set": lambda db: call("set", db, "concurrency", 2),
+    "unset": lambda db: call("unset", db, "concurrency"),
+    "pause": partial(call, "pause"),
+    "resume": partial(call, "resume"),
+    "retry": partial(retry, status="failed"),
+    "drop": lambda db: call("drop", db, "4", "--yes"),
+    "drop all failed": lambda db: call("drop", db, "--status", "failed", "--yes"),
+    "speval": lambda db: speval(one, range(30), db, wait=False, max_attempts=1, progress=False, on_changed="keep"),
+}
+ALL = LOOKS | CHANGES
+
+
+def used(db: Path, does: Callable[[Path], object]) -> DatabaseError | None:
+    """Use a file, and return the error that it was refused with."""
+    try:
+        does(db)
+    except SpevalError as error:
+        return error if isinstance(error, DatabaseError) else None
+    return None
+
+
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_table_of_ours_is_refused_before_anything_is_read_or_changed(fresh, change):
+    db = fresh(change)
+    before = hashlib.sha256(db.read_bytes()).digest()
+    for name, does in ALL.items():
+        if name != "doctor":
+            error = used(db, does)
+            assert error is not None, name
+            assert error.db.endswith("evil.db"), name
+    used(db, ALL["doctor"])
+    assert hashlib.sha256(db.read_bytes()).digest() == before
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+def test_whatever_stands_in_our_tables_is_shown_or_refused_by_name(fresh, change):
+    db = fresh(change)
+    for does in ALL.values():
+        used(db, does)
+
+
+@pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_used_or_refused_by_name(fresh, change):
+    looked_at = fresh(change)
+    for does in LOOKS.values():
+        used(looked_at, does)
+    changed = fresh(change)
+    for does in CHANGES.values():
+        used(changed, does)
+
+
+@pytest.mark.parametrize("seed", range(FLIPS))
+def test_a_file_with_some_bits_turned_over_is_used_or_refused_by_name(fresh, seed):
+    db = fresh(partial(flipped, seed, 1 + seed % 20))
+    for does in ALL.values():
+        used(db, does)
+
+
+@pytest.mark.parametrize("change", ENDLESS.values(), ids=ENDLESS)
+@pytest.mark.parametrize("name", ["status", "load_evals", "retry", "speval"])
+def test_a_file_that_takes_for_ever_to_read_ends_with_an_error(fresh, change, name):
+    used(fresh(change), ALL[name])
+
+
+def test_reading_without_end_says_so(fresh):
+    with pytest.raises(DatabaseError, match=r"evil\.db: reading it takes longer than for any file of its size"):
+        load_evals(fresh(ENDLESS["b-tree of states without end"]))
+
+
+def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
+    db = fresh(ENDLESS["b-tree of states without end"])
+    script = f"""
+        import sys
+        from pathlib import Path
+        from speval.stores import sqlite_contents
+        from speval.stores.sqlite_file import SqliteFile
+
+        sqlite_contents._LEAST = 10**15  # as long as it takes for the signal to come
+        file = SqliteFile(Path({str(db)!r}), "read")
+        print("reading", flush=True)
+        file.read(lambda c: c.execute("SELECT total(status) FROM states").fetchall())
+    """
+    lines = "\n".join(line.removeprefix(" " * 8) for line in script.splitlines())
+    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "reading\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT)
+        finally:
+            process.kill()
+    assert "KeyboardInterrupt" in errors
+
+
+def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch):
+    """What a space needs is allowed besides what its file allows."""
+    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
+    db = tmp_path / "runs.db"
+    assert speval(str, range(2), db, progress=False).completed == 2
+    with make_control(checked_database(str(db)), "write") as control:
+        control.set_paused(True)
+    assert speval(str, range(30_000), db, wait=False, progress=False).total == 30_000
+
+
+async def test_an_extra_table_of_people_does_no_harm(tmp_path):
+    db = tmp_path / "runs.db"
+    await aio.speval(str, range(3), db)
+    with closing(sqlite3.connect(db)) as connection:
+        connection.executescript("CREATE TABLE notes (note); CREATE INDEX by_evaluation ON attempts (evaluation); ANALYZE;")
+    assert (await aio.speval(str, range(5), db)).recorded == 2
