@@ -5,9 +5,11 @@
 
 import hashlib
 import os
+import resource
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ from speval.cli.commands import speval as command
 from speval.cli.watch import picture
 from speval.errors import DatabaseError
 from speval.options import checked_database
-from speval.stores import make_control
+from speval.space import Space
+from speval.stores import make_control, make_store
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -157,7 +160,7 @@ def test_a_file_that_takes_for_ever_to_read_ends_with_an_error(fresh, change, na
 
 def test_reading_without_end_says_so(fresh):
     with pytest.raises(DatabaseError, match=r"evil\.db: reading it takes longer than for any file of its size"):
-        load_evals(fresh(ENDLESS["b-tree of states without end"]))
+        watch(fresh(ENDLESS["b-tree of states without end"]))
 
 
 def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
@@ -184,14 +187,20 @@ def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
     assert "KeyboardInterrupt" in errors
 
 
-def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch):
+async def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch):
     """What a space needs is allowed besides what its file allows."""
-    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
     db = tmp_path / "runs.db"
-    assert speval(str, range(2), db, progress=False).completed == 2
-    with make_control(checked_database(str(db)), "write") as control:
-        control.set_paused(True)
-    assert speval(str, range(30_000), db, wait=False, progress=False).total == 30_000
+    await aio.speval(str, range(2), db, progress=False)
+    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
+    space = Space()
+    list(space.fill(range(30_000)))
+    store = make_store(checked_database(str(db)), "write")
+    await store.open()
+    try:
+        assert (await store.seed(space, "error")).new == 29_998
+    finally:
+        await store.close()
+        space.close()
 
 
 async def test_an_extra_table_of_people_does_no_harm(tmp_path):
@@ -200,3 +209,49 @@ async def test_an_extra_table_of_people_does_no_harm(tmp_path):
     with closing(sqlite3.connect(db)) as connection:
         connection.executescript("CREATE TABLE notes (note); CREATE INDEX by_evaluation ON attempts (evaluation); ANALYZE;")
     assert (await aio.speval(str, range(5), db)).recorded == 2
+
+
+def deep(db: Path, pages: int) -> None:
+    """Make a table, one that no look reads, a tree as deep as there are pages: SQLite goes down it on its stack."""
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        connection.executescript("PRAGMA page_size = 512; VACUUM")
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone()
+    content = db.read_bytes()
+    whole, count = bytearray(content), len(content) // 512
+    for below in [count + 1, *range(count + 2, count + pages + 1)]:
+        page = struct.pack(">BHHHBI", 5, 0, 0, 512, 0, below).ljust(512, b"\0")
+        if below == count + 1:
+            whole[(root - 1) * 512 : root * 512] = page
+        else:
+            whole += page
+    whole += content[(root - 1) * 512 : root * 512]
+    whole[28:32] = struct.pack(">I", len(whole) // 512)
+    db.write_bytes(whole)
+
+
+def test_a_file_that_sqlite_itself_crashes_on_does_not_crash_the_doctor(fresh):
+    db = fresh(partial(deep, pages=12_000))
+    small = partial(resource.setrlimit, resource.RLIMIT_STACK, (2**20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    arguments = [sys.executable, "-m", "speval", "doctor", str(db)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=WAIT, preexec_fn=small)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "SQLite itself crashes on it (SIGSEGV)" in done.stdout
+
+
+def test_of_a_strangers_own_tables_the_doctor_executes_nothing(fresh):
+    def change(db):
+        with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+            connection.execute("CREATE TABLE strange (a, b AS (a), CHECK (length(hex(zeroblob(a * 1000))) > 0))")
+            connection.execute("INSERT INTO strange VALUES (1)")
+            # What takes longer than any value may be is an error where it is computed.
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute(
+                "UPDATE sqlite_master SET sql = replace(sql, 'a * 1000', 'a * 2000000000') WHERE name = 'strange'"
+            )
+
+    db = fresh(change)
+    with make_control(checked_database(str(db)), "read") as control:
+        health = control.check()
+    assert health.facts["integrity"] == "ok"
+    with closing(sqlite3.connect(db)) as connection, pytest.raises(sqlite3.DataError, match="too big"):
+        connection.execute("PRAGMA integrity_check").fetchall()

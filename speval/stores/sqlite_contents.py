@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import DatabaseError, ForeignDatabaseError
 
-__all__ = ["GuardedConnection", "check_contents", "guarded"]
+__all__ = ["GuardedConnection", "check_contents", "guarded", "tables"]
 
 _MIB = 2**20
 _STEP = 50_000  # instructions of SQLite's machine between two looks at those used up and at signals: about a millisecond
@@ -223,6 +223,11 @@ def _problem_0_1(c: GuardedConnection) -> str | None:
     if objects and any(row[6] for row in c.execute("PRAGMA table_xinfo(evals)")):
         return "a column of its evals is computed"
     return None
+
+
+def tables() -> list[str]:
+    """Return the names of our tables."""
+    return [name for name, (kind, _) in _expected().items() if kind == "table" and not name.startswith("sqlite_")]
 
 
 @cache

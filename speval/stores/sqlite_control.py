@@ -35,6 +35,7 @@ from ..space import name_to_key
 from .base import Control, ControlMode
 from .rows import CODES, Damaged, decoded, error_of, fits, settings_of, worker_label
 from .sqlite_compact import compact
+from .sqlite_damage import damage as damage_of
 from .sqlite_errors import may_use
 from .sqlite_file import SqliteFile
 from .sqlite_log import blocked
@@ -397,7 +398,7 @@ class SqliteControl(Control):
             if overview.settings.paused:
                 findings.append(Finding("it is paused: workers claim nothing", "`speval resume` lets them go on", False))
             if integrity:
-                damage = self._file.read(_damage)
+                damage = damage_of(path, self._file.shown, is_immutable=self._file.is_immutable)
                 facts["integrity"] = "damaged" if damage else "ok"
                 fix = f"`speval salvage {self._file.shown} NEW` saves what can be saved"
                 findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
@@ -511,8 +512,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _damage(c: sqlite3.Connection) -> list[str]:
-    """Return what SQLite finds wrong, at most ten of it."""
-    return [text for (text,) in c.execute("PRAGMA integrity_check(10)") if text != "ok"]
