@@ -25,7 +25,8 @@ from speval.cli.commands import speval as command
 from speval.cli.watch import picture
 from speval.errors import DatabaseError
 from speval.options import checked_database
-from speval.stores import make_control
+from speval.space import Space
+from speval.stores import make_control, make_store
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -159,7 +160,7 @@ def test_a_file_that_takes_for_ever_to_read_ends_with_an_error(fresh, change, na
 
 def test_reading_without_end_says_so(fresh):
     with pytest.raises(DatabaseError, match=r"evil\.db: reading it takes longer than for any file of its size"):
-        load_evals(fresh(ENDLESS["b-tree of states without end"]))
+        watch(fresh(ENDLESS["b-tree of states without end"]))
 
 
 def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
@@ -186,14 +187,20 @@ def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
     assert "KeyboardInterrupt" in errors
 
 
-def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch):
+async def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch):
     """What a space needs is allowed besides what its file allows."""
-    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
     db = tmp_path / "runs.db"
-    assert speval(str, range(2), db, progress=False).completed == 2
-    with make_control(checked_database(str(db)), "write") as control:
-        control.set_paused(True)
-    assert speval(str, range(30_000), db, wait=False, progress=False).total == 30_000
+    await aio.speval(str, range(2), db, progress=False)
+    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
+    space = Space()
+    list(space.fill(range(30_000)))
+    store = make_store(checked_database(str(db)), "write")
+    await store.open()
+    try:
+        assert (await store.seed(space, "error")).new == 29_998
+    finally:
+        await store.close()
+        space.close()
 
 
 async def test_an_extra_table_of_people_does_no_harm(tmp_path):
