@@ -398,8 +398,11 @@ class SqliteControl(Control):
             if overview.settings.paused:
                 findings.append(Finding("it is paused: workers claim nothing", "`speval resume` lets them go on", False))
             if integrity:
-                damage = damage_of(path, self._file.shown, is_immutable=self._file.is_immutable)
-                facts["integrity"] = "damaged" if damage else "ok"
+                damage, obstacle = damage_of(path, self._file.shown, is_immutable=self._file.is_immutable)
+                facts["integrity"] = "damaged" if damage else "ok" if obstacle is None else "not checked"
+                if obstacle is not None:
+                    problem = f"SQLite could not check the file in a process of its own ({obstacle})"
+                    findings.append(Finding(problem, "run `speval doctor` with a Python that this user may execute", False))
                 fix = f"`speval salvage {self._file.shown} NEW` saves what can be saved"
                 findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
                 self._read_all()

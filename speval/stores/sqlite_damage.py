@@ -40,8 +40,8 @@ except sqlite3.Error as error:
 """
 
 
-def damage(path: Path, shown: str, *, is_immutable: bool) -> list[str]:
-    """Return what SQLite finds wrong in a file, at most ten of it.
+def damage(path: Path, shown: str, *, is_immutable: bool) -> tuple[list[str], str | None]:
+    """Return what SQLite finds wrong in a file, at most ten of it; and what kept it from looking, if something did.
 
     Args:
         path: The file.
@@ -54,14 +54,17 @@ def damage(path: Path, shown: str, *, is_immutable: bool) -> list[str]:
     uri = f"file:{quote(str(path))}?mode=rw{'&immutable=1' if is_immutable else ''}"
     # Neither packages nor modules of the folder we are in.
     command = [sys.executable, "-S", "-P", "-c", _CHECK, uri, str(_PATIENCE), *tables()]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+    except OSError as error:  # such as an interpreter that this user may not execute
+        return [], f"{sys.executable}: {error.strerror}"
     if done.returncode == -signal.SIGINT:
         raise KeyboardInterrupt
     if done.returncode < 0:
-        return [f"SQLite itself crashes on it ({signal.Signals(-done.returncode).name})"]
+        return [f"SQLite itself crashes on it ({signal.Signals(-done.returncode).name})"], None
     if done.returncode:
-        return [f"it could not be checked: {done.stderr.strip()[-200:]}"]
+        return [], (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
     found, code = json.loads(done.stdout)
     if code in BUSY:
         raise DatabaseLockedError(shown, _PATIENCE)
-    return [str(text) for text in found]
+    return [str(text) for text in found], None
