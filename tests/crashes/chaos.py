@@ -33,7 +33,8 @@ WAYS = {"kill": 4, "stop": 3, "interrupt": 4, "interrupt twice": 3, "terminate":
 RIGHT_CODES = {
     "kill": {-signal.SIGKILL},
     "interrupt": {-signal.SIGINT, 130, 0},  # 0: it had all but ended
-    "interrupt twice": {-signal.SIGINT, 130, 0},
+    # 1: threads that are left behind go on, and code that they execute makes CPython forget why the program ends.
+    "interrupt twice": {-signal.SIGINT, 130, 0, 1},
     "terminate": {-signal.SIGTERM, 128 + signal.SIGTERM, 0},
 }
 # Python itself dies of an interrupt while it starts, and shows one that arrives within an import as ignored: what we promise
