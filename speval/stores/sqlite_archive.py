@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,14 +71,20 @@ class SqliteArchive(Archive):
 
     def read(self, work: Callable[[Content], T]) -> T:
         def read(c: sqlite3.Connection) -> T:
-            return work(
-                Content(
-                    settings_of(c),
-                    map(StoredWorker._make, c.execute(_WORKERS)),
-                    map(StoredAttempt._make, c.execute(_ATTEMPTS)),
-                    _evaluations(c.execute(_EVALUATIONS)),
+            # Closed also after an error, which would keep them open and the file locked for as long as it is kept itself.
+            with (
+                closing(c.execute(_WORKERS)) as workers,
+                closing(c.execute(_ATTEMPTS)) as attempts,
+                closing(c.execute(_EVALUATIONS)) as evaluations,
+            ):
+                return work(
+                    Content(
+                        settings_of(c),
+                        map(StoredWorker._make, workers),
+                        map(StoredAttempt._make, attempts),
+                        _evaluations(evaluations),
+                    )
                 )
-            )
 
         return self._file.read(read)
 

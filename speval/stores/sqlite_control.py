@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +257,13 @@ class SqliteControl(Control):
         upto = first + _SPAN
         found: list[Evaluation] = []
         size = 0
-        cursor = c.execute(_PAGED, values | {"after": after, "upto": upto})
-        for row in cursor:
-            found.append(evaluation(self._file.shown, row[1:]))
-            size += len(row[4]) + len(row[6] or "")
-            if len(found) == limit or size > _PAGE_SIZE:
-                cursor.close()  # an open one would keep the transaction from ending
+        # An open cursor would keep the transaction from ending, and the file locked while an error that was met is kept.
+        with closing(c.execute(_PAGED, values | {"after": after, "upto": upto})) as cursor:
+            for row in cursor:
+                found.append(evaluation(self._file.shown, row[1:]))
+                size += len(row[4]) + len(row[6] or "")
+                if len(found) < limit and size <= _PAGE_SIZE:
+                    continue
                 if row[0] <= after:  # pages would follow without end
                     raise DatabaseError(self._file.shown, "damaged: its evaluations are out of order; go back to a copy of it")
                 return row[0], found
@@ -297,7 +299,7 @@ class SqliteControl(Control):
         after = upto - _SPAN
         (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
         found = []
-        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}):
+        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}).fetchall():
             number, started_at, ended_at, duration, outcome, result, type_, message, traceback, *worker = row
             value = None if result is None else decoded(self._file.shown, name, result)
             error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)

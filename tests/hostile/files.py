@@ -204,7 +204,7 @@ ODD: dict[str, Change] = {
     "attempts numbered to the end": sql("UPDATE attempts SET seq = 9223372036854775807 - seq;"),
     "attempts beyond counting": sql("UPDATE states SET attempt = 9223372036854775807, released = -9223372036854775807;"),
     "sequence at its end": sql("UPDATE sqlite_sequence SET seq = 9223372036854775807;"),
-    "odd settings": sql("INSERT INTO meta VALUES ('concurrency', 1e300), ('paused', 0), ('args_version', 'x'), ('space', x'ff');"),  # noqa: E501
+    "odd settings": sql("INSERT OR REPLACE INTO meta VALUES ('concurrency', 1e300), ('paused', 0), ('args_version', 'x'), ('space', x'ff');"),  # noqa: E501
     "concurrency of a text": sql("INSERT INTO meta VALUES ('concurrency', 'many');"),
     "concurrency of 5,000 digits": sql("INSERT INTO meta VALUES ('concurrency', replace(hex(zeroblob(2500)), '0', '9'));"),
     "journal mode of a text": sql("UPDATE meta SET value = 'off' WHERE key = 'journal_mode';"),
