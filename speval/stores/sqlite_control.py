@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,12 @@ class SqliteControl(Control):
         upto = 2**62 if first is None else first + _SPAN
         found: list[Evaluation] = []
         seen = after
-        for row in bounded(db, c.execute(_PAGED, values | {"after": after, "upto": upto}), limit):
-            seen = row[0]
-            with self.damaged.left_out():
-                found.append(evaluation(db, row))
+        # An open cursor would keep the transaction from ending, and the file locked while an error that was met is kept.
+        with closing(c.execute(_PAGED, values | {"after": after, "upto": upto})) as cursor:
+            for row in bounded(db, cursor, limit):
+                seen = row[0]
+                with self.damaged.left_out():
+                    found.append(evaluation(db, row))
         if seen == after:
             seen = upto
         if is_all:
@@ -302,7 +305,7 @@ class SqliteControl(Control):
         after = upto - _SPAN
         (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
         found = []
-        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}):
+        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}).fetchall():
             check_attempt(self._file.shown, name, row[:12], row[12])
             _, _, number, _, started_at, duration, ended_at, outcome, result, type_, message, traceback, _, *worker = row
             value = None if result is None else decoded(self._file.shown, name, result)

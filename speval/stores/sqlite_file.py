@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -154,9 +154,9 @@ class SqliteFile:
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
-        with self._errors():
-            for row in self.connection.execute(sql, values):  # noqa: UP028 - which would close the cursor, perhaps too late
-                yield row
+        # An open cursor would keep the file locked for as long as an error that was met is kept.
+        with self._errors(), closing(self.connection.execute(sql, values)) as cursor:
+            yield from cursor
 
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import NamedTuple
 
@@ -167,13 +168,14 @@ def compare(c: sqlite3.Connection) -> Comparison:
     examples: list[tuple[str, str, str]] = []
     differing = 0
     # Other text need not be other args: the order of keys and spaces, as other releases write them, don't count.
-    for id, position, stored, given in c.execute(_OTHER_TEXT):
-        if not same(stored, given):
-            differing += 1
-            c.execute("INSERT INTO differing VALUES (?, ?)", (id, position))
-            if len(examples) < _EXAMPLES:
-                (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
-                examples.append((str(name), _shorten(stored), _shorten(given)))
+    with closing(c.execute(_OTHER_TEXT)) as other:  # also after an error, or the file would stay locked
+        for id, position, stored, given in other:
+            if not same(stored, given):
+                differing += 1
+                c.execute("INSERT INTO differing VALUES (?, ?)", (id, position))
+                if len(examples) < _EXAMPLES:
+                    (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
+                    examples.append((str(name), _shorten(stored), _shorten(given)))
     return Comparison(count_missing(c, 0, total), differing, examples, _args_version(c))
 
 
