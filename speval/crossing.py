@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import importlib
 import logging
 import os
 import threading
@@ -145,9 +144,6 @@ class Call(Generic[T]):
 
     def start(self) -> None:
         """Begin."""
-        # Imported here, and not by the first cancel scope in the loop's thread: code executed there after an interrupt makes
-        # CPython forget that the program ends because of one, and exit with 1.
-        importlib.import_module("anyio._backends._asyncio")
         calls.add(self)
         self._thread.start()
 

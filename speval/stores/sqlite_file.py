@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -154,9 +154,14 @@ class SqliteFile:
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
-        # An open cursor would keep the file locked for as long as an error that was met is kept.
-        with self._errors(), closing(self.connection.execute(sql, values)) as cursor:
-            yield from cursor
+        with self._errors():
+            cursor = self.connection.execute(sql, values)
+            try:
+                yield from cursor
+            finally:
+                # An open one would keep the file locked for as long as an error that was met is kept.
+                with suppress(sqlite3.ProgrammingError):  # the connection is closed by now
+                    cursor.close()
 
     def show_as_current(self) -> None:
         """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
