@@ -157,7 +157,8 @@ class SqliteFile:
         with self._errors():
             cursor = self.connection.execute(sql, values)
             try:
-                yield from cursor
+                for row in cursor:  # noqa: UP028 - which closes the cursor too, perhaps too late
+                    yield row
             finally:
                 # An open one would keep the file locked for as long as an error that was met is kept.
                 with suppress(sqlite3.ProgrammingError):  # the connection is closed by now
