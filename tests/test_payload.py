@@ -4,6 +4,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from speval import FunctionError, speval
 from speval.executors.importable import FreshInterpreter
+from speval.executors.payload import pickled
 
 from .conftest import Scripts
 
@@ -342,6 +344,28 @@ def test_another_module_under_a_name_goes_by_name_if_the_package_has_put_it_ther
 
 
 # What needs care on its way
+
+
+@pytest.mark.parametrize("method", [str.upper, str.__len__, object.__init__])
+def test_a_method_of_a_built_in_class_travels(method):
+    function, _ = pickle.loads(pickled(lambda args: method, ()))
+    assert function(None) == method
+
+
+def test_a_function_without_a_module_is_not_looked_up_where_it_was_found(scripts: Scripts):
+    done = scripts.run(
+        """
+        import sys, types
+        from speval import load_evals, speval
+        made = types.ModuleType("made")
+        source = "from dataclasses import dataclass\\n@dataclass\\nclass Point:\\n    x: int"
+        exec(source, vars(made))  # before it is in sys.modules: what dataclass makes has no module
+        sys.modules["made"] = made
+        speval(lambda args: made.Point(args) == made.Point(1), [1], "runs.db", executor="process", progress=False)
+        print(load_evals("runs.db")[0]["result"])
+        """
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_what_functools_makes_of_functions_and_methods_travels(scripts: Scripts):

@@ -81,7 +81,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
         # Instances are not looked at, their classes are; what has a qualified name of its own is some kind of function.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
-            name = obj.__module__
+            name = _home(obj)
             if isinstance(name, str) and name != "__main__" and not self._goes_by_name(name):
                 return self._by_value(obj, name)
         return super().reducer_override(obj)
@@ -182,6 +182,15 @@ def _is_guarded(file: Any) -> bool:
         return re.search(rb"^if\b.*__name__.*__main__", Path(str(file)).read_bytes(), re.MULTILINE) is not None
     except OSError:
         return False
+
+
+def _home(obj: Any) -> str | None:
+    """Return the module of a class or function. Methods of built-in classes have none; pickle reaches them by their class."""
+    name: str | None = getattr(obj, "__module__", None)
+    if name is None and isinstance(obj, (FunctionType, type)):
+        # Code that exec() ran without a module's name. cloudpickle searches all modules, and would send what it finds by name.
+        name = _internals._whichmodule(obj, obj.__qualname__)
+    return name
 
 
 # Without a name it goes by value itself: the other process may know nothing of speval.
