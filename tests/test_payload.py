@@ -343,6 +343,29 @@ def test_another_module_under_a_name_goes_by_name_if_the_package_has_put_it_ther
     assert done.stdout == "True True False\n", done.stderr
 
 
+NAMED = """
+from typing import NewType, ParamSpec
+class _Missing:
+    def __reduce__(self):
+        return "MISSING"
+MISSING, Id, P = _Missing(), NewType("Id", int), ParamSpec("P")
+MISSING.of = {!r}
+def function(args, missing=MISSING):
+    return [missing.of, missing is MISSING, Id(args), P.__name__]
+"""
+
+
+@pytest.mark.parametrize("name", ["model", "__main__"])
+def test_what_goes_by_its_own_name_goes_by_value_where_that_means_another_one(scripts: Scripts, name):
+    (scripts.folder / "first").mkdir()
+    scripts.write(NAMED.format("first"), "first/model.py")
+    scripts.write(NAMED.format("second"), "model.py")
+    load = NAMED.format("first") if name == "__main__" else BY_PATH + "\nfunction = load('first/model.py').function"
+    ask = "speval(function, [1], 'runs.db', executor='process', progress=False)\nprint(load_evals('runs.db')[0]['result'])"
+    done = scripts.run(f"from speval import load_evals, speval\n{load}\n{ask}")
+    assert done.stdout == "['first', True, 1, 'P']\n", done.stderr
+
+
 # What needs care on its way
 
 

@@ -6,6 +6,7 @@ what is not, and can't go by value either, raises an error that names it.
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import functools
 import importlib
@@ -30,6 +31,7 @@ _internals = cloudpickle.cloudpickle
 _NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
 _Cached = type(functools.cache(len))
 _dispatched: Any = functools.singledispatch(len)
+_make_object: Callable[..., Any] = vars(copyreg)["__newobj__"]
 _HEAP_TYPE = 1 << 9  # a flag of classes that are not built in
 _OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # what a module has from its import
 
@@ -41,7 +43,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     2. Code keeps the name of its file, by which a traceback shows the lines of a script.
     3. What ``functools`` makes of a function or method, with caches and locks, goes by value where what it is made of does,
        with empty caches.
-    4. A proxy of a ``multiprocessing`` manager takes its key along.
+    4. An instance that goes by its own name (a sentinel, a ``NewType``) goes by value where its module does.
+    5. A proxy of a ``multiprocessing`` manager takes its key along.
 
     Args:
         file: Where the bytes go.
@@ -71,32 +74,35 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._module(obj)
         if issubclass(kind, self._proxies):
             return _with_its_key(obj)
-        if kind is _Cached and hasattr(obj, "cache_parameters") and not self._can_be_named(obj):
+        if kind is _Cached and hasattr(obj, "cache_parameters") and not self._can_be_named(obj, obj.__qualname__):
             return operator.call, (_Decorator(**obj.cache_parameters()), obj.__wrapped__)
         if kind is functools.cached_property:
             return kind, (obj.func,), {"attrname": obj.attrname, "__doc__": obj.__doc__}
         if kind is functools.singledispatchmethod:
             return kind, (obj.func,), {"dispatcher": obj.dispatcher}
-        if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj):
+        if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj, obj.__qualname__):
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
         # Instances are not looked at, their classes are; what has a qualified name of its own is some kind of function.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
             name = _home(obj)
             if isinstance(name, str) and name != "__main__" and not self._goes_by_name(name):
                 return self._by_value(obj, name)
+        elif _reduces_itself(kind) and kind not in self.dispatch_table:
+            reduced = obj.__reduce_ex__(5)
+            return _named(obj) if isinstance(reduced, str) and not self._can_be_named(obj, reduced) else reduced
         return super().reducer_override(obj)
 
     def _goes_by_name(self, name: str) -> bool:
         """Tell whether what is in a module goes by name, as far as the module goes."""
         return not isinstance(sys.modules.get(name), ModuleType) or self._fresh.imports(name)
 
-    def _can_be_named(self, function: Any) -> bool:
-        """Tell whether a function goes by name."""
-        name = function.__module__
+    def _can_be_named(self, obj: Any, qualname: str) -> bool:
+        """Tell whether an object goes by name."""
+        name = obj.__module__
         if not self._fresh.imports(name) or _internals._is_registered_pickle_by_value(sys.modules[name]):
             return False
         try:
-            return operator.attrgetter(function.__qualname__)(sys.modules[name]) is function
+            return operator.attrgetter(qualname)(sys.modules[name]) is obj
         except AttributeError:
             return False
 
@@ -191,6 +197,22 @@ def _home(obj: Any) -> str | None:
         # Code that exec() ran without a module's name. cloudpickle searches all modules, and would send what it finds by name.
         name = _internals._whichmodule(obj, obj.__qualname__)
     return name
+
+
+def _reduces_itself(kind: Any) -> bool:
+    """Tell whether instances of a class may go by their own name: Python code says so, or ``typing`` has made them."""
+    methods = getattr(kind, "__reduce__", None), getattr(kind, "__reduce_ex__", None)
+    return kind.__module__ == "typing" or any(isinstance(method, FunctionType) for method in methods)
+
+
+def _named(obj: Any) -> Any:
+    """Return how to make an instance that would go by its own name, as sentinels and what ``typing`` makes do."""
+    kind = type(obj)
+    if kind.__module__ == "typing" and hasattr(obj, "__value__"):  # type X = ...
+        return functools.partial(operator.call, kind, type_params=obj.__type_params__), (obj.__name__, obj.__value__)
+    if kind.__module__ == "typing" and kind.__name__ in ("ParamSpec", "TypeVarTuple"):
+        return kind, (obj.__name__,)
+    return _make_object, (kind,), obj.__getstate__()
 
 
 # Without a name it goes by value itself: the other process may know nothing of speval.
