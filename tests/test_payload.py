@@ -304,6 +304,17 @@ def test_what_packages_and_the_standard_library_bring_goes_by_name():
     assert pandas
 
 
+def test_a_module_that_says_it_has_another_name_goes_by_the_one_it_is_imported_by():
+    import _collections_abc
+    import _decimal
+    import _io
+
+    for module in (_collections_abc, _decimal, _io):
+        (function, _), size = pickle.loads(body := pickled(lambda args: module, ())), len(body)
+        assert function(None) is module
+        assert size < 1000
+
+
 def test_what_a_package_adds_to_its_own_path_goes_by_name_and_what_a_script_adds_by_value(scripts: Scripts):
     for folder in ("own", "other", "extra"):
         (scripts.folder / folder).mkdir()

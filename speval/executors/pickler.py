@@ -121,10 +121,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _module(self, module: ModuleType) -> Any:
         name = module.__name__
-        if name == "__main__" or (sys.modules.get(name) is module and self._fresh.imports(name)):
-            if _internals._is_registered_pickle_by_value(module):
-                return NotImplemented
-            return importlib.import_module, (name,)
+        # Some say that they have another name than the one they are imported by: _decimal says "decimal".
+        spec: Any = getattr(module, "__spec__", None)
+        for known in (name, getattr(spec, "name", name)):
+            if known == "__main__" or (sys.modules.get(known) is module and self._fresh.imports(known)):
+                if _internals._is_registered_pickle_by_value(module):
+                    return NotImplemented
+                return importlib.import_module, (known,)
         if is_compiled(module):
             raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't travel"))
         # Its content is its state, which follows when the module is known: modules refer to each other.
