@@ -170,6 +170,52 @@ speval(function, [1], "runs.db", executor="process")
     assert not (scripts.folder / "runs.db").exists()
 
 
+def test_also_a_relative_or_nested_import_in_a_body_is_refused_if_it_would_bring_another_file(scripts: Scripts):
+    for folder in ("lib/pack", "pack"):
+        (scripts.folder / folder).mkdir(parents=True)
+        scripts.write("", f"{folder}/__init__.py")
+        for name in ("other", "later"):
+            scripts.write(f"OF = {folder!r}", f"{folder}/{name}.py")
+    scripts.write(
+        """
+        def relative(args):
+            from .other import OF
+        def sibling(args):
+            from . import other
+        def dotted(args):
+            import pack.other
+        def not_loaded_yet(args):
+            from .later import OF
+        def nested(args):
+            def inner():
+                from pack.other import OF
+        def harmless(args):
+            import json, os.path
+            from collections import abc
+        """,
+        "lib/pack/sub.py",
+    )
+    done = scripts.run(
+        """
+        import sys
+        sys.path.insert(0, "lib")
+        import pack.other, pack.sub
+        del sys.path[0]
+        from speval import FunctionError
+        from speval.executors.payload import pickled
+        for name, function in vars(pack.sub).items():
+            if callable(function):
+                try:
+                    pickled(function, ())
+                    print(name, "goes")
+                except FunctionError as error:
+                    print(name, f"imported in the body of {name}" in str(error))
+        """
+    )
+    names = ["relative", "sibling", "dotted", "not_loaded_yet", "nested"]
+    assert done.stdout.splitlines() == [*(f"{name} True" for name in names), "harmless goes"], done.stderr
+
+
 def extension() -> Path:
     """Return an extension of the standard library that is a file."""
     for name in ("_bisect", "_heapq", "_queue", "_statistics", "_zoneinfo", "_asyncio"):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copyreg
 import dis
 import functools
-import importlib
+import importlib.util
 import io
 import operator
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -32,6 +32,7 @@ _NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
 _Cached = type(functools.cache(len))
 _dispatched: Any = functools.singledispatch(len)
 _make_object: Callable[..., Any] = vars(copyreg)["__newobj__"]
+_IMPORT = dis.opmap["IMPORT_NAME"]
 _HEAP_TYPE = 1 << 9  # a flag of classes that are not built in
 _OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # what a module has from its import
 
@@ -137,20 +138,25 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return ModuleType, (name,), content
 
     def _code(self, code: CodeType) -> Any:
-        for name in code.co_names:
-            module = sys.modules.get(name)
-            # An import in a function's body would bring what the name means over there.
-            if (
-                isinstance(module, ModuleType)
-                and name != "__main__"
-                and not is_being_imported(module)
-                and not self._fresh.imports(name)
-                and self._fresh.file(name)
-                and _imports(code, name)
-            ):
-                raise pickle.PicklingError(self._trouble(name, f"imported in the body of {code.co_qualname}()"))
         make, parts = self.dispatch_table[CodeType](code)
         return make, tuple(code.co_filename if isinstance(part, str) and part == _NO_FILE else part for part in parts)
+
+    def _dynamic_function_reduce(self, func: FunctionType) -> Any:
+        """Reduce a function that goes by value. An import in its body brings what the name means over there."""
+        for name in _imported(func.__code__, func.__globals__.get("__package__")):
+            loaded = name
+            while loaded not in sys.modules and "." in loaded:
+                loaded = loaded.rpartition(".")[0]
+            module = sys.modules.get(loaded)
+            if (
+                isinstance(module, ModuleType)
+                and loaded != "__main__"
+                and not is_being_imported(module)
+                and not self._fresh.imports(loaded)
+                and self._fresh.file(name)
+            ):
+                raise pickle.PicklingError(self._trouble(loaded, f"imported in the body of {func.__qualname__}()"))
+        return super()._dynamic_function_reduce(func)
 
     def _trouble(self, name: str, what: str) -> str:
         here = (files_of(sys.modules.get(name)) or ["this process"])[0]
@@ -230,10 +236,20 @@ def _with_its_key(proxy: Any) -> Any:
     return make, args, *rest
 
 
-def _imports(code: CodeType, name: str) -> bool:
-    """Tell whether code has an absolute import of a module."""
-    instructions = list(dis.get_instructions(code))
-    return any(
-        instruction.opname == "IMPORT_NAME" and instruction.argval == name and instructions[i - 2].argval == 0
-        for i, instruction in enumerate(instructions)
-    )
+def _imported(code: CodeType, package: str | None) -> Iterator[str]:
+    """Return the full names of modules that a function's body imports; there may be names of other things among them."""
+    if _IMPORT in code.co_code[::2]:
+        instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
+        for level, names, instruction in zip(instructions, instructions[1:], instructions[2:], strict=False):
+            if instruction.opname == "IMPORT_NAME":
+                name = "." * level.argval + instruction.argval
+                if level.argval:
+                    try:
+                        name = importlib.util.resolve_name(name, package)
+                    except ImportError:  # it leads out of the package: so it does over there
+                        continue
+                yield name
+                yield from (f"{name}.{part}" for part in names.argval or ())
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _imported(part, package)
