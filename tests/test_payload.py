@@ -4,6 +4,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from speval import FunctionError, speval
 from speval.executors.importable import FreshInterpreter
+from speval.executors.payload import pickled
 
 from .conftest import Scripts
 
@@ -168,6 +170,52 @@ speval(function, [1], "runs.db", executor="process")
     assert not (scripts.folder / "runs.db").exists()
 
 
+def test_also_a_relative_or_nested_import_in_a_body_is_refused_if_it_would_bring_another_file(scripts: Scripts):
+    for folder in ("lib/pack", "pack"):
+        (scripts.folder / folder).mkdir(parents=True)
+        scripts.write("", f"{folder}/__init__.py")
+        for name in ("other", "later"):
+            scripts.write(f"OF = {folder!r}", f"{folder}/{name}.py")
+    scripts.write(
+        """
+        def relative(args):
+            from .other import OF
+        def sibling(args):
+            from . import other
+        def dotted(args):
+            import pack.other
+        def not_loaded_yet(args):
+            from .later import OF
+        def nested(args):
+            def inner():
+                from pack.other import OF
+        def harmless(args):
+            import json, os.path
+            from collections import abc
+        """,
+        "lib/pack/sub.py",
+    )
+    done = scripts.run(
+        """
+        import sys
+        sys.path.insert(0, "lib")
+        import pack.other, pack.sub
+        del sys.path[0]
+        from speval import FunctionError
+        from speval.executors.payload import pickled
+        for name, function in vars(pack.sub).items():
+            if callable(function):
+                try:
+                    pickled(function, ())
+                    print(name, "goes")
+                except FunctionError as error:
+                    print(name, f"imported in the body of {name}" in str(error))
+        """
+    )
+    names = ["relative", "sibling", "dotted", "not_loaded_yet", "nested"]
+    assert done.stdout.splitlines() == [*(f"{name} True" for name in names), "harmless goes"], done.stderr
+
+
 def extension() -> Path:
     """Return an extension of the standard library that is a file."""
     for name in ("_bisect", "_heapq", "_queue", "_statistics", "_zoneinfo", "_asyncio"):
@@ -302,6 +350,17 @@ def test_what_packages_and_the_standard_library_bring_goes_by_name():
     assert pandas
 
 
+def test_a_module_that_says_it_has_another_name_goes_by_the_one_it_is_imported_by():
+    import _collections_abc
+    import _decimal
+    import _io
+
+    for module in (_collections_abc, _decimal, _io):
+        (function, _), size = pickle.loads(body := pickled(lambda args: module, ())), len(body)
+        assert function(None) is module
+        assert size < 1000
+
+
 def test_what_a_package_adds_to_its_own_path_goes_by_name_and_what_a_script_adds_by_value(scripts: Scripts):
     for folder in ("own", "other", "extra"):
         (scripts.folder / folder).mkdir()
@@ -341,7 +400,52 @@ def test_another_module_under_a_name_goes_by_name_if_the_package_has_put_it_ther
     assert done.stdout == "True True False\n", done.stderr
 
 
+NAMED = """
+from typing import NewType, ParamSpec
+class _Missing:
+    def __reduce__(self):
+        return "MISSING"
+MISSING, Id, P = _Missing(), NewType("Id", int), ParamSpec("P")
+MISSING.of = {!r}
+def function(args, missing=MISSING):
+    return [missing.of, missing is MISSING, Id(args), P.__name__]
+"""
+
+
+@pytest.mark.parametrize("name", ["model", "__main__"])
+def test_what_goes_by_its_own_name_goes_by_value_where_that_means_another_one(scripts: Scripts, name):
+    (scripts.folder / "first").mkdir()
+    scripts.write(NAMED.format("first"), "first/model.py")
+    scripts.write(NAMED.format("second"), "model.py")
+    load = NAMED.format("first") if name == "__main__" else BY_PATH + "\nfunction = load('first/model.py').function"
+    ask = "speval(function, [1], 'runs.db', executor='process', progress=False)\nprint(load_evals('runs.db')[0]['result'])"
+    done = scripts.run(f"from speval import load_evals, speval\n{load}\n{ask}")
+    assert done.stdout == "['first', True, 1, 'P']\n", done.stderr
+
+
 # What needs care on its way
+
+
+@pytest.mark.parametrize("method", [str.upper, str.__len__, object.__init__])
+def test_a_method_of_a_built_in_class_travels(method):
+    function, _ = pickle.loads(pickled(lambda args: method, ()))
+    assert function(None) == method
+
+
+def test_a_function_without_a_module_is_not_looked_up_where_it_was_found(scripts: Scripts):
+    done = scripts.run(
+        """
+        import sys, types
+        from speval import load_evals, speval
+        made = types.ModuleType("made")
+        source = "from dataclasses import dataclass\\n@dataclass\\nclass Point:\\n    x: int"
+        exec(source, vars(made))  # before it is in sys.modules: what dataclass makes has no module
+        sys.modules["made"] = made
+        speval(lambda args: made.Point(args) == made.Point(1), [1], "runs.db", executor="process", progress=False)
+        print(load_evals("runs.db")[0]["result"])
+        """
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_what_functools_makes_of_functions_and_methods_travels(scripts: Scripts):

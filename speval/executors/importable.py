@@ -44,9 +44,20 @@ class FreshInterpreter:
         return known
 
     def file(self, name: str) -> str | None:
-        """Return the file that it imports under a name which was asked for, if it finds one."""
-        spec = self._specs.get(name)
+        """Return the file that it imports under a name, if it finds one."""
+        spec = self._spec(name)
         return spec.origin if spec is not None else None
+
+    def _spec(self, name: str) -> ModuleSpec | None:
+        """Return what it finds under a name, whatever is loaded here."""
+        if name not in self._specs:
+            parent = name.rpartition(".")[0]
+            package = self._spec(parent) if parent else None
+            self._specs[name] = None
+            if package is not None or not parent:
+                with suppress(Exception):  # finders of others run here
+                    self._specs[name] = self._find(name, package.submodule_search_locations if package else None)
+        return self._specs[name]
 
     def path(self) -> list[str]:
         """Return the ``sys.path`` that it needs, good in any folder."""

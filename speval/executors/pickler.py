@@ -6,15 +6,16 @@ what is not, and can't go by value either, raises an error that names it.
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import functools
-import importlib
+import importlib.util
 import io
 import operator
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -30,6 +31,8 @@ _internals = cloudpickle.cloudpickle
 _NO_FILE = "<dynamic-code>"  # what cloudpickle puts instead
 _Cached = type(functools.cache(len))
 _dispatched: Any = functools.singledispatch(len)
+_make_object: Callable[..., Any] = vars(copyreg)["__newobj__"]
+_IMPORT = dis.opmap["IMPORT_NAME"]
 _HEAP_TYPE = 1 << 9  # a flag of classes that are not built in
 _OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # what a module has from its import
 
@@ -41,7 +44,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     2. Code keeps the name of its file, by which a traceback shows the lines of a script.
     3. What ``functools`` makes of a function or method, with caches and locks, goes by value where what it is made of does,
        with empty caches.
-    4. A proxy of a ``multiprocessing`` manager takes its key along.
+    4. An instance that goes by its own name (a sentinel, a ``NewType``) goes by value where its module does.
+    5. A proxy of a ``multiprocessing`` manager takes its key along.
 
     Args:
         file: Where the bytes go.
@@ -71,32 +75,35 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._module(obj)
         if issubclass(kind, self._proxies):
             return _with_its_key(obj)
-        if kind is _Cached and hasattr(obj, "cache_parameters") and not self._can_be_named(obj):
+        if kind is _Cached and hasattr(obj, "cache_parameters") and not self._can_be_named(obj, obj.__qualname__):
             return operator.call, (_Decorator(**obj.cache_parameters()), obj.__wrapped__)
         if kind is functools.cached_property:
             return kind, (obj.func,), {"attrname": obj.attrname, "__doc__": obj.__doc__}
         if kind is functools.singledispatchmethod:
             return kind, (obj.func,), {"dispatcher": obj.dispatcher}
-        if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj):
+        if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj, obj.__qualname__):
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
         # Instances are not looked at, their classes are; what has a qualified name of its own is some kind of function.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
-            name = obj.__module__
+            name = _home(obj)
             if isinstance(name, str) and name != "__main__" and not self._goes_by_name(name):
                 return self._by_value(obj, name)
+        elif _reduces_itself(kind) and kind not in self.dispatch_table:
+            reduced = obj.__reduce_ex__(5)
+            return _named(obj) if isinstance(reduced, str) and not self._can_be_named(obj, reduced) else reduced
         return super().reducer_override(obj)
 
     def _goes_by_name(self, name: str) -> bool:
         """Tell whether what is in a module goes by name, as far as the module goes."""
         return not isinstance(sys.modules.get(name), ModuleType) or self._fresh.imports(name)
 
-    def _can_be_named(self, function: Any) -> bool:
-        """Tell whether a function goes by name."""
-        name = function.__module__
+    def _can_be_named(self, obj: Any, qualname: str) -> bool:
+        """Tell whether an object goes by name."""
+        name = obj.__module__
         if not self._fresh.imports(name) or _internals._is_registered_pickle_by_value(sys.modules[name]):
             return False
         try:
-            return operator.attrgetter(function.__qualname__)(sys.modules[name]) is function
+            return operator.attrgetter(qualname)(sys.modules[name]) is obj
         except AttributeError:
             return False
 
@@ -115,10 +122,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _module(self, module: ModuleType) -> Any:
         name = module.__name__
-        if name == "__main__" or (sys.modules.get(name) is module and self._fresh.imports(name)):
-            if _internals._is_registered_pickle_by_value(module):
-                return NotImplemented
-            return importlib.import_module, (name,)
+        # Some say that they have another name than the one they are imported by: _decimal says "decimal".
+        spec: Any = getattr(module, "__spec__", None)
+        for known in (name, getattr(spec, "name", name)):
+            if known == "__main__" or (sys.modules.get(known) is module and self._fresh.imports(known)):
+                if _internals._is_registered_pickle_by_value(module):
+                    return NotImplemented
+                return importlib.import_module, (known,)
         if is_compiled(module):
             raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't travel"))
         # Its content is its state, which follows when the module is known: modules refer to each other.
@@ -128,20 +138,25 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return ModuleType, (name,), content
 
     def _code(self, code: CodeType) -> Any:
-        for name in code.co_names:
-            module = sys.modules.get(name)
-            # An import in a function's body would bring what the name means over there.
-            if (
-                isinstance(module, ModuleType)
-                and name != "__main__"
-                and not is_being_imported(module)
-                and not self._fresh.imports(name)
-                and self._fresh.file(name)
-                and _imports(code, name)
-            ):
-                raise pickle.PicklingError(self._trouble(name, f"imported in the body of {code.co_qualname}()"))
         make, parts = self.dispatch_table[CodeType](code)
         return make, tuple(code.co_filename if isinstance(part, str) and part == _NO_FILE else part for part in parts)
+
+    def _dynamic_function_reduce(self, func: FunctionType) -> Any:
+        """Reduce a function that goes by value. An import in its body brings what the name means over there."""
+        for name in _imported(func.__code__, func.__globals__.get("__package__")):
+            loaded = name
+            while loaded not in sys.modules and "." in loaded:
+                loaded = loaded.rpartition(".")[0]
+            module = sys.modules.get(loaded)
+            if (
+                isinstance(module, ModuleType)
+                and loaded != "__main__"
+                and not is_being_imported(module)
+                and not self._fresh.imports(loaded)
+                and self._fresh.file(name)
+            ):
+                raise pickle.PicklingError(self._trouble(loaded, f"imported in the body of {func.__qualname__}()"))
+        return super()._dynamic_function_reduce(func)
 
     def _trouble(self, name: str, what: str) -> str:
         here = (files_of(sys.modules.get(name)) or ["this process"])[0]
@@ -184,6 +199,31 @@ def _is_guarded(file: Any) -> bool:
         return False
 
 
+def _home(obj: Any) -> str | None:
+    """Return the module of a class or function. Methods of built-in classes have none; pickle reaches them by their class."""
+    name: str | None = getattr(obj, "__module__", None)
+    if name is None and isinstance(obj, (FunctionType, type)):
+        # Code that exec() ran without a module's name. cloudpickle searches all modules, and would send what it finds by name.
+        name = _internals._whichmodule(obj, obj.__qualname__)
+    return name
+
+
+def _reduces_itself(kind: Any) -> bool:
+    """Tell whether instances of a class may go by their own name: Python code says so, or ``typing`` has made them."""
+    methods = getattr(kind, "__reduce__", None), getattr(kind, "__reduce_ex__", None)
+    return kind.__module__ == "typing" or any(isinstance(method, FunctionType) for method in methods)
+
+
+def _named(obj: Any) -> Any:
+    """Return how to make an instance that would go by its own name, as sentinels and what ``typing`` makes do."""
+    kind = type(obj)
+    if kind.__module__ == "typing" and hasattr(obj, "__value__"):  # type X = ...
+        return functools.partial(operator.call, kind, type_params=obj.__type_params__), (obj.__name__, obj.__value__)
+    if kind.__module__ == "typing" and kind.__name__ in ("ParamSpec", "TypeVarTuple"):
+        return kind, (obj.__name__,)
+    return _make_object, (kind,), obj.__getstate__()
+
+
 # Without a name it goes by value itself: the other process may know nothing of speval.
 _register_all = lambda function, registry: [function.register(*pair) for pair in registry]  # noqa: E731
 
@@ -196,10 +236,20 @@ def _with_its_key(proxy: Any) -> Any:
     return make, args, *rest
 
 
-def _imports(code: CodeType, name: str) -> bool:
-    """Tell whether code has an absolute import of a module."""
-    instructions = list(dis.get_instructions(code))
-    return any(
-        instruction.opname == "IMPORT_NAME" and instruction.argval == name and instructions[i - 2].argval == 0
-        for i, instruction in enumerate(instructions)
-    )
+def _imported(code: CodeType, package: str | None) -> Iterator[str]:
+    """Return the full names of modules that a function's body imports; there may be names of other things among them."""
+    if _IMPORT in code.co_code[::2]:
+        instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
+        for level, names, instruction in zip(instructions, instructions[1:], instructions[2:], strict=False):
+            if instruction.opname == "IMPORT_NAME":
+                name = "." * level.argval + instruction.argval
+                if level.argval:
+                    try:
+                        name = importlib.util.resolve_name(name, package)
+                    except ImportError:  # it leads out of the package: so it does over there
+                        continue
+                yield name
+                yield from (f"{name}.{part}" for part in names.argval or ())
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _imported(part, package)
