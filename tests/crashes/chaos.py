@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from speval import DatabaseMissingError, load_evals
+from speval import DatabaseLockedError, DatabaseMissingError, load_evals
 
 from ..conftest import rows
 from .processes import MARK, end_marked, left_behind
@@ -250,9 +250,11 @@ class Chaos:
 
     def _check_given_back(self, victim: Victim) -> None:
         """See that a copy that was interrupted once holds nothing any more."""
+        if any(v.stopped_until is not None for v in self._victims):
+            return  # one of them may keep all others waiting, and only we let it go on
         try:
             in_progress = load_evals(self.db, status="in_progress")
-        except DatabaseMissingError:  # it was interrupted before it made one
+        except (DatabaseMissingError, DatabaseLockedError):  # interrupted before it made one; a stopped copy has it alone
             return
         held = [e["name"] for e in in_progress if f":{victim.process.pid}:" in str(e["worker"])]
         if held:
