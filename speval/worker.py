@@ -726,5 +726,10 @@ _running: WeakSet[Worker] = WeakSet()
 
 @atexit.register
 def _keep_all() -> None:
-    for worker in list(_running):
-        worker.keep_at_exit()
+    for _ in range(3):  # the second Ctrl-C may arrive here as well, and what was computed must not depend on that
+        try:
+            for worker in list(_running):
+                worker.keep_at_exit()
+        except KeyboardInterrupt:
+            continue
+        return
