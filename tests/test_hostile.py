@@ -26,7 +26,8 @@ from speval.cli.watch import picture
 from speval.errors import DatabaseError
 from speval.options import checked_database
 from speval.space import Space
-from speval.stores import make_control, make_store
+from speval.stores import make_control, make_store, sqlite_contents
+from speval.stores.sqlite import SqliteStore
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -263,3 +264,33 @@ def test_of_a_strangers_own_tables_the_doctor_executes_nothing(fresh):
     assert health.facts["integrity"] == "ok"
     with closing(sqlite3.connect(db)) as connection, pytest.raises(sqlite3.DataError, match="too big"):
         connection.execute("PRAGMA integrity_check").fetchall()
+
+
+async def test_what_an_open_file_holds_is_saved_when_it_is_deleted_however_much_that_is(tmp_path, monkeypatch):
+    """Its size can't be asked for by its name any more, and what allows so many instructions is the size."""
+    monkeypatch.setattr(sqlite_contents, "_LEAST", 1000)
+    monkeypatch.setattr(sqlite_contents, "_LONG_STEP", 100)
+    db = tmp_path / "runs.db"
+
+    async def function(args):
+        if args == 3000:
+            for path in tmp_path.glob("runs.db*"):
+                path.unlink()
+        return args
+
+    with pytest.raises(DatabaseError, match=r"was deleted while in use; all that was recorded is in .*rescued"):
+        await aio.speval(function, range(5000), db)
+    assert len(load_evals(f"{db}.rescued", status="completed")) > 1000
+
+
+async def test_a_reader_takes_a_value_that_is_larger_than_the_file_was_when_it_was_opened(tmp_path):
+    db = tmp_path / "runs.db"
+    await aio.speval(str, range(3), db)
+    store = SqliteStore(db, "read")
+    await store.open()
+    try:
+        await aio.speval(lambda n: "x" * 3_000_000 if n == 3 else n, range(4), db, executor="thread")
+        _, found = await store.load(None, 3, 10)
+        assert [len(e["result"]) for e in found] == [3_000_000]
+    finally:
+        await store.close()

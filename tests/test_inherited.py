@@ -394,3 +394,18 @@ def test_a_broken_pipe_of_the_functions_own_is_its_failure(db):
 
     for executor in ("thread", "process"):
         assert speval(function, range(2), f"{db}.{executor}", executor=executor).causes == {"exception": 2}
+
+
+def test_a_hard_limit_that_is_lowered_between_two_calls_keeps_no_worker_from_starting(scripts: Scripts, db):
+    done = scripts.run(
+        """
+        import resource
+        from speval import speval
+        def limits(n):
+            return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        for number, (soft, hard) in enumerate([(120, 4096), (200, 1024)]):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            print(speval(limits, range(number * 4, number * 4 + 4), f"{number}.db", executor="process", concurrency=2))
+        """
+    )
+    assert done.stdout.count("4 completed") == 2, done.stderr

@@ -28,7 +28,8 @@ class OpenFiles:
     """The limit of open files of this process."""
 
     _lock = threading.Lock()
-    users_own: tuple[int, int] | None = None  # soft and hard, if the soft one was raised
+    users_own: int | None = None  # the soft limit that the user had set, if it was raised
+    _ours: int | None = None  # what it was raised to
 
     @classmethod
     def make_room(cls, workers: int) -> None:
@@ -37,6 +38,8 @@ class OpenFiles:
             return
         with cls._lock:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft != cls._ours:  # the user has set another one since
+                cls.users_own = cls._ours = None
             wanted = workers * PER_WORKER + 2 * _RESERVE + 64
             if soft == resource.RLIM_INFINITY or soft >= wanted or (hard != resource.RLIM_INFINITY and soft >= hard):
                 return
@@ -45,7 +48,7 @@ class OpenFiles:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
             except (OSError, ValueError):  # forbidden here: there are fewer workers then
                 return
-            cls.users_own = cls.users_own or (soft, hard)
+            cls.users_own, cls._ours = cls.users_own or soft, new
             logger.debug("the limit of open files is %d now, it was %d", new, soft)
 
     @classmethod

@@ -37,7 +37,7 @@ _SIGKILL = 9
 _HIGH = 200  # where the descriptors go that are ours: above those a program has usually
 
 
-def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int, *open_files: int) -> None:
+def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int, open_files: int = 0) -> None:
     """Load the function when the parent says so, then make the calls that arrive until it closes the socket.
 
     Args:
@@ -46,12 +46,13 @@ def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd:
         tokens_fd: The pipe with a token for each call.
         lifeline_fd: The pipe that is closed when the parent is gone.
         payload_fd: The file with the function.
-        open_files: The soft and the hard limit of open files that the user has set, if the parent has raised them for itself.
+        open_files: The soft limit of open files that the user has set, if the parent has raised it for itself; else 0.
     """
     if open_files:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)  # type: ignore[arg-type]
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files if hard < 0 else min(open_files, hard), hard))
     calls_fd, tokens_fd, lifeline_fd = (_out_of_the_way(fd) for fd in (calls_fd, tokens_fd, lifeline_fd))
     os.set_inheritable(payload_fd, False)
     os.set_blocking(calls_fd, True)

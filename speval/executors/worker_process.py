@@ -91,7 +91,7 @@ class WorkerProcess:
         self._watch()
 
     def _started(self, fds: tuple[int, int, int, int], outputs: Outputs) -> subprocess.Popen[bytes]:
-        numbers = (*fds, *(OpenFiles.users_own or ()))
+        numbers = fds if OpenFiles.users_own is None else (*fds, OpenFiles.users_own)
         # Its own session: Ctrl-C is for the parent to hear, `stty tostop` can't stop it, and it can be killed as a group.
         command = [sys.executable, *_interpreter_flags(), "-P", str(_SCRIPT), self._tag.hex(), *map(str, numbers)]
         return subprocess.Popen(

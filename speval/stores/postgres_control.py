@@ -94,6 +94,7 @@ FROM speval.attempts AS a LEFT JOIN speval.workers AS w ON w.id = a.worker WHERE
 _SET = "INSERT INTO speval.meta VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _UNSET = "DELETE FROM speval.meta WHERE key = %s"
 # Nothing is seeded and nothing moves meanwhile.
+_FOR_VACUUM = ("statement_timeout = 0", "lock_timeout = 0", "default_transaction_read_only = off")
 _STAND_STILL = """
 SELECT pg_advisory_xact_lock(1936745846, 'speval.evaluations'::regclass::oid::integer),
     pg_advisory_xact_lock(1936745846, speval.movers())
@@ -429,8 +430,13 @@ class PostgresControl(Control):
             return before, self._execute(c, _PRUNE).rowcount
 
         def vacuum(c: Connection) -> None:  # which is no part of a transaction, and lets others work
-            for table in ("workers", "queue", "running", "attempts", "evaluations"):
-                self._execute(c, f"VACUUM (ANALYZE) speval.{table}")
+            for setting in _FOR_VACUUM:
+                c.execute(f"SET {setting}")
+            try:
+                for table in ("workers", "queue", "running", "attempts", "evaluations"):
+                    self._execute(c, f"VACUUM (ANALYZE) speval.{table}")
+            finally:
+                c.close()  # the settings are not for what comes after
 
         before, count = self._connection.run_once(_FOR_LONG, pruned)
         self._connection.call(_FOR_LONG, vacuum)

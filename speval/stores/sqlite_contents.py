@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -69,6 +69,8 @@ class GuardedConnection(sqlite3.Connection):
         """Begin to count, looking every so many instructions."""
         self.path, self.shown, self._step = path, shown, step
         self._spent = 0
+        self._most = 0  # bytes, the largest the file has been: it may be deleted or moved away meanwhile
+        self._is_reader = False
         self._has_overspent = False
         self._caught: BaseException | None = None
         # A generator: the exception of a signal is raised where the frame goes on, so inside its try. At the start of a
@@ -92,15 +94,31 @@ class GuardedConnection(sqlite3.Connection):
                 self._caught, has_to_end = error, True
 
     def _allowed(self) -> int:
-        return _LEAST + (_size(self.path) + self.allowance) * _A_BYTE
+        self._most = max(self._most, _size(self.path))
+        return _LEAST + (self._most + self.allowance) * _A_BYTE
 
     def allow(self) -> None:
         """Begin a transaction, which may take as many instructions as a file of this size needs."""
         self._spent = 0
+        if self._is_reader:
+            self.fit()  # it may have grown
+
+    @contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """Let statements of ours take what they take, in a file whose contents have been looked at."""
+        self.set_progress_handler(None, 0)
+        try:
+            yield
+        finally:
+            most, is_reader = self._most, self._is_reader
+            self.watch(self.path, self.shown, self._step)
+            self._most, self._is_reader = most, is_reader
 
     def fit(self) -> None:
         """Refuse values longer than the whole file: a crafted one claims a gigabyte where there is none. Only for readers."""
-        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(_LONGEST - 1, _MIB + _size(self.path)))
+        self._is_reader = True
+        self._most = max(self._most, _size(self.path))
+        self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(_LONGEST - 1, _MIB + self._most))
 
     def reason(self) -> BaseException:
         """Return why a statement was ended from outside of it: the exception of a signal, or an error that says it."""

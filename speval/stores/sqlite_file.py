@@ -192,7 +192,7 @@ class SqliteFile:
             DatabaseLockedError: another program reads or writes it.
         """
         self._look_after_the_file()
-        with self._errors():
+        with self._errors(), self.connection.unlimited():
             self._patiently(self.patience, "VACUUM")
             (is_busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if is_busy:

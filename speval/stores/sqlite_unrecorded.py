@@ -6,6 +6,7 @@ is recorded goes the way of every attempt that ends.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,12 @@ SELECT a.evaluation, a.attempt, a.worker, a.started_at, a.outcome FROM attempts 
 WHERE a.evaluation IN (SELECT id FROM temp.wanted)
 """
 _ADOPT = "UPDATE states SET status = 1, attempt = ?, released = ?, worker = ? WHERE id = ?"
-_FORGET_LOST = "DELETE FROM attempts WHERE evaluation = ? AND attempt = ? AND outcome = 'lost'"
+# All at once: no index finds an attempt by its token, so that each would go through the whole table.
+_FORGET_LOST = """
+DELETE FROM attempts WHERE outcome = 'lost' AND (evaluation, attempt) IN (
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?)
+)
+"""
 _LET_GO = "UPDATE states SET status = 0, worker = NULL WHERE id = ? AND status = 4 AND attempt = ?"
 _STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "in_progress"}
 
@@ -62,5 +68,6 @@ def _record(c: sqlite3.Connection, adopted: Sequence[Adopted], now: float, end: 
     c.executemany(_ADOPT, [(a.ended.claim.attempt, a.released, a.ended.claim.worker, a.ended.claim.id) for a in adopted])
     end(c, ended, now)
     # Only now: the next number in ``seq`` follows the highest there is, and those who follow have seen these.
-    c.executemany(_FORGET_LOST, [(a.ended.claim.id, a.ended.claim.attempt) for a in adopted if a.in_place])
+    if lost := [(a.ended.claim.id, a.ended.claim.attempt) for a in adopted if a.in_place]:
+        c.execute(_FORGET_LOST, (json.dumps(lost),))
     c.executemany(_LET_GO, [(one.claim.id, one.claim.attempt) for one in ended if one.again])

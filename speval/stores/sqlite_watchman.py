@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 
 from ..text import visible
+from .sqlite_contents import GuardedConnection
 
 __all__ = ["Watchman", "identity", "lacks_log", "missing_log"]
 
@@ -70,7 +71,7 @@ class Watchman:
             try:
                 path = self._copy(connection)
             except (OSError, sqlite3.Error) as error:
-                self._rescued = f"what was recorded could not be saved: {error}"
+                return f"what was recorded could not be saved: {error}"
             else:
                 self._rescued = f"all that was recorded is in {path}: rename it and start again"
                 self._remove_log()
@@ -94,7 +95,12 @@ class Watchman:
             except FileExistsError:
                 if _holds(path, held, connection):
                     return path
-        connection.execute("VACUUM INTO ?", (str(path),))
+        try:
+            with connection.unlimited() if isinstance(connection, GuardedConnection) else nullcontext():
+                connection.execute("VACUUM INTO ?", (str(path),))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return path
 
 
