@@ -229,7 +229,7 @@ class Chaos:
             self._check_end(victim)
         if left := left_behind(self._mark):
             problems.append(f"processes left behind: {left}")
-        if side_files := sorted(path.name for path in self.folder.glob("*unrecorded*")):
+        if side_files := sorted(path.name for path in self.folder.glob("*unrecorded*.jsonl")):
             problems.append(f"results that no start has taken in: {side_files}")
         executions = self._executions()
         results = {e["name"]: [e["status"], e["result"], e["attempts"]] for e in load_evals(self.db)}
