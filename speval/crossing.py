@@ -17,8 +17,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-# Here, in the thread that imports speval, and not by the first cancel scope in a loop's thread: code that is executed there after
-# a second interrupt makes CPython forget why the program ends, and its exit status is 1.
+# Here, in the thread that imports speval, and not by the first cancel scope in a loop's thread: code that is executed there
+# after a second interrupt makes CPython forget why the program ends, and its exit status is 1.
 import anyio._backends._asyncio  # noqa: F401
 
 from . import calls
