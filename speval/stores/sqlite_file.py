@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -34,6 +35,7 @@ from .sqlite_errors import BUSY, code_of, permission, shown_path, translated
 from .sqlite_fork import Owner
 from .sqlite_guard import check_file, check_journal, check_library, check_path
 from .sqlite_mount import Freshness, check_locks, filesystem, is_network
+from .sqlite_pair import Marker, check_pair
 from .sqlite_schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
 from .sqlite_watchman import Watchman, identity, lacks_log
 
@@ -85,6 +87,7 @@ class SqliteFile:
         self._rolls_back = False  # it has a rollback journal, which is looked for at the start of each transaction
         self._still: Stillness | None = None  # how the file was when it was opened as one that nobody changes
         self._watchman = Watchman(real)
+        self._marker: Marker | None = None  # where there is a -wal
         self.lacks_log = lacks_log(real)
         self._given_up = given_up or threading.Event()
         self._closed = False
@@ -96,6 +99,8 @@ class SqliteFile:
         self.owner = Owner(identity(real)[0] or (0, 0), self.shown)
         with self._errors():
             try:
+                if self.owner.is_first:
+                    check_pair(real, self.shown)
                 self.connection = self._connect(mode)
                 try:
                     self._recognise(mode)
@@ -113,7 +118,11 @@ class SqliteFile:
 
     def write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``work(connection, ...)`` in one transaction that holds the write lock from its start."""
-        return self._transaction("BEGIN IMMEDIATE", self.patience, work, *args, **kwargs)
+        result = self._transaction("BEGIN IMMEDIATE", self.patience, work, *args, **kwargs)
+        if self._marker is not None:
+            with suppress(SpevalError):  # what was written is written; the next commit looks again
+                self._marker.look(partial(self._transaction, "BEGIN IMMEDIATE", self.patience))
+        return result
 
     def write_within(
         self, patience: float, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
@@ -372,6 +381,7 @@ class SqliteFile:
         if mode == "wal":
             self.read(describe)  # makes the -wal
             self._watchman.note_log()
+            self._marker = Marker(self.path)
         self._rolls_back = mode != "wal"
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"

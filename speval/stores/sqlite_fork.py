@@ -24,6 +24,9 @@ class Owner:
         file: Device and number of the file.
         shown: The file, for messages.
 
+    Attributes:
+        is_first: Whether this process had the file not open before.
+
     Raises:
         DatabaseError: this is a fork of a process that had the file open.
     """
@@ -36,6 +39,7 @@ class Owner:
             if other._file == file and not other.is_here:
                 problem = f"was open in process {other._pid} when this process ({self._pid}) was forked from it"
                 raise DatabaseError(shown, f"{problem}, and can't be used here; {_FIX}")
+        self.is_first = not any(other._file == file for other in _open.copy())
         _open.add(self)
 
     def __repr__(self) -> str:
