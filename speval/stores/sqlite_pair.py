@@ -95,9 +95,7 @@ def check_pair(path: Path, shown: str) -> None:
     if looked.stdout.strip() != "misfit":
         return
     log = f"{shown}-wal"
-    problem = (
-        f"is not the file that {log} continues: an older or a newer copy was put in its place, and the two do not fit"
-    )
+    problem = f"is not the file that {log} continues: an older or a newer copy was put in its place, and the two do not fit"
     fix = f"put the right file back; or, to go on with this one and without the answers in {log}, move {log} away"
     raise DatabaseError(shown, f"{problem}; {fix}")
 
