@@ -24,6 +24,7 @@ from .errors import (
     OptionError,
     SpaceError,
     SpevalError,
+    SystemLimitError,
     UnknownNameError,
     UnserializableError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "SpaceError",
     "SpevalError",
     "Summary",
+    "SystemLimitError",
     "UnknownNameError",
     "UnserializableError",
     "aio",

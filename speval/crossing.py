@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 # after a second interrupt makes CPython forget why the program ends, and its exit status is 1.
 import anyio._backends._asyncio  # noqa: F401
 
-from . import calls
+from . import calls, threads
 from .errors import SpevalError
 
 __all__ = ["Call", "Future"]
@@ -149,7 +149,7 @@ class Call(Generic[T]):
     def start(self) -> None:
         """Begin."""
         calls.add(self)
-        self._thread.start()
+        threads.start(self._thread)
 
     def result(self) -> T:
         """Wait for the end of the coroutine and return what it returned, or raise."""

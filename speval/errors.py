@@ -32,6 +32,7 @@ __all__ = [
     "SpaceError",
     "SpevalError",
     "StoreClosedError",
+    "SystemLimitError",
     "UnknownNameError",
     "UnserializableError",
 ]
@@ -85,6 +86,19 @@ class CalledInWorkerError(SpevalError, RuntimeError):
         return (
             f"{self.call}() is called at the top level of a module that a worker process has to import for the function; it is "
             'not started again there. Put the call into a function, or under if __name__ == "__main__"'
+        )
+
+
+class SystemLimitError(SpevalError, RuntimeError):
+    """The system starts no more threads."""
+
+    def __init__(self, thread: str) -> None:
+        super().__init__(thread)
+        self.thread = thread
+
+    def __str__(self) -> str:
+        return (
+            f"{self.thread} can't be started: the system allows no more threads (`ulimit -u`, or the pids limit of a container)"
         )
 
 

@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable
 
+from . import threads
 from .clock import Clock
 from .errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, SpevalError
 from .model import counted
@@ -79,7 +80,7 @@ class Lease:
 
     def start(self) -> None:
         """Start renewing."""
-        self._thread.start()
+        threads.start(self._thread)
 
     def adopt(self, worker: int) -> None:
         """Go on for a worker that was registered anew just now."""

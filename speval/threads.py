@@ -16,11 +16,25 @@ from typing import Any, TypeVar
 
 from anyio import CancelScope
 
-__all__ = ["WorkThread"]
+from .errors import SystemLimitError
+
+__all__ = ["WorkThread", "start"]
 
 T = TypeVar("T")
 
 _LINGER = 2.0  # seconds that finishing waits for what was begun
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        SystemLimitError: the system has no room for one.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise SystemLimitError(f"thread {thread.name!r}") from error
 
 
 class WorkThread:
@@ -31,7 +45,7 @@ class WorkThread:
         # The second Ctrl-C must end the process whatever this thread is waiting for.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Return what the work returns; it goes on when this is cancelled."""

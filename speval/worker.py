@@ -315,9 +315,6 @@ class Worker:
             return
         self._lease.retire()
         try:
-            if self._ended:  # the event loop ends, and this task was cancelled like all others
-                ended, self._ended = self._ended, []
-                await self._store.record(self._id, ended)
             await self._store.leave(self._id)
         except SpevalError as error:
             logger.warning("what was claimed could not be given back, the lease will run out: %s", error)

@@ -71,6 +71,8 @@ def test_with_ended_children_ignored_a_crash_is_still_a_crash(scripts: Scripts, 
         """
     )
     assert "5 completed, 1 failed (1 crash)" in done.stdout, done.stderr
+    assert "status 0" not in done.stderr
+    assert "SIGCHLD is ignored" in done.stderr
 
 
 def test_a_folder_that_is_gone_keeps_no_worker_from_starting(scripts: Scripts, tmp_path):
@@ -409,3 +411,42 @@ def test_a_hard_limit_that_is_lowered_between_two_calls_keeps_no_worker_from_sta
         """
     )
     assert done.stdout.count("4 completed") == 2, done.stderr
+
+
+LAST_THREAD = """
+import os, resource, shutil, sys, tempfile
+import speval.aio, speval.executors.thread, speval.stores.sqlite, speval.stores.sqlite_lease
+from speval import SystemLimitError, speval
+
+folder = tempfile.mkdtemp(dir="/tmp")  # one that the other user can reach
+os.chmod(folder, 0o777)
+for most in range(1, 20):  # threads
+    child = os.fork()
+    if not child:
+        os.setgid(54321), os.setuid(54321)  # root has no limit
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+        try:
+            summary = speval(str, range(5), f"{folder}/{most}.db", executor="thread", progress=False)
+            os._exit(summary.completed)
+        except SystemLimitError as error:
+            os.write(2, f"{error}\\n".encode())
+            os._exit(100)
+        except BaseException as error:
+            os.write(2, f"{error!r}\\n".encode())
+            os._exit(101)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status)
+    if status != 100:
+        break
+shutil.rmtree(folder)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which can become a user without other processes")
+def test_where_no_more_threads_start_the_error_names_the_limit(scripts: Scripts):
+    done = scripts.run(LAST_THREAD)
+    *refused, last = done.stdout.split()
+    assert last == "5", done.stderr
+    assert refused
+    assert set(refused) == {"100"}, done.stderr
+    assert done.stderr.count("`ulimit -u`") >= len(refused)

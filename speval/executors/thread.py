@@ -18,7 +18,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from ..clock import Clock
-from ..errors import ExecutorError
+from ..errors import SystemLimitError
 from ..model import Claim, Function, Outcome, RetryOn
 from .base import Executor, NoRoomError, Slot, as_outcome, timed_out
 from .batch import Batch, BatchSlot
@@ -124,7 +124,7 @@ class _Thread:
             self._thread.start()
         except RuntimeError as error:  # the system starts no more threads
             problem = f"{error} (`ulimit -u`, or the pids limit of a container)"
-            raise NoRoomError(problem, ExecutorError("'thread'", problem)) from error
+            raise NoRoomError(problem, SystemLimitError(f"thread {self._thread.name!r}")) from error
         # The exception can hit what tells of the end, too.
         self._timer = self._loop.call_later(_LOOK, self._look)
 

@@ -85,6 +85,7 @@ class WorkerProcess:
         self._sending: asyncio.Task[None] | None = None
         self._is_closed = False
         self._is_ending = False
+        self._is_status_known = False
         self.unstarted = 0  # calls of the last batch that it never began, known when it is dead
         forgotten_after_fork(self)
         self._loop.add_reader(ours, self.receive)
@@ -248,6 +249,9 @@ class WorkerProcess:
         self._stop_watching()
         if not self._is_ending:
             self._kill_group()  # whatever it had started
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            self._is_status_known = True
         self._popen.poll()
         if not self.exited.done():
             self.exited.set_result(None)
@@ -277,6 +281,10 @@ class WorkerProcess:
         code = self._popen.returncode
         if code is None:
             return "is still running"
+        if not self._is_status_known:
+            return (
+                "ended, with a status that this process was not told (SIGCHLD is ignored, or something else waits for children)"
+            )
         if code >= 0:
             return f"exited with status {code}"
         try:

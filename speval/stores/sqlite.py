@@ -27,7 +27,14 @@ import aiosqlite
 from anyio import CancelScope
 
 from ..clock import Clock
-from ..errors import ArgsChangedError, DatabaseError, EvaluationDamagedError, StoreClosedError, UnknownNameError
+from ..errors import (
+    ArgsChangedError,
+    DatabaseError,
+    EvaluationDamagedError,
+    StoreClosedError,
+    SystemLimitError,
+    UnknownNameError,
+)
 from ..host import this_process
 from ..model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
 from ..space import Key, Space, name_to_key
@@ -182,9 +189,15 @@ class _Connection(aiosqlite.Connection):
         finally:
             self.join()
 
+    @property
+    def has_begun(self) -> bool:
+        """Return whether there was room for its thread."""
+        return self._thread.ident is not None
+
     def join(self) -> None:
         """Wait for the thread, which has been told to end and must not outlive the loop it reports to."""
-        self._thread.join()
+        if self.has_begun:
+            self._thread.join()
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run a function without parameters: aiosqlite logs what it is given, and args and results are not for logs."""
@@ -244,12 +257,14 @@ class SqliteStore(Store):
         connection = _Connection(connect)
         try:
             await connection
-        except BaseException:
+        except BaseException as error:
             # A cancelled connect would leave its thread and its file behind, and the thread may be waiting for a lock.
             self._given_up.set()
             connection.join()
             if self._file is not None:  # cancelled when it was open already
                 self._file.close()
+            if not connection.has_begun:
+                raise SystemLimitError("the database's thread") from error
             raise
         self._connection = connection
         await self._look_for_log()
