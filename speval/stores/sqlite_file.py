@@ -47,6 +47,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PATIENCE = 60.0  # seconds to wait for the lock of another program
+_SHORT = 0.2  # seconds to wait for it with what the next commit can do as well
 _SILENCE = 3.0  # seconds of waiting for it before that is said
 
 
@@ -121,7 +122,7 @@ class SqliteFile:
         result = self._transaction("BEGIN IMMEDIATE", self.patience, work, *args, **kwargs)
         if self._marker is not None:
             with suppress(SpevalError):  # what was written is written; the next commit looks again
-                self._marker.look(partial(self._transaction, "BEGIN IMMEDIATE", self.patience))
+                self._marker.look(partial(self._transaction, "BEGIN IMMEDIATE", min(self.patience, _SHORT)))
         return result
 
     def write_within(
