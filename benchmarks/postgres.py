@@ -35,7 +35,7 @@ class Speval:
         self.url = url
 
     def fill(self, count: int) -> None:
-        from speval.space import Space
+        from speval.spaces.eager import Space
         from speval.stores import make_store
         from speval.url import PostgresUrl
 

@@ -15,15 +15,15 @@ from typing import Any
 
 from .bitmap import Bitmap
 from .clock import Clock
+from .engine.worker import Worker
 from .errors import CalledInWorkerError, OptionError
 from .executors import make_executor
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Outputs, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database, checked_status
-from .progress import progress
-from .source import Source, is_source
-from .space import Space
+from .spaces.eager import Space
+from .spaces.lazy import Source, is_source
 from .stores import make_store
-from .worker import Worker
+from .terminal.progress import progress
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
 

@@ -6,7 +6,7 @@ the values it hands to ``super().__init__`` and the text is built from them in `
 
 from __future__ import annotations
 
-from .text import visible
+from .escape import visible
 
 TYPE_CHECKING = False  # worker processes import this module, and typing takes longer than all of it
 if TYPE_CHECKING:

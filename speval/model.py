@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
 
 from .errors import EvaluationsFailed
-from .text import visible
+from .escape import visible
 
 __all__ = [
     "LONGEST_LEASE",

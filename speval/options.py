@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
+from .escape import shown_number
 from .model import LONGEST_LEASE, MOST_CONCURRENCY, Durability, OnChanged, Status
-from .text import shown_number
 from .url import PostgresUrl, is_conninfo, is_postgres
 
 __all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]

@@ -1,6 +1,6 @@
 """speval for code that blocks: the same four calls as ``speval.aio``, each run in an event loop of its own.
 
-Owns the public names; ``crossing`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
+Owns the public names; ``portal`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
 gives back what it holds.
 """
 
@@ -16,12 +16,13 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
-from . import aio, calls
-from .crossing import Call, Future
+from . import aio
+from . import open_calls as calls
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
 from .options import Database, ExecutorOption, Options, checked_database
-from .source import Source, is_source
-from .space import Space
+from .portal import Call, Future
+from .spaces.eager import Space
+from .spaces.lazy import Source, is_source
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
 

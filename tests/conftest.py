@@ -26,7 +26,7 @@ import pyte
 import pytest
 
 from speval.clock import Clock
-from speval.stores.checksum import of_attempt, of_evaluation
+from speval.stores.sqlite.checksum import of_attempt, of_evaluation
 from speval.url import PostgresUrl
 
 from .postgres_server import Server

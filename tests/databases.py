@@ -16,7 +16,7 @@ from speval.options import Database as Argument
 from speval.options import checked_database
 from speval.stores import make_control, make_store
 from speval.stores.base import Control, Store
-from speval.stores.postgres_trust import sources
+from speval.stores.postgres.trust import sources
 from speval.url import PostgresUrl
 
 from .conftest import MovableClock, rows
@@ -70,7 +70,7 @@ class Place(ABC):
 
 
 class SqlitePlace(Place):
-    control_module = "speval.stores.sqlite_control"
+    control_module = "speval.stores.sqlite.control"
     state_tables = ("states", "attempts")
 
     def __init__(self, path: Path, clock: MovableClock) -> None:
@@ -121,7 +121,7 @@ class ServerClock(MovableClock):
 class PostgresPlace(Place):
     """An eval space of its own in the database of all tests."""
 
-    control_module = "speval.stores.postgres_control"
+    control_module = "speval.stores.postgres.control"
     state_tables = ("queue", "running", "attempts")
 
     def __init__(self, server: Server, space: str, clock: ServerClock | None = None) -> None:

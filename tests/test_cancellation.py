@@ -263,7 +263,7 @@ async def test_a_second_cancellation_lets_go_at_once(db):
 
 
 async def test_a_second_cancellation_does_not_wait_for_a_locked_database(db, monkeypatch):
-    monkeypatch.setattr("speval.worker._STOP_WITHIN", 600)
+    monkeypatch.setattr("speval.engine.worker._STOP_WITHIN", 600)
     started = asyncio.Event()
 
     async def function(args):
@@ -303,7 +303,7 @@ async def test_a_function_in_a_thread_does_not_delay_cancellation(db):
 
 
 async def test_cancelled_while_the_database_is_locked_it_ends_and_the_lease_does_the_rest(db, monkeypatch):
-    monkeypatch.setattr("speval.worker._STOP_WITHIN", 0.3)
+    monkeypatch.setattr("speval.engine.worker._STOP_WITHIN", 0.3)
     started = asyncio.Event()
 
     async def function(args):
@@ -348,7 +348,7 @@ async def test_cancelled_while_waiting_for_a_lock_it_ends_at_once_and_stops_nobo
 
 async def test_a_worker_that_can_not_register_leaves_no_process(db, monkeypatch):
     from speval import DatabaseLockedError
-    from speval.stores.sqlite import SqliteStore
+    from speval.stores.sqlite.store import SqliteStore
 
     before = children(os.getpid())
 

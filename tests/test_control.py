@@ -11,7 +11,7 @@ from speval import aio
 from speval.clock import Clock
 from speval.errors import DatabaseMissingError, InProgressError, OptionError, UnknownNameError
 from speval.model import Claim, Outcome, Settings
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores import make_control
 from speval.stores.base import Control, Ended, Store
 

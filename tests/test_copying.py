@@ -7,13 +7,13 @@ from itertools import product
 import pytest
 
 from speval import DatabaseNotEmptyError, aio, load_evals
-from speval.copying import copy
 from speval.errors import DatabaseError, DatabaseMissingError
 from speval.model import Outcome, Settings
 from speval.options import checked_database
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
 from speval.stores.base import Ended
+from speval.stores.copying import copy
 
 from .conftest import content, exists, rows, signed
 

@@ -126,7 +126,7 @@ import json, logging, os, sys, time
 logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from speval import speval
-from speval.stores.sqlite_file import SqliteFile
+from speval.stores.sqlite.file import SqliteFile
 
 waits = []
 write = SqliteFile.write

@@ -7,9 +7,9 @@ import pytest
 
 from speval import DatabaseError, aio, load_evals, speval
 from speval.host import this_process
-from speval.stores.checksum import of_evaluation
-from speval.stores.sqlite_file import SqliteFile
-from speval.stores.sqlite_lease import SqliteLeaseKeeping
+from speval.stores.sqlite.checksum import of_evaluation
+from speval.stores.sqlite.file import SqliteFile
+from speval.stores.sqlite.lease import SqliteLeaseKeeping
 
 from .conftest import MovableClock, rows
 from .crashes import inconsistencies
@@ -91,7 +91,7 @@ def test_a_worker_described_as_no_worker_would_is_not_waited_for(db, damage, mon
 
 
 def test_a_file_that_never_had_the_worker_is_healed_in_pieces_while_others_work(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch._BOUND", 3)
+    monkeypatch.setattr("speval.stores.liveness._BOUND", 3)
     held_by(db, DAMAGE["a worker that is not there"] + "; UPDATE states SET worker = NULL WHERE id > 7")
     keeping = SqliteLeaseKeeping(db, MovableClock())
     writes = []

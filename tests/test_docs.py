@@ -402,3 +402,32 @@ def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgr
         ).fetchall()
     rows = table(ROOT / "docs" / "architecture.md", "## The PostgreSQL database")
     assert {name.strip("`"): re.findall(r"`(\w+)`", columns) for name, columns, _ in rows} == dict(found)
+
+
+def test_imports_point_downwards():
+    rooms = [  # as docs/architecture.md draws them; within a tuple each may import the others
+        ("cli", "__main__"),
+        ("", "flat"),
+        ("sync",),
+        ("portal",),
+        ("open_calls",),
+        ("aio",),
+        ("terminal",),
+        ("engine",),
+        ("executors",),
+        ("stores",),
+        ("spaces",),
+        ("options", "model", "codec", "bitmap", "url", "errors", "escape", "clock", "host", "threads"),
+    ]
+    level = {room: number for number, names in enumerate(rooms) for room in names}
+    for path in (ROOT / "speval").rglob("*.py"):
+        parts = path.relative_to(ROOT / "speval").with_suffix("").parts
+        package = parts[:-1]
+        own = "" if parts == ("__init__",) else parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = package[: len(package) - node.level + 1]
+                module = (*base, *(node.module.split(".") if node.module else ()))
+                targets = {module[0]} if module else {alias.name for alias in node.names}
+                for target in targets:
+                    assert level[own] <= level.get(target, 0), f"{'/'.join(parts)} imports {target}"

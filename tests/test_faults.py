@@ -17,7 +17,7 @@ import pytest
 from speval import aio
 from speval.clock import Clock
 from speval.errors import DatabaseError, DatabaseUnavailableError
-from speval.stores.sqlite import SqliteStore
+from speval.stores.sqlite.store import SqliteStore
 
 from .conftest import WAIT, rows
 

@@ -17,7 +17,8 @@ import pytest
 
 from speval import ExecutorError, FunctionError, aio, load_evals, speval
 from speval.clock import Clock
-from speval.executors import foreign_call, make_executor
+from speval.executors import make_executor
+from speval.executors.foreign import call as foreign_call
 from speval.options import Options
 
 from .conftest import Scripts, rows

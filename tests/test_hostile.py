@@ -25,9 +25,10 @@ from speval.cli.commands import speval as command
 from speval.cli.watch import picture
 from speval.errors import DatabaseError
 from speval.options import checked_database
-from speval.space import Space
-from speval.stores import make_control, make_store, sqlite_contents
-from speval.stores.sqlite import SqliteStore
+from speval.spaces.eager import Space
+from speval.stores import make_control, make_store
+from speval.stores.sqlite import contents as sqlite_contents
+from speval.stores.sqlite.store import SqliteStore
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -170,7 +171,7 @@ def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
         import sys
         from pathlib import Path
         from speval.stores import sqlite_contents
-        from speval.stores.sqlite_file import SqliteFile
+        from speval.stores.sqlite.file import SqliteFile
 
         sqlite_contents._LEAST = 10**15  # as long as it takes for the signal to come
         file = SqliteFile(Path({str(db)!r}), "read")
@@ -192,7 +193,7 @@ async def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch
     """What a space needs is allowed besides what its file allows."""
     db = tmp_path / "runs.db"
     await aio.speval(str, range(2), db, progress=False)
-    monkeypatch.setattr("speval.stores.sqlite_contents._LEAST", 100_000)
+    monkeypatch.setattr("speval.stores.sqlite.contents._LEAST", 100_000)
     space = Space()
     list(space.fill(range(30_000)))
     store = make_store(checked_database(str(db)), "write")

@@ -11,7 +11,9 @@ from contextlib import closing
 
 import pytest
 
-from speval import FunctionError, aio, as_completed, calls, crossing, load_evals, speval, sync
+from speval import FunctionError, aio, as_completed, load_evals, speval, sync
+from speval import open_calls as calls
+from speval import portal as crossing
 
 from .conftest import Scripts, our_threads, rows, wait_for
 
@@ -157,8 +159,8 @@ def test_a_call_in_another_thread_goes_on_when_the_main_thread_ends(scripts: Scr
 @pytest.mark.parametrize("thread", ["speval store", "speval lease", "speval loop", "MainThread"])
 def test_a_generator_collected_in_any_thread_ends_and_holds_no_lock(db, monkeypatch, thread):
     """The collection is called for in that thread, in the middle of what it does."""
-    from speval.lease import Lease
-    from speval.stores.sqlite import SqliteStore
+    from speval.engine.lease import Lease
+    from speval.stores.sqlite.store import SqliteStore
 
     class Search:
         def __init__(self):

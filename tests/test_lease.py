@@ -10,12 +10,12 @@ import time
 import pytest
 
 from speval import speval
+from speval.engine.lease import Lease
+from speval.engine.worker import Worker
 from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, StoreClosedError
 from speval.host import Process, is_gone, this_process
-from speval.lease import Lease
 from speval.stores.base import LeaseKeeping, Reclaimed
-from speval.stores.watch import Watch, WorkerRow
-from speval.worker import Worker
+from speval.stores.liveness import Watch, WorkerRow
 
 from .conftest import wait_for
 
@@ -82,7 +82,7 @@ def test_one_declared_dead_by_another_is_taken_up_at_once():
 
 
 def test_a_process_gone_on_this_machine_is_dead_at_once(monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid == 7)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: process.pid == 7)
     gone = row(id=5, process=Process("host", 7, HERE.machine, "1"))
     assert Watch(HERE.machine).dead([row(), gone], 99, 0) == [gone]
 
@@ -94,7 +94,7 @@ def test_each_process_is_asked_about_by_few_and_yet_every_dead_one_is_found(monk
         asked.append(process.pid)
         return process.pid in (3, 4, 5, 9)
 
-    monkeypatch.setattr("speval.stores.watch.is_gone", gone)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", gone)
     workers = [row(id=i, process=Process("host", i, HERE.machine, "1")) for i in range(10)]
     alive = [w for w in workers if w.id not in (3, 4, 5, 9)]
     found = set()
@@ -150,7 +150,7 @@ def test_among_many_workers_in_sqlite_one_that_stands_still_is_found_when_its_le
 
 def test_a_process_gone_on_this_machine_makes_a_look_due_among_many(monkeypatch):
     gone: set[int] = set()
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid in gone)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: process.pid in gone)
     rows = [row(id=i, process=Process("host", i, HERE.machine, "1"), lease=1000.0) for i in range(200)]
     watch = Watch(HERE.machine)
     assert watch.dead(rows, 999, 0.0) == []

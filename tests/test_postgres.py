@@ -27,10 +27,10 @@ from speval.errors import (
 )
 from speval.host import Process
 from speval.model import Claim, Outcome
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores import make_store
 from speval.stores.base import Ended
-from speval.stores.watch import WorkerRow
+from speval.stores.liveness import WorkerRow
 from speval.url import PostgresUrl
 
 from .conftest import WAIT, needs, rows, server_url, wait_for
@@ -630,7 +630,7 @@ async def test_every_text_comes_back_as_it_was(url):
 
 
 async def test_large_results_go_in_pieces_of_one_transaction(url, stores, monkeypatch):
-    monkeypatch.setattr("speval.stores.postgres._MOST_TEXT", 1000)
+    monkeypatch.setattr("speval.stores.postgres.store._MOST_TEXT", 1000)
     store = await stores(url, range(20))
     worker = await store.register(30)
     claims = (await store.record(worker, idle=20)).claims

@@ -25,7 +25,7 @@ import functools, itertools, json, logging, os, signal, sys
 from concurrent.futures import ThreadPoolExecutor
 from psycopg.pq import TransactionStatus
 from speval import speval
-from speval.stores.postgres_connection import Connection
+from speval.stores.postgres.connection import Connection
 
 scenario = json.loads(sys.argv[1])
 logging.disable(logging.CRITICAL)

@@ -14,9 +14,11 @@ import pytest
 from speval import load_evals, retry, speval
 from speval.errors import DatabaseError, DatabaseUnavailableError, NewerSchemaError
 from speval.host import _stat, this_process
-from speval.space import Space
-from speval.stores import make_control, make_store, postgres_connection, postgres_errors
-from speval.stores.postgres_errors import Verdict
+from speval.spaces.eager import Space
+from speval.stores import make_control, make_store
+from speval.stores.postgres import connection as postgres_connection
+from speval.stores.postgres import errors as postgres_errors
+from speval.stores.postgres.errors import Verdict
 from speval.url import PostgresUrl
 
 from .conftest import needs, server_url

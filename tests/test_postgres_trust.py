@@ -6,10 +6,10 @@ import psycopg
 import pytest
 
 from speval import load_evals, retry, speval
-from speval.copying import copy
 from speval.errors import DatabaseError, OptionError
 from speval.options import checked_database
 from speval.stores import make_control
+from speval.stores.copying import copy
 from speval.url import PostgresUrl
 
 from .conftest import server_url

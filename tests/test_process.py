@@ -438,7 +438,7 @@ async def test_a_timeout_leaves_no_process_however_it_hangs(db, pids, kind):
 
 
 async def test_the_outcome_is_recorded_only_after_all_are_dead(db, pids, monkeypatch):
-    from speval.stores.sqlite import SqliteStore
+    from speval.stores.sqlite.store import SqliteStore
 
     alive_when_recorded = []
     original = SqliteStore.record
@@ -577,7 +577,7 @@ def test_a_second_ctrl_c_while_the_first_one_cleans_up_leaves_at_once_and_no_pro
         f"""
         import os, time
         import speval.worker
-        speval.worker._STOP_WITHIN = 600  # the clean-up takes as long as the database is locked
+        speval.engine.worker._STOP_WITHIN = 600  # the clean-up takes as long as the database is locked
         def function(args):
             open("{pids}/" + str(os.getpid()), "w").close()
             time.sleep(600)
@@ -622,7 +622,7 @@ def test_what_was_printed_before_a_crash_is_on_the_terminal(terminal, db):  # no
 
 def test_a_large_closure_is_written_once_mapped_by_all_and_not_sent_again(db, monkeypatch):
     from speval.executors import payload
-    from speval.executors.worker_process import WorkerProcess
+    from speval.executors.process.worker import WorkerProcess
 
     written, sent = [], []
     write_payload, frame = payload.write_payload, WorkerProcess._frame
@@ -748,7 +748,7 @@ async def test_of_a_batch_only_the_call_that_hangs_times_out_and_only_the_one_th
 @pytest.fixture
 def batch_sizes(monkeypatch) -> list[int]:
     """How many calls each message to a worker process had."""
-    from speval.executors import worker_process
+    from speval.executors.process import worker as worker_process
 
     sizes = []
     original = worker_process.WorkerProcess.send

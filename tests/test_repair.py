@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from speval import DatabaseNotEmptyError, load_evals, speval
 from speval.cli.commands import speval as command
-from speval.copying import salvage
 from speval.errors import DatabaseError, OptionError
 from speval.options import checked_database
 from speval.stores import make_control
+from speval.stores.copying import salvage
 
 from .conftest import rows
 

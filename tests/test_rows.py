@@ -12,13 +12,13 @@ import pytest
 
 from speval import as_completed, load_evals, retry, speval
 from speval.bitmap import Bitmap
-from speval.copying import copy
 from speval.errors import DatabaseError, EvaluationDamagedError, UnknownNameError
 from speval.model import Outcome
 from speval.options import checked_database
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
 from speval.stores.base import Ended
+from speval.stores.copying import copy
 
 from .conftest import rows, signed
 

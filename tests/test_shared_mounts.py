@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from speval import load_evals
-from speval.stores.sqlite_mount import check_locks, is_network
+from speval.stores.sqlite.mount import check_locks, is_network
 
 from .conftest import REQUIRED, rows, wait_for
 from .postgres_server import free_port

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from speval.errors import OptionError, SpaceError, SpevalError, UnserializableError
-from speval.space import Space, name_to_key
+from speval.spaces.eager import Space, name_to_key
 
 
 def rows_of(eval_space):

@@ -11,15 +11,7 @@ from contextlib import aclosing
 import numpy
 import pytest
 
-from speval import (
-    ArgsChangedError,
-    OptionError,
-    SpaceError,
-    SpevalError,
-    UnknownNameError,
-    UnserializableError,
-    aio,
-)
+from speval import ArgsChangedError, OptionError, SpaceError, SpevalError, UnknownNameError, UnserializableError, aio
 from speval.options import Options, checked_database
 from speval.stores import make_store
 
@@ -638,7 +630,7 @@ async def test_a_worker_that_can_not_prove_its_lease_stops_its_work_and_goes_on_
 
 
 async def test_results_wait_for_a_locked_database_and_are_recorded_later(file, caplog, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.2)
+    monkeypatch.setattr("speval.stores.sqlite.file._PATIENCE", 0.2)
     blocker = sqlite3.connect(file, isolation_level=None)
     locked, calls = asyncio.Event(), []
 
@@ -661,7 +653,7 @@ async def test_results_wait_for_a_locked_database_and_are_recorded_later(file, c
 
 
 async def test_durability_power_syncs_every_commit(file, monkeypatch):
-    from speval.stores.sqlite_file import SqliteFile
+    from speval.stores.sqlite.file import SqliteFile
 
     levels = []
     original = SqliteFile._prepare

@@ -24,7 +24,7 @@ ME = pwd.getpwuid(os.geteuid()).pw_name
 
 AS_NOBODY = """
 import os, resource, sys
-import speval, speval.stores.sqlite, speval.executors.thread, speval.screen
+import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
 import encodings.idna, stringprep
 speval.speval(abs, [], os.path.join(os.environ["HERE"], "warm.db"), executor="thread")  # all that is imported later
 call, db = sys.argv[1:]
@@ -151,7 +151,7 @@ try:
     if what == "size":
         speval.speval(lambda x: calls.append(x) or "x" * 5000, range(1000), db, executor="thread", on_changed="keep")
     else:
-        from speval.stores.sqlite_control import SqliteControl
+        from speval.stores.sqlite.control import SqliteControl
         from pathlib import Path
         import tempfile; tempfile.gettempdir()
         SqliteControl(Path(db)).close()

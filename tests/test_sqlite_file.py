@@ -24,8 +24,8 @@ from speval.errors import (
     SpevalError,
 )
 from speval.stores import make_control
-from speval.stores.sqlite_file import SqliteFile
-from speval.stores.sqlite_schema import APPLICATION_ID, SCHEMA
+from speval.stores.sqlite.file import SqliteFile
+from speval.stores.sqlite.schema import APPLICATION_ID, SCHEMA
 
 from .conftest import Scripts, rows, signed
 
@@ -96,7 +96,7 @@ async def test_a_migration_that_fails_changes_nothing(db, monkeypatch):
             raise RuntimeError("interrupted")
         return original(statement)
 
-    monkeypatch.setattr("speval.stores.sqlite_file.sqlite3.complete_statement", break_late)
+    monkeypatch.setattr("speval.stores.sqlite.file.sqlite3.complete_statement", break_late)
     with pytest.raises(RuntimeError, match="interrupted"):
         await aio.speval(double, [1], db)
     monkeypatch.undo()
@@ -281,7 +281,7 @@ def test_the_file_says_whose_it_is(db):
 
 UNPRIVILEGED = """
 import os, sys, json
-import speval, speval.stores.sqlite, speval.executors.thread, speval.screen
+import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
 import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:
@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
 
 LOOKS = """
 import os, sys
-import speval.stores.sqlite_control
+import speval.stores.sqlite.control
 from speval.cli.params import opened
 import encodings.idna
 if os.geteuid() == 0:
@@ -435,7 +435,7 @@ def test_a_local_disk_is_not_taken_for_a_network(db):
 
 
 def test_without_a_wal_every_commit_is_synchronous(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "nfs4")
     file = SqliteFile(db, "create")
     assert file.connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     assert file.connection.execute("PRAGMA synchronous").fetchone() == (2,)
@@ -444,7 +444,7 @@ def test_without_a_wal_every_commit_is_synchronous(db, monkeypatch):
 
 def test_all_agree_on_the_journal_mode_also_who_sees_a_local_disk(db, monkeypatch):
     SqliteFile(db, "create").close()
-    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "nfs4")
     SqliteFile(db, "create").close()
     monkeypatch.undo()
     for mode in ("create", "write"):
@@ -608,7 +608,7 @@ async def test_a_file_deleted_or_replaced_under_a_run_ends_it_and_keeps_what_was
 async def test_a_full_disk_keeps_results_until_there_is_room(db, monkeypatch, caplog):
     import asyncio
 
-    from speval.stores.sqlite import SqliteStore
+    from speval.stores.sqlite.store import SqliteStore
 
     # As small as the file is now, for the worker's connection; its pragma holds for one connection only.
     calls, stores = [], []

@@ -14,9 +14,9 @@ import pytest
 from speval import aio
 from speval.errors import DatabaseError, ForeignDatabaseError, NewerSchemaError
 from speval.stores import make_control
-from speval.stores.sqlite_file import SqliteFile
-from speval.stores.sqlite_mount import filesystem, is_mount_point
-from speval.stores.sqlite_schema import SCHEMA
+from speval.stores.sqlite.file import SqliteFile
+from speval.stores.sqlite.mount import filesystem, is_mount_point
+from speval.stores.sqlite.schema import SCHEMA
 
 from .conftest import WAIT, Scripts, rows
 
@@ -165,7 +165,7 @@ async def test_a_journal_that_makes_sqlite_delete_another_file_is_refused(db):
 
 
 async def test_a_journal_that_is_put_beside_a_run_with_rollback_journals_is_refused_too(db, monkeypatch):
-    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "nfs4")
     victim = db.with_name("thesis.tex")
     victim.write_text("my only copy")
     file = SqliteFile(db, "create")
@@ -236,7 +236,7 @@ async def test_a_pipe_or_a_device_is_not_a_database(tmp_path):
 
 
 async def test_a_filesystem_that_is_not_known_to_be_local_is_treated_as_shared(db, monkeypatch, caplog):
-    monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "fakeowner")
+    monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "fakeowner")
     assert (await aio.speval(double, [1, 2], db)).completed == 2
     assert rows(db, "PRAGMA journal_mode") == [("delete",)]
     assert caplog.text.count("is on a network filesystem (fakeowner), or on what may be one") == 1
@@ -245,8 +245,8 @@ async def test_a_filesystem_that_is_not_known_to_be_local_is_treated_as_shared(d
 async def test_where_others_use_the_write_ahead_log_a_copy_that_must_not_says_so_and_does_not_wait_for_ever(db, monkeypatch):
     other = SqliteFile(db, "create")
     try:
-        monkeypatch.setattr("speval.stores.sqlite_file.filesystem", lambda path: "fakeowner")
-        monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.05)
+        monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "fakeowner")
+        monkeypatch.setattr("speval.stores.sqlite.file._PATIENCE", 0.05)
         with pytest.raises(DatabaseError, match="others use its write-ahead log, which is lost on fakeowner; stop them first"):
             await aio.speval(double, [1], db)
     finally:
@@ -399,8 +399,8 @@ def test_a_fork_made_within_a_call_can_not_use_it_and_the_call_goes_on(scripts: 
 
 async def test_a_copy_that_starts_waits_for_a_lock_as_long_as_one_that_runs_and_says_so(db, monkeypatch, caplog):
     await aio.speval(double, [1], db)
-    monkeypatch.setattr("speval.stores.sqlite_file._PATIENCE", 0.01)
-    monkeypatch.setattr("speval.stores.sqlite_file._SILENCE", 0.1)
+    monkeypatch.setattr("speval.stores.sqlite.file._PATIENCE", 0.01)
+    monkeypatch.setattr("speval.stores.sqlite.file._SILENCE", 0.1)
     with closing(sqlite3.connect(db, isolation_level=None)) as blocker:
         blocker.execute("PRAGMA locking_mode = EXCLUSIVE")
         blocker.execute("BEGIN EXCLUSIVE")
@@ -415,7 +415,7 @@ async def test_a_copy_that_starts_waits_for_a_lock_as_long_as_one_that_runs_and_
 
 async def test_a_copy_that_waits_for_a_lock_at_its_start_can_be_cancelled(db, monkeypatch, caplog):
     await aio.speval(double, [1], db)
-    monkeypatch.setattr("speval.stores.sqlite_file._SILENCE", 0.01)
+    monkeypatch.setattr("speval.stores.sqlite.file._SILENCE", 0.01)
     with closing(sqlite3.connect(db, isolation_level=None)) as blocker:
         blocker.execute("BEGIN IMMEDIATE")
         running = asyncio.create_task(aio.speval(double, [1, 2], db))

@@ -10,7 +10,7 @@ import pytest
 
 from speval import speval
 from speval.stores import make_control
-from speval.stores.sqlite_mount import kind_of_place
+from speval.stores.sqlite.mount import kind_of_place
 
 READER = """
 import sqlite3, sys

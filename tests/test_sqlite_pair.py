@@ -12,8 +12,8 @@ import pytest
 
 from speval import load_evals
 from speval.errors import DatabaseError
-from speval.stores.sqlite_file import SqliteFile
-from speval.stores.sqlite_pair import check_pair
+from speval.stores.sqlite.file import SqliteFile
+from speval.stores.sqlite.pair import check_pair
 
 from .conftest import WAIT, wait_for
 
@@ -31,7 +31,7 @@ for number, _ in enumerate(as_completed(lambda x: str(x) * 10_000, range(count),
 WRITER = """
 import os
 from pathlib import Path
-from speval.stores.sqlite_file import SqliteFile
+from speval.stores.sqlite.file import SqliteFile
 
 file, number = SqliteFile(Path("runs.db"), "write"), 0
 while os.path.exists("go"):

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from speval.engine.lease import Lease
 from speval.errors import ArgsChangedError, StoreClosedError, UnknownNameError
-from speval.lease import Lease
 from speval.model import Claim, Outcome
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores.base import Ended, Store
 
 from .conftest import WAIT, MovableClock
@@ -172,7 +172,7 @@ async def test_a_new_database_in_which_another_copy_stores_other_args_meanwhile_
     file_database, monkeypatch, on_changed
 ):
     first, second = await file_database.open(), await file_database.open()
-    monkeypatch.setattr("speval.stores.sqlite_seed.CHUNK", 2)
+    monkeypatch.setattr("speval.stores.sqlite.seed.CHUNK", 2)
     write, calls = second._write, []
 
     async def write_and_be_overtaken(work, *args):
@@ -359,7 +359,7 @@ async def test_claimed_ahead_is_only_what_was_never_tried(database):
 
 
 async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody_the_first_time(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: True)
     other, its = await database.worker(range(6))
     keeping = keeping_of(other)
     try:
@@ -380,7 +380,7 @@ async def test_what_was_claimed_ahead_by_a_worker_that_died_is_charged_to_nobody
 
 @pytest.mark.parametrize("then", ["released", "left", "failed and put back", "tried again, completed and put back"])
 async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(database, monkeypatch, then):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -810,7 +810,7 @@ def keeping_of(store):
 
 
 async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1, 2], lease=10)
     other, its = await database.worker([1, 2], lease=10)
     claims = (await store.record(worker, idle=2)).claims
@@ -837,7 +837,7 @@ async def test_a_worker_whose_beat_stands_still_for_its_lease_is_dead(database, 
 
 
 async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
@@ -860,7 +860,7 @@ async def test_one_that_renews_between_the_look_and_the_verdict_lives(database, 
 
 
 async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: False)
     store, _ = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     keeping = keeping_of(other)
@@ -877,7 +877,7 @@ async def test_no_wall_clock_decides_who_is_dead(database, monkeypatch):
 
 @pytest.mark.parametrize("apart", [3600, -3600])
 async def test_two_hosts_whose_clocks_are_an_hour_apart_take_nothing_from_each_other(database, monkeypatch, apart):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1, 2], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
     there = MovableClock()
@@ -905,7 +905,7 @@ async def test_two_hosts_whose_clocks_are_an_hour_apart_take_nothing_from_each_o
 
 
 async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: False)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: False)
     store, worker = await database.worker([1], lease=10)
     other, its = await database.worker([1], lease=10)
     (claim,) = (await store.record(worker, idle=1)).claims
@@ -930,7 +930,7 @@ async def test_after_a_suspend_of_ten_leases_nobody_is_declared_dead(database, m
 
 
 async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: True)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: True)
     other, its = await database.worker([1, 2])
     keeping = keeping_of(other)
     try:
@@ -951,8 +951,8 @@ async def test_a_dead_workers_last_attempt_fails_as_lost(database, monkeypatch):
 
 async def test_taking_back_many_claims_is_done_in_pieces_and_anybody_can_go_on_with_it(database, monkeypatch):
     gone = set()
-    monkeypatch.setattr("speval.stores.watch.is_gone", lambda process, machine: process.pid in gone)
-    monkeypatch.setattr("speval.stores.watch._BOUND", 10)
+    monkeypatch.setattr("speval.stores.liveness.is_gone", lambda process, machine: process.pid in gone)
+    monkeypatch.setattr("speval.stores.liveness._BOUND", 10)
     store, worker = await database.worker(range(35))
     await store.record(worker, idle=35)
     second, its = await database.worker(range(35))

@@ -17,10 +17,10 @@ import psycopg
 import pytest
 
 from speval import aio
+from speval.engine.side_files import keep
 from speval.errors import DatabaseError
 from speval.model import Claim, Outcome
 from speval.stores.base import Ended
-from speval.unrecorded import keep
 from speval.url import PostgresUrl
 
 from .conftest import WAIT, exists, rows, server_url, wait_for

@@ -28,7 +28,7 @@ def main() -> None:
     from ..codec import MOST_DIGITS
     from ..errors import SpevalError
     from .commands import ClosedPipe, speval
-    from .text import shown
+    from .format import shown
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with it closed; the next file opened would take its number

@@ -22,9 +22,9 @@ import click
 
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
-from ..stores.sqlite_errors import permission
+from ..stores.sqlite.errors import permission
+from .format import json_line, shown
 from .params import as_private_as, database, filters, opened
-from .text import json_line, shown
 
 __all__ = ["export"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from ..model import Summary
-from .text import shown
+from .format import shown
 
 __all__ = ["show_warnings"]
 

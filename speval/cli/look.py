@@ -16,11 +16,11 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..escape import rate, span
 from ..flat import flattened
 from ..model import Attempt, Cause, Evaluation, Overview, Status, counted
-from ..text import rate, span
+from .format import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, spelled
 from .params import as_json, database, filters, named, opened
-from .text import STYLES, Cell, brief, columns, failure, instant, line, print_json, shown, spelled
 
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 

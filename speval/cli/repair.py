@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import click
 
-from ..copying import salvage as salvage_all
 from ..model import counted
+from ..stores.copying import salvage as salvage_all
+from .format import line, print_json, shown
 from .params import DB, as_json, database, database_name, opened
-from .text import line, print_json, shown
 
 __all__ = ["compact", "salvage"]
 

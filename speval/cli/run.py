@@ -14,10 +14,10 @@ import click
 
 from ..model import Durability, OnChanged
 from ..sync import speval
+from .format import line, print_json
+from .inputs import load_object, load_space
 from .log import show_warnings
 from .params import as_json, database
-from .space import load_object, load_space
-from .text import line, print_json
 
 __all__ = ["run"]
 

@@ -9,11 +9,11 @@ import sys
 
 import click
 
-from ..copying import copy as copy_all
 from ..model import MOST_CONCURRENCY, Cause, Status, counted
+from ..stores.copying import copy as copy_all
 from ..sync import retry as put_back
+from .format import line, print_json, shown
 from .params import DB, as_json, cause, database, database_name, filters, named, names_of, opened, pattern
-from .text import line, print_json, shown
 
 __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 

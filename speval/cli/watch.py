@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..escape import span
 from ..model import Failure, Overview, WorkerView
 from ..stores.base import Control
-from ..text import span
+from .format import STYLES, console, failure, instant, line, print_json, shown, text
 from .look import counts_text, eta, progress_text
 from .params import as_json, database, database_name, opened
-from .text import STYLES, console, failure, instant, line, print_json, shown, text
 
 if TYPE_CHECKING:
     from rich.console import Group

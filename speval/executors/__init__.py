@@ -43,11 +43,11 @@ def make_executor(function: Function, options: Options, clock: Clock, outputs: O
 
         return ThreadExecutor(blocking, options.retry_on, clock)
     if chosen == "process":
-        from .process import ProcessExecutor
+        from .process.executor import ProcessExecutor
 
         return ProcessExecutor(blocking, options.retry_on, clock, outputs, options.concurrency)
     assert not isinstance(chosen, str)
-    from .foreign import ForeignExecutor
+    from .foreign.executor import ForeignExecutor
 
     return ForeignExecutor(blocking, chosen, options.retry_on, clock)
 

@@ -23,10 +23,10 @@ def make_store(
 ) -> Store:
     """Return a store for a checked database, not opened yet."""
     if isinstance(db, PostgresUrl):
-        from .postgres import PostgresStore
+        from .postgres.store import PostgresStore
 
         return PostgresStore(db, mode, durability, clock)
-    from .sqlite import SqliteStore
+    from .sqlite.store import SqliteStore
 
     return SqliteStore(db, mode, durability, clock)
 
@@ -38,10 +38,10 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
         DatabaseError: it is not there, or can't be used.
     """
     if isinstance(db, PostgresUrl):
-        from .postgres_control import PostgresControl
+        from .postgres.control import PostgresControl
 
         return PostgresControl(db, mode, clock)
-    from .sqlite_control import SqliteControl
+    from .sqlite.control import SqliteControl
 
     return SqliteControl(db, mode, clock)
 
@@ -52,7 +52,7 @@ def make_salvage(path: Path) -> Archive:
     Raises:
         DatabaseError: nothing of it can be read.
     """
-    from .sqlite_salvage import SqliteSalvage
+    from .sqlite.salvage import SqliteSalvage
 
     return SqliteSalvage(path)
 
@@ -64,9 +64,9 @@ def make_archive(db: Database, mode: StoreMode) -> Archive:
         DatabaseError: it is not there and was to be read, or can't be used.
     """
     if isinstance(db, PostgresUrl):
-        from .postgres_archive import PostgresArchive
+        from .postgres.archive import PostgresArchive
 
         return PostgresArchive(db, mode)
-    from .sqlite_archive import SqliteArchive
+    from .sqlite.archive import SqliteArchive
 
     return SqliteArchive(db, mode)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
+from ..escape import shown_number
 from ..model import (
     MOST_CONCURRENCY,
     Attempt,
@@ -28,8 +29,7 @@ from ..model import (
     Status,
     Summary,
 )
-from ..space import Key, Space
-from ..text import shown_number
+from ..spaces.eager import Key, Space
 from .rows import Damaged
 
 __all__ = [

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..codec import read
 from ..errors import EvaluationDamagedError
+from ..escape import visible
 from ..model import MOST_CONCURRENCY, Error, Evaluation, Finding, Settings, Status, counted
-from ..text import visible
 
 __all__ = [
     "CODES",

@@ -41,7 +41,7 @@ POINTS = """
 import functools, itertools, json, logging, os, shutil, signal, sqlite3, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from speval import speval
-from speval.stores.sqlite_file import SqliteFile
+from speval.stores.sqlite.file import SqliteFile
 
 scenario = json.loads(sys.argv[1])
 logging.disable(logging.WARNING)

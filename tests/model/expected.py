@@ -47,7 +47,7 @@ class Expected:
         self.seen: dict[int, int] = {}
         self.next_id = 0
         setattr_ = self.monkeypatch.setattr
-        setattr_("speval.stores.watch.is_gone", lambda p, machine: p.machine == machine and p.pid in self.gone)
+        setattr_("speval.stores.liveness.is_gone", lambda p, machine: p.machine == machine and p.pid in self.gone)
         for name in self.kind.patched:
             setattr_(name, lambda: self.speaking)
         setattr_(self.kind.randomness, SimpleNamespace(randbits=lambda bits: self.next_id))

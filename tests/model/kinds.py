@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from speval.stores.postgres import PostgresStore
-from speval.stores.sqlite import SqliteStore
+from speval.stores.postgres.store import PostgresStore
+from speval.stores.sqlite.store import SqliteStore
 
 from ..databases import PostgresPlace, ServerClock
 from ..postgres_server import Server
@@ -38,8 +38,8 @@ class SqliteKind:
         last="s.last",
         states="LEFT JOIN states AS s ON s.id = e.id",
     )
-    patched = ("speval.stores.sqlite_lease.this_process", "speval.stores.sqlite.this_process")
-    randomness = "speval.stores.sqlite.secrets"
+    patched = ("speval.stores.sqlite.lease.this_process", "speval.stores.sqlite.store.this_process")
+    randomness = "speval.stores.sqlite.store.secrets"
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -99,8 +99,8 @@ class PostgresKind:
         states="LEFT JOIN queue AS q ON q.id = e.id LEFT JOIN running AS r ON r.id = e.id"
         " LEFT JOIN attempts AS a ON a.evaluation = e.id AND a.final",
     )
-    patched = ("speval.stores.postgres_lease.this_process", "speval.stores.postgres.this_process")
-    randomness = "speval.stores.postgres.secrets"
+    patched = ("speval.stores.postgres.lease.this_process", "speval.stores.postgres.store.this_process")
+    randomness = "speval.stores.postgres.store.secrets"
     server: Server
     _numbers = itertools.count(1)
 

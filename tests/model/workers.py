@@ -35,7 +35,7 @@ class Workers(World, RuleBasedStateMachine):
     )
     def begin(self, max_attempts, at_once, lease, size):
         self.at_once = at_once
-        self.monkeypatch.setattr("speval.stores.watch._BOUND", at_once)
+        self.monkeypatch.setattr("speval.stores.liveness._BOUND", at_once)
         self.max_attempts = max_attempts
         self.first = dict.fromkeys(NAMES[:size], 0)
         self.start_copy("here", lease, 50, self.first, "error")

@@ -13,7 +13,7 @@ import pytest
 from speval.errors import ArgsChangedError
 from speval.host import Process
 from speval.model import Outcome
-from speval.space import Space
+from speval.spaces.eager import Space
 from speval.stores.base import Ended
 
 from ..conftest import MovableClock

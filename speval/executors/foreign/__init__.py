@@ -1,0 +1,1 @@
+"""Executors that a user hands in: `concurrent.futures`, loky, Dask."""

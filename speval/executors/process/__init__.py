@@ -1,0 +1,1 @@
+"""Plain functions, each slot in a worker process."""

@@ -1,0 +1,225 @@
+"""Plain functions in processes of their own.
+
+Owns the parent's half: starting workers, handing them calls, killing them with all they have started. Invariant: a call that
+is ended, by its timeout or by a cancellation, leaves no process of its group, and its outcome is told only after; what happens
+to one worker touches no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ...clock import Clock
+from ...errors import FunctionError
+from ...model import Claim, Function, Outcome, Outputs, RetryOn
+from ..base import Executor, NoRoomError, Slot, as_outcome, timed_out
+from ..batch import Batch, BatchSlot
+from ..call import outcome
+from ..limits import OpenFiles
+from .worker import WorkerProcess
+
+__all__ = ["ProcessExecutor"]
+
+logger = logging.getLogger("speval.executor")
+
+_STARTS = 3  # workers that may die one after the other before they are ready
+_TRIES = 3  # of starting a worker where one was before, should the system have no room for it just now
+_PAUSE = 0.5  # seconds between them
+
+
+class ProcessExecutor(Executor):
+    """Calls a plain function in a fresh interpreter per slot, which is used again until it is killed or dies.
+
+    Args:
+        function: The function; it is pickled here and now.
+        retry_on: Exception types after which an evaluation may be tried again.
+        clock: Where the time comes from.
+        outputs: What its processes get as stdout and stderr. None: those of this process.
+        concurrency: How many processes are wanted; as many files may be open as that takes, if the system allows it.
+
+    Raises:
+        FunctionError: the function can't be pickled, or no worker process can be started.
+    """
+
+    can_stop = True
+    takes_many = True
+
+    def __init__(
+        self,
+        function: Function,
+        retry_on: RetryOn,
+        clock: Clock,
+        outputs: Outputs = (None, None),
+        concurrency: int = 1,
+    ) -> None:
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise FunctionError(repr(function), "there is no Python interpreter to start processes with")
+        self.clock = clock
+        self._outputs = outputs
+        OpenFiles.make_room(concurrency)
+        self.payload = _nameless_file()
+        # The first worker starts beside all that is still to be done here: pickling the function, opening the database,
+        # comparing the space. The import alone takes nearly as long as a bare interpreter's start.
+        self._spare: WorkerProcess | None = None
+        try:
+            self._spare = self._new()
+            from ..payload import write_payload
+
+            write_payload(self.payload, function, retry_on)
+            self._spare.load()
+        except BaseException as error:
+            if self._spare is not None:
+                self._spare.discard()
+            os.close(self.payload)
+            if isinstance(error, NoRoomError):
+                raise error.fatal from error
+            raise
+
+    def slot(self, number: int) -> Slot:
+        return _ProcessSlot(self)
+
+    def take(self) -> WorkerProcess:
+        """Return a worker that has been started, perhaps long ago."""
+        process, self._spare = self._spare, None
+        return process or self._another()
+
+    def spare(self) -> None:
+        """Have a worker ready for the next one that is killed: where one was, another will be."""
+        if self._spare is None and self.payload >= 0:
+            with suppress(NoRoomError):  # no room for one just now; it is only for speed
+                self._spare = self._another()
+
+    def _another(self) -> WorkerProcess:
+        process = self._new()
+        process.load()
+        return process
+
+    def _new(self) -> WorkerProcess:
+        try:
+            return WorkerProcess(self.payload, self._outputs)
+        except OSError as error:
+            problem = OpenFiles.explained(error)
+            raise NoRoomError(problem, FunctionError("the function", f"no worker process can be started: {problem}")) from error
+
+    async def close(self) -> None:
+        payload, self.payload = self.payload, -1
+        if self._spare is not None:
+            await self._spare.kill()
+        if payload >= 0:
+            os.close(payload)
+
+
+class _ProcessSlot(BatchSlot):
+    """Has one worker process at a time."""
+
+    def __init__(self, executor: ProcessExecutor) -> None:
+        self._executor = executor
+        self._process: WorkerProcess | None = None
+        self._had_one = False
+
+    async def run(
+        self,
+        claims: Sequence[Claim],
+        timeout: float | None,
+        ended: Callable[[Claim, Outcome], None],
+        back: Callable[[Sequence[Claim]], None],
+        more: Callable[[], Claim | None],
+    ) -> None:
+        process = await self._started()
+        batch = Batch(process, claims, timeout, ended, back, self._executor.clock)
+        is_over = False
+
+        def take(message: Any) -> None:
+            nonlocal is_over
+            result, is_over = message
+            if result is not None:
+                batch.end(as_outcome(result))
+            if is_over:
+                batch.wake()
+
+        process.on_message = take
+        process.exited.add_done_callback(batch.wake)
+        try:
+            process.send([(claim.name, claim.args) for claim in claims])
+            await batch.wait()
+            # It gave up calls that were not taken back: the function has read what belongs to speval.
+            is_over = is_over and not batch.pending
+        finally:
+            process.exited.remove_done_callback(batch.wake)
+            if not is_over:
+                # Cancelled, run into its timeout, or dead already: this worker is not used again.
+                self._process = None
+                await process.kill()
+            process.on_message = process.distrust
+        if not is_over:
+            self._settle(batch, process, timeout, back)
+            self._executor.spare()
+
+    def _settle(
+        self, batch: Batch, process: WorkerProcess, timeout: float | None, back: Callable[[Sequence[Claim]], None]
+    ) -> None:
+        """Tell what became of the calls of a worker that is dead."""
+        batch.give_back(min(process.unstarted, len(batch.pending)))
+        while batch.pending:
+            duration, started_at = batch.running(), batch.since_wall
+            if batch.overdue is None:
+                message = f"its process {process.how()}"
+                batch.end(as_outcome(outcome("crash", "ProcessDied", message, "", started_at, duration, again=True)))
+            elif batch.pending[0] is batch.overdue:
+                assert timeout is not None
+                batch.end(timed_out(timeout, "", started_at, duration))
+            else:  # it had just begun when the one before it was found to have taken too long
+                back([batch.pending.popleft()])
+
+    async def _started(self) -> WorkerProcess:
+        """Return the slot's worker, ready for a call."""
+        if self._process is not None and not self._process.exited.done():
+            return self._process
+        if self._process is not None:  # it died between two calls
+            process, self._process = self._process, None
+            logger.warning("%r %s between two evaluations", process, process.how())
+            await process.kill()
+        for start in range(_STARTS):
+            process = await self._taken()
+            try:
+                await process.ready()
+            except ChildProcessError as error:
+                await process.kill()
+                if start == _STARTS - 1:
+                    raise FunctionError("the function", f"{error}, {_STARTS} times") from error
+            except BaseException:
+                await process.kill()
+                raise
+            else:
+                self._process, self._had_one = process, True
+                return process
+        raise AssertionError("unreachable")
+
+    async def _taken(self) -> WorkerProcess:
+        """Return a new worker; where one was before, what keeps the system from starting another may pass."""
+        for _ in range(_TRIES if self._had_one else 0):
+            try:
+                return self._executor.take()
+            except NoRoomError:
+                await asyncio.sleep(_PAUSE)
+        return self._executor.take()
+
+    async def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            await process.end()
+
+
+def _nameless_file() -> int:
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):  # refused by a sandbox
+            return os.memfd_create("speval function", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -1,0 +1,1 @@
+"""Eval spaces: encoded at once, or read from an iterator during the run."""

@@ -1,0 +1,1 @@
+"""Evaluations in a schema of a PostgreSQL database."""

@@ -1,0 +1,366 @@
+"""One connection to a PostgreSQL database, and what its errors mean.
+
+Owns connecting, connecting again, waiting for an answer, and the settings of a transaction. Invariant: every piece of work is
+one transaction that is over when the call returns; whatever is set for the server, the database or the role, it resolves names
+in pg_catalog alone, is isolated as we rely on and ended by no limit but ours; a call never waits for an answer beyond its
+patience; and nothing that is said of a connection holds a password.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ...errors import (
+    DatabaseError,
+    DatabaseUnavailableError,
+    MissingExtraError,
+    NewerSchemaError,
+    SpevalError,
+    StoreClosedError,
+)
+from ...url import PostgresUrl
+
+try:
+    import psycopg
+    from psycopg.conninfo import make_conninfo
+    from psycopg.pq import TransactionStatus
+except ImportError as error:
+    raise MissingExtraError("a PostgreSQL database", "psycopg", "postgres") from error
+
+from .errors import BEFORE_READY, NEWER_SCHEMA, SCHEMA, Failure, Verdict, first_line, sqlstate, verdict, why_not_connected
+
+__all__ = ["Connection", "PostgresConnection", "numbers", "texts"]
+
+logger = logging.getLogger("speval.store")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PATIENCE = 60.0  # seconds that a reader waits for a server to come back
+_LONG_PATIENCE = 3600.0  # seconds that a worker waits for what it can't do without
+_CONNECT = 5  # seconds for one attempt to connect, of which there may be many
+_GLANCE = 0.1  # seconds between looks, while waiting for an answer, whether it is still wanted
+_LONGEST_PAUSE = 1.0  # seconds between attempts to connect
+
+# A host that has vanished without a word is noticed by these; libpq's own defaults take two hours.
+_DEFAULTS = {
+    "application_name": ("PGAPPNAME", "speval"),
+    "connect_timeout": ("PGCONNECT_TIMEOUT", str(_CONNECT)),
+    "tcp_user_timeout": ("", "10000"),
+    "keepalives_idle": ("", "5"),
+    "keepalives_interval": ("", "3"),
+    "keepalives_count": ("", "3"),
+    "client_encoding": ("", "UTF8"),
+}
+# Seconds after which what may pass, or has never been reached, is taken for good.
+_LIMITS = {Verdict.MAY_PASS: 60.0, Verdict.UNREACHABLE: 30.0}
+# Not for the session: behind a pooler that would be somebody else's in the next moment. Without pg_temp at the end it would
+# come first. A row policy is an error, since it executes what its owner likes.
+_OPENING = """
+BEGIN ISOLATION LEVEL READ COMMITTED {};
+SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off;
+SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0;
+SET LOCAL extra_float_digits = 1; SET LOCAL array_nulls = on; SET LOCAL standard_conforming_strings = on; SET LOCAL jit = off
+"""
+_OPENING_SINCE_17 = "; SET LOCAL transaction_timeout = 0"
+_DONE_NOTHING = "40"  # serialization failure, deadlock: undone by the server, and done again at once
+_STATEMENT_MODE = "statement pooling"  # pgbouncer's words, which are never translated
+
+
+class _Unanswered(psycopg.OperationalError):
+    """Nobody waits for the answer any more."""
+
+
+class Connection(psycopg.Connection[tuple[Any, ...]]):
+    """A psycopg connection that gives up waiting when it is told to."""
+
+    deadline = float("inf")
+    unwanted: Callable[[], bool] = staticmethod(lambda: False)
+    opening = ""  # begins a transaction
+    is_bare = True  # calls of our functions need no settings but those of the session
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().wait(self._watched(gen), *args, **kwargs)
+
+    def _watched(self, gen: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        try:
+            awaited = next(gen)
+            while True:
+                ready = yield awaited
+                # The server may stand still, and the connection with it, without any sign of that but silence.
+                if not ready and (time.monotonic() > self.deadline or self.unwanted()):
+                    raise _Unanswered("no answer")
+                awaited = gen.send(ready)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Run what is inside as one transaction, with settings of its own; within one, as a part of it."""
+        if self.info.transaction_status != TransactionStatus.IDLE:
+            yield
+            return
+        self.execute(self.opening.encode())
+        try:
+            yield
+        except BaseException:
+            with suppress(psycopg.Error):
+                if self.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                    self.execute("ROLLBACK")
+            if self.info.transaction_status != TransactionStatus.IDLE:
+                self.close()
+            raise
+        self.commit()
+
+    def commit(self) -> None:
+        """Commit the transaction of a block."""
+        self.execute("COMMIT")
+
+
+class PostgresConnection:
+    """A connection used by one thread at a time, made again whenever it breaks.
+
+    Args:
+        url: Where to.
+        works: Whether it is a worker's: one that hears of news, and waits for long.
+        writes: Whether it may change something.
+    """
+
+    def __init__(self, url: PostgresUrl, *, works: bool = False, writes: bool = True) -> None:
+        self.url = url
+        self.shown = url.shown
+        self._patience = _LONG_PATIENCE if works else _PATIENCE
+        self.connected = 0  # how often; who sees another number has been out of touch
+        self._listens = works
+        self._writes = writes
+        self._trouble: tuple[Verdict, float] | None = None  # what goes wrong time and again, and since when, monotonic
+        self._connection: Connection | None = None
+        self._was_open = False
+        self._closed = False
+        self._lock = threading.Lock()
+        self._given_up = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<PostgresConnection {self.shown!r}{' closed' if self._closed else ''}>"
+
+    def run(
+        self,
+        work: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run ``work(connection, ...)``, which may be run again: on another connection, after a first one has broken."""
+        return self.run_within(self._patience, True, None, lambda c: work(c, *args, **kwargs))
+
+    def run_once(self, patience: float, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)``; when this raises, it may have been done all the same."""
+        return self.run_within(patience, False, None, lambda c: work(c, *args, **kwargs))
+
+    def call(self, patience: float, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)`` once, which is one call of a function of ours by its full name, and quicker for it."""
+        return self.run_within(patience, False, None, lambda c: work(c, *args, **kwargs), bare=True)
+
+    def run_within(
+        self,
+        patience: float,
+        again: bool,
+        given_up: threading.Event | None,
+        work: Callable[[Connection], T],
+        *,
+        bare: bool = False,
+    ) -> T:
+        """Run ``work(connection)`` as one transaction.
+
+        Args:
+            patience: Seconds to wait in all.
+            again: Whether to try again when the connection has broken meanwhile.
+            given_up: When set, waiting is over.
+            work: What executes statements.
+            bare: Whether it is one call of a function of ours, which sees to what it needs, or says that it has to be in a
+                transaction with settings of its own.
+
+        Raises:
+            DatabaseUnavailableError: there was no answer; what was asked may have been done.
+        """
+        deadline = time.monotonic() + patience
+
+        def unwanted() -> bool:
+            return self._given_up.is_set() or (given_up is not None and given_up.is_set())
+
+        pause, has_warned, is_bare = 0.05, False, False
+        while True:
+            self._acquire(deadline, unwanted)
+            try:
+                connection = self._connected(deadline)
+                connection.deadline, connection.unwanted = deadline, unwanted
+                is_bare = bare and connection.is_bare
+                with nullcontext() if is_bare else connection.block():
+                    result = work(connection)
+                self._trouble = None
+                return result
+            except psycopg.Error as error:
+                state = sqlstate(error)
+                if self._connection is not None and is_bare and state in BEFORE_READY:
+                    self._connection.is_bare = False
+                    continue
+                ours = self._translated(error)
+                undone = state.startswith(_DONE_NOTHING)
+                passing = undone or (again and isinstance(ours, DatabaseUnavailableError))
+                if not passing or unwanted() or self._closed or time.monotonic() + pause >= deadline:
+                    raise ours from error
+                if not has_warned and not undone:
+                    logger.warning("%s, trying again for up to %.0f s", ours, deadline - time.monotonic())
+                    has_warned = True
+            except UnicodeDecodeError as error:
+                raise DatabaseError(self.shown, f"what should be text in it is none ({error})") from error
+            finally:
+                if self._connection is not None and self._connection.closed:
+                    self._connection = None
+                self._lock.release()
+            (given_up or self._given_up).wait(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def open(self) -> None:
+        """Connect for the first time, as patiently as later on while there is a server that will let us in.
+
+        Raises:
+            DatabaseError: there is no server, or it won't have us.
+        """
+        self.run_within(self._patience, True, None, lambda c: None, bare=True)
+
+    def heard(self) -> bool:
+        """Return whether there was news since the last call, as far as it can be known without asking."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            connection = self._connection
+            if connection is None or connection.closed:
+                return False
+            connection.deadline = time.monotonic() + _CONNECT
+            pids = {notify.pid for notify in connection.notifies(timeout=0)}
+            return bool(pids - {connection.info.backend_pid})
+        except psycopg.Error:
+            return False  # whoever asks next will see
+        finally:
+            self._lock.release()
+
+    def give_up(self) -> None:
+        """Make whoever waits for an answer fail soon; callable from any thread."""
+        self._given_up.set()
+
+    def close(self) -> None:
+        """Close the connection; calling it again does nothing."""
+        self._closed = True
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    def _acquire(self, deadline: float, unwanted: Callable[[], bool]) -> None:
+        while not self._lock.acquire(timeout=_GLANCE):
+            if unwanted() or time.monotonic() > deadline:
+                raise DatabaseUnavailableError(self.shown, "has not answered what was asked before")
+
+    def _connected(self, deadline: float) -> Connection:
+        if self._closed:
+            raise StoreClosedError(self.shown)
+        if self._connection is None:
+            connection = self._connect(deadline)
+            try:
+                connection.deadline = deadline
+                if self._listens:
+                    connection.execute(f'LISTEN "{self.url.schema}.news"')
+            except BaseException:
+                connection.close()
+                raise
+            connection.opening = _OPENING.strip().format("READ WRITE" if self._writes else "READ ONLY")
+            if connection.info.server_version >= 170000:
+                connection.opening += _OPENING_SINCE_17
+            self._connection = connection
+            self._was_open = True
+            self.connected += 1
+        return self._connection
+
+    def _connect(self, deadline: float) -> Connection:
+        defaults = {key: value for key, (variable, value) in _DEFAULTS.items() if not variable or variable not in os.environ}
+        parameters = defaults | self.url.parameters | {"client_encoding": "UTF8"}
+        left = max(2, int(min(deadline - time.monotonic(), _PATIENCE)))
+        with suppress(ValueError):
+            parameters["connect_timeout"] = str(min(left, int(parameters.get("connect_timeout", _CONNECT))))
+        # No prepared statements: behind a pooler the next transaction may be on a connection that does not know them.
+        try:
+            return Connection.connect(autocommit=True, prepare_threshold=None, **parameters)  # type: ignore[arg-type]
+        except psycopg.OperationalError as error:
+            raise why_not_connected(error, make_conninfo("", **parameters), _CONNECT) from error
+
+    def _translated(self, error: psycopg.Error) -> SpevalError:
+        """Return ours for an error of psycopg; a connection of which nobody knows how it stands is closed."""
+        connection = self._connection
+        broken = connection is None or connection.closed or connection.broken
+        if connection is not None and (isinstance(error, _Unanswered) or connection.broken):
+            with suppress(Exception):
+                connection.close()
+            broken = True
+        if self._closed:
+            return StoreClosedError(self.shown)
+        if isinstance(error, _Unanswered):
+            return DatabaseUnavailableError(self.shown, "the server does not answer")
+        state, text = sqlstate(error), first_line(error)
+        if state == NEWER_SCHEMA:
+            version, release = text.split()
+            return NewerSchemaError(self.shown, int(version), SCHEMA, release)
+        if _STATEMENT_MODE in text:
+            return DatabaseError(self.shown, "is behind a pgbouncer in statement mode; set pool_mode = transaction there")
+        passes = self._judged(error, state, broken)
+        if not passes:
+            return DatabaseError(self.shown, _with_fix(state, text, isinstance(error, Failure)))
+        if state == "53100":
+            return DatabaseUnavailableError(self.shown, "the server's disk is full; nothing is lost, make room")
+        return DatabaseUnavailableError(self.shown, f"can't be reached just now ({text})")
+
+    def _judged(self, error: psycopg.Error, state: str, broken: bool) -> bool:
+        """Tell whether to go on trying: for a while, where only time can tell."""
+        if isinstance(error, Failure):
+            found = error.verdict
+            if self._was_open and found is not Verdict.PASSES:
+                # One that has let us in before: a failover, or a service for logins that is away.
+                found = Verdict.PASSES if found is Verdict.UNREACHABLE else Verdict.MAY_PASS
+        elif isinstance(error, psycopg.ProgrammingError) and not state:
+            found = Verdict.STAYS  # an option that libpq does not know
+        else:
+            found = verdict(state) if state else Verdict.PASSES if broken else Verdict.STAYS
+            found = Verdict.PASSES if broken and found is Verdict.STAYS and self._was_open else found
+        now = time.monotonic()
+        if self._trouble is None or self._trouble[0] is not found:
+            self._trouble = found, now
+        return found is not Verdict.STAYS and now - self._trouble[1] < _LIMITS.get(found, float("inf"))
+
+
+def _with_fix(state: str, text: str, connecting: bool) -> str:
+    """Return what is wrong for good and what to do about it."""
+    if state == "42501":
+        return f"{text}; docs/postgres.md says which privileges are needed"
+    if state == "3F000" or (state.startswith("42") and not connecting):
+        return f"was changed or dropped while in use ({text})"
+    if state == "25006":
+        return f"can't be written to ({text}); name the server that can, or several and target_session_attrs=read-write"
+    return f"can't be used: {text}" if connecting else text
+
+
+def numbers(values: Iterable[float | bool | None]) -> str:
+    """Return an array of numbers as PostgreSQL reads it; this way it takes a tenth of the time the driver does."""
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
+
+
+def texts(values: Iterable[str | None]) -> str:
+    """Return an array of texts as PostgreSQL reads it."""
+    quoted = ["NULL" if t is None else '"' + t.replace("\\", "\\\\").replace('"', '\\"') + '"' for t in values]
+    return "{" + ",".join(quoted) + "}"

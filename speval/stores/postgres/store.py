@@ -1,0 +1,440 @@
+"""The store in a PostgreSQL database, through psycopg.
+
+Owns the verbs of a worker. Invariant: each verb is one transaction, run in one go on a thread of its own, so neither a
+cancelled task nor a stall of the event loop can leave one open; and what a transaction did whose answer was lost is found out
+before anything is done again.
+
+psycopg and its blocking connections rather than asyncpg, which takes half the time for a row: they are libpq, with all its
+ways to log in, its TLS, its lists of hosts and its keepalives, and they say at once and in one way that a connection is broken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ...clock import Clock
+from ...errors import StoreClosedError, UnknownNameError
+from ...host import this_process
+from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Status, Summary
+from ...spaces.eager import Key, Space
+from ...threads import WorkThread
+from ...url import PostgresUrl
+from ..base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
+from ..rows import Damaged
+from .connection import Connection, PostgresConnection, numbers, texts
+from .feed import Feed
+from .late import take_in
+from .lease import PostgresLeaseKeeping
+from .rows import PAGE_SIZE, evaluation, in_space, loading, page_of
+from .schema import READY, Names, prepare, stored_name, true_name
+from .seed import Extent, Seeding
+
+__all__ = ["PostgresStore"]
+
+logger = logging.getLogger("speval.store")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LOOK_EVERY = 0.2  # seconds between two looks of an idle worker that has heard no news
+_ANSWER = 60.0  # seconds to wait for the answer to a record, before it is asked for again
+_LEAVE = 8.0  # seconds a worker tries to leave in good order
+_MOST_TEXT = 64_000_000  # characters of results sent in one statement
+
+_RECORD = f"SELECT * FROM speval.record_1({', '.join(['%s'] * 4)}, {{}}, {', '.join(['%s'] * 7)})"
+_TEXT = "pg_catalog.text"  # the other types are key words, which no search_path changes
+_ENDED_TYPES = ("bigint", "integer", "bigint", "boolean", _TEXT, "double precision", "double precision", *[_TEXT] * 4)
+_TOKEN_TYPES = ("bigint", "integer", "bigint")
+_RECORD = _RECORD.format(", ".join(f"%s::{type_}[]" for type_ in (*_ENDED_TYPES, *_TOKEN_TYPES, *_TOKEN_TYPES)))
+_NO_ENDED: tuple[str | None, ...] = (None,) * len(_ENDED_TYPES)
+_NO_TOKENS: tuple[str | None, ...] = (None,) * len(_TOKEN_TYPES)
+
+_REGISTER = """
+INSERT INTO speval.workers (id, host, pid, machine, start, lease, expires_at, started_at, last_seen)
+VALUES (%(id)s, %(host)s, %(pid)s, %(machine)s, %(start)s, %(lease)s, speval.clock() + %(lease)s, %(now)s, %(now)s)
+ON CONFLICT (id) DO NOTHING
+"""
+_LEAVE_NOW = "SELECT speval.leave_1(%s, %s)"
+
+_SUMMARY = f"""
+SELECT (SELECT count(*) FROM speval.queue AS q WHERE {in_space("q.id")}),
+    (SELECT count(*) FROM speval.running AS r WHERE r.held AND {in_space("r.id")}),
+    (SELECT count(*) FROM speval.running AS r WHERE NOT r.held AND {in_space("r.id")}),
+    (SELECT count(*) FROM speval.evaluations AS e WHERE {in_space("e.id")}),
+    (SELECT coalesce(json_object_agg(outcome, number), '{{{{}}}}') FROM (
+        SELECT a.outcome, count(*) AS number FROM speval.attempts AS a
+        WHERE a.final AND {{}} AND {in_space("a.evaluation")} GROUP BY a.outcome
+    ) AS causes)
+"""
+_SUMMARY, _SUMMARY_AT_END = _SUMMARY.format("a.outcome <> 'completed'"), _SUMMARY.format("true")
+_UNKNOWN = "SELECT n FROM unnest(%s::text[]) AS n WHERE NOT EXISTS (SELECT FROM speval.evaluations AS e WHERE e.name = n)"
+_RETRY = """
+WITH ended AS (
+    UPDATE speval.attempts AS a SET final = false
+    WHERE a.final AND a.outcome {} 'completed' AND (%(ids)s::text[] IS NULL OR a.evaluation = ANY (ARRAY(
+        SELECT e.id FROM speval.evaluations AS e WHERE e.name = ANY (%(ids)s::text[])
+    )))
+    RETURNING a.*
+)
+INSERT INTO speval.queue (id, attempt, released, forgiven, suspect, put_back, updated_at)
+SELECT evaluation, attempt, released, attempt - released, suspect, evaluation, %(now)s FROM ended
+"""
+_RETRY_FAILED, _RETRY_COMPLETED = _RETRY.format("<>"), _RETRY.format("=")
+_NEWS = "SELECT pg_notify('speval.news', '')"
+
+
+class PostgresStore(Store):
+    """Evaluations of one eval space of a PostgreSQL database.
+
+    Args:
+        url: The database and the space in it.
+        mode: ``create`` makes the space if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
+        durability: A recorded result survives a power cut either way, as far as the server's own settings let it.
+        clock: Where the time that people read comes from.
+    """
+
+    def __init__(
+        self,
+        url: PostgresUrl,
+        mode: StoreMode = "create",
+        durability: Durability = "process",
+        clock: Clock | None = None,
+    ) -> None:
+        self.url = url
+        self._shown = url.shown
+        self.damaged = Damaged(url.shown)
+        self._mode: StoreMode = mode
+        self._clock = clock or Clock()
+        self._beside = Path(url.file_name).absolute()  # in the folder of now: a function may change it
+        self._connection = PostgresConnection(url, works=mode == "create", writes=mode != "read")
+        self._thread: WorkThread | None = None
+        self._names = Names(url.schema)
+        self._seeding = Seeding(self._names, self._shown)
+        self._feed = Feed(self._names, self._shown, self.damaged)
+        self._extent = Extent()
+        self._lease = 30.0
+        self._after = 0  # the highest id claimed: who claims goes on behind it
+        self._calls = 0  # of record
+        self._unanswered: int | None = None  # the first record whose answer is missing
+        self._in_question: set[tuple[int, int, int]] = set()  # tokens of attempts that were sent with those
+        self._looked = -1.0  # monotonic
+
+    def __repr__(self) -> str:
+        return f"<PostgresStore {self._shown!r}{'' if self._thread else ' closed'}>"
+
+    @property
+    def shown(self) -> str:
+        return self._shown
+
+    @property
+    def beside(self) -> Path:
+        return self._beside
+
+    async def open(self) -> None:
+        thread = WorkThread("speval store")
+
+        def connect() -> None:
+            self._connection.open()
+            self._connection.run(prepare, self.url, self._mode)
+
+        try:
+            await thread.run(connect)
+        except BaseException:
+            await thread.finish(self._connection.close, self._connection.give_up)
+            raise
+        self._thread = thread
+
+    async def close(self) -> None:
+        self.damaged.tell()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            await thread.finish(self._connection.close, self._connection.give_up)
+        else:
+            self._connection.close()
+
+    def abandon(self) -> None:
+        self._connection.give_up()
+
+    def lease_keeping(self) -> LeaseKeeping:
+        return PostgresLeaseKeeping(self._connection, self._names, self._clock, self._lease)
+
+    async def _run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what may be done twice."""
+        thread = self._opened()
+        return await thread.run(lambda: self._connection.run(work, *args, **kwargs))
+
+    async def _run_once(
+        self, patience: float, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        thread = self._opened()
+        return await thread.run(lambda: self._connection.run_once(patience, work, *args, **kwargs))
+
+    def _opened(self) -> WorkThread:
+        if self._thread is None:
+            raise StoreClosedError(self._shown)
+        return self._thread
+
+    def _execute(self, c: Connection, sql: str, values: Any = None) -> Any:
+        return c.execute(self._names(sql), values)
+
+    # The space
+
+    async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
+        try:
+            seeded, self._extent = await self._run(self._seeding.seed, space, on_changed, self._clock.wall())
+        except asyncio.CancelledError:
+            # It may wait for another one that seeds for a long time, or send for a long time itself.
+            self._connection.give_up()
+            raise
+        self._after = self._extent.first - 1
+        return seeded
+
+    async def follow(self) -> None:
+        self._extent = await self._run(self._seeding.follow)
+        self._after = self._extent.first - 1
+
+    async def extend(self, rows: Sequence[tuple[Key, str]], on_changed: OnChanged) -> Seeded:
+        return await self._run(self._seeding.extend, rows, on_changed, self._clock.wall())
+
+    # Claiming and recording
+
+    async def register(self, lease: float) -> int:
+        process, worker = this_process(), secrets.randbits(47)
+        values = {"id": worker, "lease": lease, "now": self._clock.wall(), "machine": process.machine}
+        values |= {"host": process.host, "pid": process.pid, "start": process.start}
+
+        def enter(c: Connection) -> None:
+            self._execute(c, READY)
+            self._execute(c, _REGISTER, values)
+
+        await self._run(enter)
+        self._lease = lease
+        self._unanswered = None  # what is not known to be claimed belongs to the one before
+        return worker
+
+    async def record(
+        self,
+        worker: int,
+        ended: Sequence[Ended] = (),
+        *,
+        released: Sequence[Claim] = (),
+        due: Sequence[Claim] = (),
+        idle: int = 0,
+        ahead: int = 0,
+        count_failures: bool = False,
+    ) -> Recorded:
+        thread = self._opened()
+        wanted = idle, ahead, self._extent.since if count_failures else None
+
+        def record() -> Recorded:
+            self._calls += 1
+            call = self._calls
+            try:
+                recorded = self._connection.call(_ANSWER, self._record, worker, call, ended, released, due, *wanted)
+            except BaseException:
+                if self._unanswered is None:
+                    self._unanswered = call
+                self._in_question.update(_token(e.claim) for e in ended)
+                raise
+            self._unanswered = None
+            self._in_question.clear()
+            self._looked = self._clock.monotonic()
+            return recorded
+
+        return await thread.run(record)
+
+    def _record(
+        self,
+        c: Connection,
+        worker: int,
+        call: int,
+        ended: Sequence[Ended],
+        released: Sequence[Claim],
+        due: Sequence[Claim],
+        idle: int,
+        ahead: int,
+        since: int | None,
+    ) -> Recorded:
+        pieces, refused = _pieces(ended)
+        given = released, due, idle, ahead, since
+        if len(pieces) == 1:
+            recorded = self._send(c, worker, call, pieces[0], refused, *given)
+        else:
+            with c.block():
+                for piece in pieces[:-1]:
+                    self._send(c, worker, call, piece, refused, (), (), 0, 0, None)
+                recorded = self._send(c, worker, call, pieces[-1], refused, *given)
+        recorded.refused = [ended[place].claim for place in sorted(refused)]
+        return recorded
+
+    def _send(
+        self,
+        c: Connection,
+        worker: int,
+        call: int,
+        placed: Sequence[tuple[int, Ended]],
+        refused: set[int],
+        released: Sequence[Claim],
+        due: Sequence[Claim],
+        idle: int,
+        ahead: int,
+        since: int | None,
+    ) -> Recorded:
+        """Send one statement, and note the places of those that are refused."""
+        extent = self._extent
+        values = (
+            (worker, call, self._unanswered, self._clock.wall())
+            + (_ended([e for _, e in placed], worker) if placed else _NO_ENDED)
+            + (_tokens(released) if released else _NO_TOKENS)
+            + (_tokens(due) if due else _NO_TOKENS)
+            + (idle, ahead, self._after, extent.first, extent.last, extent.space, since)
+        )
+        recorded = Recorded()
+        rows: list[tuple[int, int, int, str, str]] = []
+        for kind, number, second, third, name, text in self._execute(c, _RECORD, values).fetchall():
+            if kind == 1:
+                rows.append((number, second, third, name, text))
+            elif kind == 2:
+                place, (claim, _, _) = placed[number - 1]
+                # Sent before, and recorded, only the answer did not arrive.
+                if not (third and _token(claim) in self._in_question):
+                    refused.add(place)
+            else:
+                recorded.failures = number
+                recorded.settings = Settings(text == "paused", second)
+                recorded.open = None if third is None else bool(third)
+                recorded.lost = name == "lost"
+                if text == "again":
+                    self._after = extent.first - 1
+        rows.sort()
+        recorded.claims = [
+            Claim(id, attempt, charged, true_name(name), args, worker) for id, attempt, charged, name, args in rows
+        ]
+        if rows:
+            self._after = max(self._after, rows[-1][0])
+        return recorded
+
+    async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
+        def end(c: Connection, adopted: Sequence[Ended]) -> None:
+            again = [e.claim for e in adopted if e.again]
+            self._record(c, 0, 0, adopted, (), again, 0, 0, None)  # by no worker, which claims nothing
+
+        return await self._run(take_in, self._names, ended, self._clock.wall(), end)
+
+    async def leave(self, worker: int) -> None:
+        thread, values = self._opened(), (worker, self._clock.wall())
+        await thread.run(lambda: self._connection.call(_LEAVE, lambda c: self._execute(c, _LEAVE_NOW, values).fetchone()))
+
+    # Reading
+
+    async def changed(self) -> bool:
+        heard = await self._opened().run(self._connection.heard)
+        return heard or self._clock.monotonic() - self._looked >= _LOOK_EVERY
+
+    async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
+        return await self._run(self._feed.read, self._extent, cursor, limit)
+
+    async def summary(self, *, at_end: bool = False) -> Summary:
+        extent = {"first": self._extent.first, "last": self._extent.last, "space": self._extent.space}
+
+        def count(c: Connection) -> Summary:
+            sql = _SUMMARY_AT_END if at_end else _SUMMARY
+            pending, held, in_progress, total, causes = self._execute(c, sql, extent).fetchone()
+            completed = causes.pop("completed", 0)
+            counted: dict[Cause, int] = causes
+            failed = sum(counted.values())
+            pending += held
+            others = total - pending - in_progress - failed
+            return Summary(pending, in_progress, min(completed, others) if at_end else others, failed, counted)
+
+        return await self._run(count)
+
+    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
+        sql = page_of(loading(status))
+
+        def fetch(c: Connection) -> tuple[int, list[Evaluation]]:
+            found: list[Evaluation] = []
+            seen = after
+            while not found:
+                rows = self._execute(c, sql, {"after": seen, "limit": limit, "size": PAGE_SIZE}).fetchall()
+                if not rows:
+                    break
+                seen = rows[-1][0]
+                for row in rows:
+                    with self.damaged.left_out():
+                        found.append(evaluation(self._shown, row[1:-2]))
+            return seen, found
+
+        return await self._run(fetch)
+
+    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
+        given = None if names is None else texts(stored_name(name) for name in names)
+        sql = _RETRY_COMPLETED if status == "completed" else _RETRY_FAILED
+
+        def put_back(c: Connection) -> int:
+            self._execute(c, READY)
+            if given is not None:
+                unknown = [true_name(name) for (name,) in self._execute(c, _UNKNOWN, (given,)).fetchall()]
+                if unknown:
+                    raise UnknownNameError(self._shown, unknown)
+            count: int = self._execute(c, sql, {"ids": given, "now": self._clock.wall()}).rowcount
+            self._execute(c, _NEWS)
+            return count
+
+        return await self._run_once(_ANSWER, put_back)
+
+
+def _token(claim: Claim) -> tuple[int, int, int]:
+    return claim.id, claim.attempt, claim.worker
+
+
+def _pieces(ended: Sequence[Ended]) -> tuple[list[list[tuple[int, Ended]]], set[int]]:
+    """Return what is sent in one statement each, with places, and the places of what comes a second time, stale by then."""
+    first = {_token(e.claim): place for place, e in reversed(list(enumerate(ended)))}
+    twice = set(range(len(ended))).difference(first.values()) if len(first) < len(ended) else set()
+    pieces: list[list[tuple[int, Ended]]] = [[]]
+    size = 0
+    for place, e in enumerate(ended):
+        if place in twice:
+            continue
+        size += len(e.outcome.result or "")
+        if size > _MOST_TEXT and pieces[-1]:
+            pieces.append([])
+            size = len(e.outcome.result or "")
+        pieces[-1].append((place, e))
+    return pieces, twice
+
+
+def _ended(ended: Sequence[Ended], worker: int) -> tuple[str | None, ...]:
+    """Return the columns of attempts that ended, those left out that say the usual."""
+    claims = [e.claim for e in ended]
+    outcomes = [e.outcome for e in ended]
+    usual = all(outcome.cause is None for outcome in outcomes)
+    errors = [outcome.error for outcome in outcomes]
+    columns: tuple[str | None, ...] = (
+        numbers(claim.id for claim in claims),
+        numbers(claim.attempt for claim in claims),
+        None if all(claim.worker == worker for claim in claims) else numbers(claim.worker for claim in claims),
+        numbers(e.again for e in ended) if any(e.again for e in ended) else None,
+        None if usual else texts(outcome.cause for outcome in outcomes),
+        numbers(outcome.started_at for outcome in outcomes),
+        numbers(outcome.duration for outcome in outcomes),
+        texts(outcome.result for outcome in outcomes),
+    )
+    if usual:
+        return (*columns, None, None, None)
+    shown = [[None if e is None else stored_name(e[key]) for e in errors] for key in ("type", "message", "traceback")]
+    return (*columns, *(texts(column) for column in shown))
+
+
+def _tokens(claims: Sequence[Claim]) -> tuple[str | None, ...]:
+    return (
+        numbers(claim.id for claim in claims),
+        numbers(claim.attempt for claim in claims),
+        numbers(claim.worker for claim in claims),
+    )

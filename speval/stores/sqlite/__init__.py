@@ -1,0 +1,1 @@
+"""Evaluations in one SQLite file."""

@@ -1,0 +1,414 @@
+"""One SQLite file and one connection to it.
+
+Owns opening, recognising and preparing the file, waiting for its lock, and noticing what becomes of it. Invariant: every
+transaction is one call on one thread, takes its lock at BEGIN, and is over when the call returns; a file that is not ours is
+never written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from ...errors import DatabaseError, DatabaseLockedError, ForeignDatabaseError, NewerSchemaError, SpevalError, StoreClosedError
+from ...model import Durability
+from .connect import Stillness, connected, stillness
+from .contents import GuardedConnection, check_contents, guarded
+from .errors import BUSY, code_of, permission, shown_path, translated
+from .fork import Owner
+from .guard import check_file, check_journal, check_library, check_path
+from .mount import Freshness, check_locks, filesystem, is_network
+from .pair import Marker, check_pair
+from .schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
+from .watchman import Watchman, identity, lacks_log
+
+__all__ = ["SqliteFile", "shown_path"]
+
+logger = logging.getLogger("speval.store")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PATIENCE = 60.0  # seconds to wait for the lock of another program
+_SHORT = 0.2  # seconds to wait for it with what the next commit can do as well
+_SILENCE = 3.0  # seconds of waiting for it before that is said
+
+
+class SqliteFile:
+    """A connection to a database file of speval, used by one thread at a time.
+
+    Args:
+        path: The file.
+        mode: ``create`` makes it if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
+        durability: ``process`` survives the death of any process, ``power`` a power cut too.
+        patience: Seconds to wait for others' locks. None: a minute.
+        given_up: Set by others to make all waiting end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: Literal["create", "write", "read"],
+        durability: Durability = "process",
+        patience: float | None = None,
+        given_up: threading.Event | None = None,
+    ) -> None:
+        check_library(shown_path(path))
+        real = check_path(path, shown_path(path), mode)
+        self.path = real
+        self._log_path = Path(f"{real}-wal")
+        self.shown = shown_path(real if path.is_symlink() else path)
+        self.patience = _PATIENCE if patience is None else patience
+        self.is_0_1 = False  # an unmigrated database of speval 0.1.1, opened to read
+        self.is_empty = False  # nothing in it yet, opened to read
+        self.network: str | None = None  # the kind of filesystem it is on, if other machines may share that
+        self._kind: str | None = None
+        self._freshness: Freshness | None = None
+        self._is_current = False
+        self._is_linked = False  # it has got a second name, which was said
+        self._is_waiting = False  # and has said so
+        self._writes = mode != "read"
+        self._rolls_back = False  # it has a rollback journal, which is looked for at the start of each transaction
+        self._still: Stillness | None = None  # how the file was when it was opened as one that nobody changes
+        self._watchman = Watchman(real)
+        self._marker: Marker | None = None  # where there is a -wal
+        self.lacks_log = lacks_log(real)
+        self._given_up = given_up or threading.Event()
+        self._closed = False
+        if self._writes:
+            self._check_mount()
+        if mode == "create" and not real.exists():
+            self._create()
+        check_file(real, self.shown)
+        self.owner = Owner(identity(real)[0] or (0, 0), self.shown)
+        with self._errors():
+            try:
+                if self.owner.is_first:
+                    check_pair(real, self.shown)
+                self.connection = self._connect(mode)
+                try:
+                    self._recognise(mode)
+                    if self._writes:
+                        self._prepare(durability)
+                except BaseException:
+                    self.connection.close()
+                    raise
+            except BaseException:
+                self.owner.leave()
+                raise
+
+    def __repr__(self) -> str:
+        return f"<SqliteFile {self.shown!r}{' closed' if self._closed else ''}>"
+
+    def write(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)`` in one transaction that holds the write lock from its start."""
+        result = self._transaction("BEGIN IMMEDIATE", self.patience, work, *args, **kwargs)
+        if self._marker is not None:
+            with suppress(SpevalError):  # what was written is written; the next commit looks again
+                self._marker.look(partial(self._transaction, "BEGIN IMMEDIATE", min(self.patience, _SHORT)))
+        return result
+
+    def write_within(
+        self, patience: float, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Do as ``write`` does, waiting so many seconds for the lock."""
+        return self._transaction("BEGIN IMMEDIATE", patience, work, *args, **kwargs)
+
+    def read(self, work: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``work(connection, ...)`` on one snapshot; it may write to TEMP tables only."""
+        while self._still is not None:
+            # Read without locks, what others write meanwhile looks like damage, and would never be seen in what is cached.
+            with suppress(DatabaseError):
+                result = self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+                if self._still == stillness(self.path):
+                    return result
+            if self._still == stillness(self.path):
+                break  # and raise the error
+            self._open_again()
+        return self._transaction("BEGIN", self.patience, work, *args, **kwargs)
+
+    @property
+    def is_immutable(self) -> bool:
+        """Return whether the file is read as one that nobody changes, until somebody does."""
+        return self._still is not None and not (self.is_empty or self.is_0_1)
+
+    def _open_again(self) -> None:
+        """Read what others have written since the file was opened as one that nobody changes, or copied into memory."""
+        self.connection.close()
+        was_copied = self.is_empty or self.is_0_1
+        self.is_empty = self.is_0_1 = False
+        if was_copied:
+            self.owner = Owner(identity(self.path)[0] or (0, 0), self.shown)
+        with self._errors():
+            self.connection = self._connect("read")
+            if was_copied:
+                self._recognise("read")
+                self.show_as_current()
+
+    def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
+        with self._errors():
+            cursor = self.connection.execute(sql, values)
+            try:
+                for row in cursor:  # noqa: UP028 - which closes the cursor too, perhaps too late
+                    yield row
+            finally:
+                # An open one would keep the file locked for as long as an error that was met is kept.
+                with suppress(sqlite3.ProgrammingError):  # the connection is closed by now
+                    cursor.close()
+
+    def show_as_current(self) -> None:
+        """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
+        if self.is_empty or self.is_0_1:
+            still = self._still or stillness(self.path)
+            copy = guarded(":memory:", self.path, self.shown, is_reader=False)
+            with self._errors():
+                self.connection.backup(copy)
+                self.connection.close()
+                self.owner.leave()
+                self.connection, self._still = copy, still
+                migrate(copy)
+
+    def look_after(self) -> None:
+        """See that the name still leads to the file that is open, before a look that may be one of many.
+
+        Raises:
+            DatabaseError: it does not.
+        """
+        if how := self._watchman.taken_away():
+            raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
+
+    def rewrite(self) -> None:
+        """Write the whole file anew, without the room that nothing needs, and empty the -wal.
+
+        Raises:
+            DatabaseLockedError: another program reads or writes it.
+        """
+        self._look_after_the_file()
+        with self._errors(), self.connection.unlimited():
+            self._patiently(self.patience, "VACUUM")
+            (is_busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if is_busy:
+                raise DatabaseLockedError(self.shown, 0.0)
+
+    def data_version(self) -> int:
+        """Return a number that differs after another connection has written."""
+        self.owner.check()
+        self._look_after_the_file()  # who waits would not notice for long
+        self.connection.allow()
+        with self._errors():
+            (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+            return int(version)
+
+    def checkpoint(self) -> None:
+        """Move what is in the -wal into the file, as far as that keeps nobody waiting."""
+        with suppress(sqlite3.Error):
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def close(self) -> None:
+        """Close the connection; calling it again does nothing."""
+        self._closed = True
+        if self.owner.is_here:  # a fork would take away what its parent needs
+            self.connection.close()
+            self.owner.leave()
+
+    def wait_as_usual(self) -> None:
+        """Wait a minute for others' locks from now on."""
+        self.patience = min(self.patience, _PATIENCE)
+
+    def give_up(self) -> None:
+        """Make a call that waits for a lock fail at once; callable from any thread."""
+        self._given_up.set()
+
+    def _transaction(
+        self,
+        begin: str,
+        patience: float,
+        work: Callable[Concatenate[sqlite3.Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        if self._closed:
+            raise StoreClosedError(self.shown)
+        self.owner.check()
+        connection = self.connection
+        if begin != "BEGIN":
+            self._look_after_the_file()
+        if self._rolls_back:
+            check_journal(self.path, self.shown)
+        connection.allow()
+        with self._errors():
+            self._patiently(patience, begin)
+            try:
+                # Reading takes its lock only with the first look at the file, which may be refused as well.
+                (version,) = self._patiently(patience, "PRAGMA user_version").fetchone()
+                if version > SCHEMA and self._is_current:
+                    raise self._newer(connection, version)
+                if self._freshness is not None and not self._freshness.is_fresh():
+                    problem = f"its filesystem ({self.network}) shows this machine old data, without what others have written"
+                    fix = "mount it without caches (direct_io, timeouts of 0), or use a PostgreSQL database"
+                    raise DatabaseError(self.shown, f"{problem}; {fix}; nothing was written")
+                result = self._understanding(work, connection, *args, **kwargs)
+                self._patiently(patience, "COMMIT")
+                return result
+            finally:
+                if connection.in_transaction:
+                    connection.rollback()
+
+    def _understanding(
+        self,
+        work: Callable[Concatenate[sqlite3.Connection, P], T],
+        connection: sqlite3.Connection,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run ``work``; where what it reads makes no sense, the file is damaged in a way that SQLite does not notice."""
+        try:
+            return work(connection, *args, **kwargs)
+        except SpevalError:
+            raise
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+            problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
+            raise DatabaseError(self.shown, problem) from error
+
+    def _look_after_the_file(self) -> None:
+        """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
+        how = self._watchman.taken_away()
+        if how is not None:
+            raise DatabaseError(self.shown, f"{how} while in use; {self._watchman.rescue(self.connection)}")
+        if self._watchman.is_linked and not self._is_linked:
+            # Of no harm to those who have it open: no copy is let in by either name.
+            self._is_linked = True
+            if self.patience >= _PATIENCE:  # not the lease's thread as well
+                logger.warning("%s has got a second name (a hard link): remove it, no copy starts before", self.shown)
+
+    def _patiently(self, patience: float, statement: str) -> sqlite3.Cursor:
+        """Execute a statement that may find the database locked."""
+        # SQLite's own busy handler lets some wait for seconds while others go first many hundred times. Short random
+        # pauses are fair and hardly slower; they grow once it is plain that somebody keeps the lock for long.
+        started = time.monotonic()
+        while True:
+            try:
+                return self.connection.execute(statement)
+            except sqlite3.OperationalError as error:
+                if code_of(error) not in BUSY:
+                    raise
+                waited = time.monotonic() - started
+                if waited >= patience:
+                    raise DatabaseLockedError(self.shown, waited) from error
+                if waited >= _SILENCE and patience >= _PATIENCE and not self._is_waiting:
+                    self._is_waiting = True
+                    logger.warning("%s: waiting for a lock of another program; `fuser %s` finds it", self.shown, self.shown)
+                if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
+                    raise DatabaseLockedError(self.shown, waited) from error
+
+    def _connect(self, mode: str) -> GuardedConnection:
+        connection, self._still = connected(self.path, self.shown, reads=mode == "read")
+        return connection
+
+    def _check_mount(self) -> None:
+        """See that there are locks, where that is not to be taken for granted."""
+        with suppress(OSError):  # no folder yet, so a local one, or none that can be made
+            self._kind = filesystem(self.path.parent)
+            if is_network(self._kind):
+                check_locks(self.path, self.shown, str(self._kind))
+
+    def _create(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Closing a descriptor drops this process's locks on the file, so only ever on one that was not there before.
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            if not self.path.parent.is_dir():
+                raise DatabaseError(self.shown, f"can't be created in {self.path.parent}: it is a file") from None
+        except OSError as error:
+            folder = next(f for f in self.path.absolute().parents if f.exists())
+            why = f"; {permission(folder, 'wx')}" if error.errno == errno.EACCES else ""
+            raise DatabaseError(self.shown, f"can't be created in {folder}: {error.strerror}{why}") from error
+
+    def _recognise(self, mode: str) -> None:
+        """Tell what the file is, writing nothing."""
+        self.read(check_contents, APPLICATION_ID, SCHEMA)
+        application_id, version, tables, columns = self.read(describe)
+        if application_id == APPLICATION_ID:
+            if version > SCHEMA:
+                raise self.read(self._newer, version)
+            if version < SCHEMA:
+                problem = f"was made by a development version of speval (schema {version}), which no release reads"
+                raise DatabaseError(self.shown, f"{problem}; use another name for a new one")
+            self._is_current = True
+        elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
+            self.is_0_1 = True
+        elif application_id == 0 and version == 0 and not tables:
+            # A copy that is just starting makes the file before it fills it, so for a reader there is nothing in it yet.
+            self.is_empty = mode == "read"
+            if mode == "write":
+                raise ForeignDatabaseError(self.shown, "an empty file")
+        else:
+            shown = ", ".join(sorted(tables)[:5]) or "none"
+            raise ForeignDatabaseError(self.shown, f"an SQLite database of something else (its tables: {shown})")
+
+    def _newer(self, connection: sqlite3.Connection, version: int) -> NewerSchemaError:
+        return NewerSchemaError(self.shown, version, SCHEMA, stored_release(connection) or f"{version}.0")
+
+    def _prepare(self, durability: str) -> None:
+        connection = self.connection
+        kind = self._kind or filesystem(self.path)  # it is in its folder's, or would have been refused
+        self.network = kind if is_network(kind) else None
+        if self.network is not None and self.network.startswith("fuse"):
+            self._freshness = Freshness(self.path)
+        # All have to agree, also those for whom the disk is a local one: the file server's own programs.
+        stored = self.read(stored_journal_mode) if self._is_current else None
+        mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
+        if self.network and mode == "wal":
+            raise DatabaseError(self.shown, f"others use its write-ahead log, which is lost on {self.network}; stop them first")
+        if mode == "wal":
+            self.read(describe)  # makes the -wal
+            self._watchman.note_log()
+            self._marker = Marker(self.path)
+        self._rolls_back = mode != "wal"
+        # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
+        full = durability == "power" or mode != "wal"
+        connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+        connection.execute("PRAGMA journal_size_limit = 67108864")
+        if not self._is_current:
+            if self.write(migrate):
+                logger.warning("migrated a database of speval 0.1.1; copies of the old release can't use it any more")
+            self.is_0_1, self._is_current = False, True
+        if mode != stored:
+            self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
+            self.checkpoint()  # so that the file itself is one of speval, with or without its -wal
+
+    def _journal_mode(self, wanted: str) -> str:
+        """Set the journal mode and return the one in force."""
+        # Another copy may be changing the mode right now. One that has the file open keeps its write-ahead log.
+        patience = self.patience if wanted == "wal" else min(self.patience, _PATIENCE)
+        try:
+            (mode,) = self._patiently(patience, f"PRAGMA journal_mode = {wanted}").fetchone()
+        except DatabaseLockedError:
+            (mode,) = self.connection.execute("PRAGMA journal_mode").fetchone()
+            if wanted == "wal" or mode != "wal" or self._given_up.is_set():
+                raise
+        return str(mode)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if self._closed and not isinstance(error, UnicodeDecodeError):
+                raise StoreClosedError(self.shown) from error
+            if not isinstance(error, UnicodeDecodeError) and code_of(error) == sqlite3.SQLITE_INTERRUPT:
+                raise self.connection.reason() from None
+            raise translated(error, self.path, self.shown, writes=self._writes, waited=min(self.patience, _PATIENCE)) from error

@@ -1,0 +1,168 @@
+"""Leases in a SQLite file: renewing one's own, watching the others'.
+
+Owns the connection of the lease thread. Invariant: nobody is declared dead by comparing wall clocks. A worker is dead when
+its process on this machine is gone, or when its beat has stood still for its whole lease on our own monotonic clock; the
+verdict and the taking back happen in one transaction that looks at the beat once more.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from ...clock import Clock
+from ...host import Process, this_process
+from ..liveness import Reclaiming, Taken, Watch, WorkerRow, unknown_label
+from ..rows import worker_label
+from .checksum import of_attempt
+from .file import SqliteFile
+
+__all__ = ["SqliteLeaseKeeping"]
+
+_RENEW = "UPDATE workers SET beat = beat + 1, last_seen = ? WHERE id = ? AND ended_at IS NULL AND NOT dead"
+# The casts are for what no speval has written: a number is needed to watch with, and the text that stands there may be none.
+_OTHERS = """
+SELECT id, host, CAST(pid AS INTEGER), machine, start, CAST(lease AS REAL), beat, dead FROM workers INDEXED BY workers_here
+WHERE ended_at IS NULL AND id <> ? ORDER BY id
+"""
+_DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
+_HELD = """
+SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.ahead, s.updated_at, e.name
+FROM states AS s INDEXED BY states_held LEFT JOIN evaluations AS e ON e.id = s.id
+WHERE s.status IN (1, 4) AND s.worker IS ? LIMIT ?
+"""
+# From holder to holder through the index, however many evaluations each of them holds.
+_ORPHANED = """
+WITH RECURSIVE holders (worker) AS (
+    SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4)
+    UNION ALL
+    SELECT (SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker > holders.worker)
+    FROM holders WHERE holders.worker IS NOT NULL
+)
+SELECT worker FROM holders
+WHERE worker IS NOT NULL AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = holders.worker AND w.ended_at IS NULL)
+UNION ALL
+SELECT NULL WHERE EXISTS (SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker IS NULL)
+"""
+_IS_THERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
+_IS_KNOWN = "SELECT 1 FROM workers WHERE id = ?"
+_TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, last), updated_at = ? WHERE id = ?"
+# Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
+_TAKE_BACK_AHEAD = """
+UPDATE states SET status = 0, worker = NULL, released = released + 1, ahead = 2, updated_at = ? WHERE id = ?
+"""
+_ADD_LOST = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
+_BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
+
+_CHECKPOINT_EVERY = 5.0  # seconds of answers, about, that a copy without the -wal lacks at most
+
+
+class SqliteLeaseKeeping(Reclaiming):
+    """The lease thread's own connection; it may be made in one thread and used in another.
+
+    Args:
+        path: The database, which must be there.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+        self._file: SqliteFile | None = None
+        self._watch = Watch(this_process().machine)
+        self._checkpoint_at = 0.0  # monotonic; with the first look, the space and its workers get into the file
+
+    def __repr__(self) -> str:
+        return f"<SqliteLeaseKeeping {str(self._path)!r}>"
+
+    def _opened(self) -> SqliteFile:
+        if self._file is None:
+            # Taking back can wait for the next look, one's own renewal can't wait for it.
+            self._file = SqliteFile(self._path, "write", patience=1.0)
+        return self._file
+
+    def renew(self, worker: int, patience: float) -> bool:
+        def beat(c: sqlite3.Connection) -> bool:
+            return c.execute(_RENEW, (self._clock.wall(), worker)).rowcount == 1
+
+        return self._opened().write_within(patience, beat)
+
+    def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
+        """Return who is dead, and who holds something and is none of those that have not ended.
+
+        Each worker watches all others by itself, so a look reads a row of each; the more there are, the fewer look.
+        """
+        now = self._clock.monotonic()
+        if now >= self._checkpoint_at:
+            self._checkpoint_at = now + _CHECKPOINT_EVERY
+            self._opened().checkpoint()
+        if not self._watch.is_due(worker, now):
+            return [], []
+        others, orphaned = self._opened().read(self._look, worker)
+        rows = [
+            WorkerRow(id, Process(host, pid, machine, start), lease, beat, bool(dead))
+            for id, host, pid, machine, start, lease, beat, dead in others
+        ]
+        return self._watch.dead(rows, worker, self._clock.monotonic()), orphaned
+
+    def _look(self, c: sqlite3.Connection, worker: int) -> tuple[list[tuple[Any, ...]], list[object]]:
+        return c.execute(_OTHERS, (worker,)).fetchall(), [holder for (holder,) in c.execute(_ORPHANED)]
+
+    def take_back(self, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
+        return self._opened().write(self._take_back, row, max_attempts, bound)
+
+    def take_back_orphaned(self, holder: object, max_attempts: int, bound: int) -> Taken | None:
+        return self._opened().write(self._take_back_orphaned, holder, max_attempts, bound)
+
+    def _take_back(self, c: sqlite3.Connection, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
+        if c.execute(_DECLARE_DEAD, (row.id, row.beat)).rowcount == 0:
+            return None
+        label = worker_label(row.id, row.process.host, row.process.pid)
+        taken = self._take_held(c, row.id, row.id, f"worker {label} died or was out of reach", max_attempts, bound)
+        if not taken.more:
+            c.execute(_BURY, (self._clock.wall(), row.id))
+        return taken
+
+    def _take_back_orphaned(self, c: sqlite3.Connection, holder: object, max_attempts: int, bound: int) -> Taken | None:
+        if c.execute(_IS_THERE, (holder,)).fetchone() is not None:
+            return None
+        known = holder if c.execute(_IS_KNOWN, (holder,)).fetchone() else None
+        message = f"worker {unknown_label(holder)} is none of those in the database that have not ended"
+        return self._take_held(c, holder, known, message, max_attempts, bound)
+
+    def _take_held(
+        self, c: sqlite3.Connection, holder: object, known: object, message: str, max_attempts: int, bound: int
+    ) -> Taken:
+        """Take back a bounded number of what the holder holds; ``known`` is who is entered in the table of attempts."""
+        now = self._clock.wall()
+        pending, failed = 0, []
+        held = c.execute(_HELD, (holder, bound)).fetchall()
+        for id, attempt, charged, status, ahead, claimed_at, name in held:
+            if status == 1 and ahead == 1:
+                c.execute(_TAKE_BACK_AHEAD, (now, id))
+                pending += 1
+                continue
+            seq, final = None, False
+            if status == 1:
+                seq = c.execute(_MAX_SEQ).fetchone()[0] + 1
+                row = (seq, id, attempt, known, claimed_at, None, now, "lost", None, "WorkerLost", message, "")
+                c.execute(_ADD_LOST, (*row, of_attempt(row)))
+                final = charged >= max_attempts
+            c.execute(_TAKE_BACK, (3 if final else 0, seq, now, id))
+            pending += not final
+            if final:
+                failed.append(str(name))
+        return Taken(len(held) == bound, pending, failed)
+
+    def forget(self) -> None:
+        self._watch.forget()
+
+    def give_up(self) -> None:
+        if self._file is not None:
+            self._file.give_up()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,244 @@
+"""Seeding: an eval space compared with what is stored, in SQL.
+
+Owns the TEMP tables ``incoming``, ``differing`` and ``strangers`` of a store's connection. Invariant: what is compared
+before the lock is had is compared again, or found unchanged, under it, so any number of workers may seed at once; each
+function is the whole work of one transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import NamedTuple
+
+from ...codec import same
+from ...errors import ArgsChangedError
+from ...model import OnChanged
+from ...spaces.eager import Key, Space
+from ..base import Seeded
+from .checksum import of_evaluation
+
+__all__ = [
+    "CHUNK",
+    "Comparison",
+    "add",
+    "compare",
+    "count_missing",
+    "extend",
+    "fill",
+    "follow",
+    "is_known",
+    "load",
+    "settle",
+    "unload",
+]
+
+CHUNK = 10_000  # rows added in one transaction: holds the lock for some 30 ms
+_EXAMPLES = 3
+
+# name is declared without a type, here as in the schema, so that 17 and '17' stay what they are.
+_INCOMING = "CREATE TEMP TABLE incoming (position INTEGER PRIMARY KEY, name NOT NULL UNIQUE, args TEXT NOT NULL)"
+_DIFFERING = "CREATE TEMP TABLE differing (id INTEGER PRIMARY KEY, position INTEGER NOT NULL)"
+_COUNT_MISSING = """
+SELECT count(*) FROM incoming AS i
+WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
+"""
+_OTHER_TEXT = """
+SELECT e.id, i.position, e.args, i.args FROM incoming AS i JOIN evaluations AS e ON e.name = i.name
+WHERE e.args <> i.args ORDER BY i.position
+"""
+_MISSING = """
+SELECT name, args FROM incoming AS i
+WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.name = i.name)
+ORDER BY position
+"""
+_ADD = "INSERT INTO evaluations (id, name, args, crc) VALUES (?, ?, ?, ?)"
+_ADD_STATES = "INSERT INTO states (id, updated_at) SELECT id, ? FROM evaluations WHERE id > ?"
+_DIFFERENT = """
+SELECT d.id, e.name, i.args FROM differing AS d
+JOIN incoming AS i ON i.position = d.position JOIN evaluations AS e ON e.id = d.id
+"""
+_NEW_ARGS = "UPDATE evaluations SET args = ?, crc = ? WHERE id = ?"
+# With a new attempt number, so that a worker that still runs one with the old args is refused.
+_RERUN = """
+UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, attempt = attempt + 1, released = released + 1,
+    updated_at = ?
+WHERE id IN (SELECT id FROM differing)
+"""
+_STRANGERS = """
+INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
+"""
+_LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_COUNT = "SELECT (SELECT count(*) FROM evaluations), (SELECT count(*) FROM states)"
+# Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never given again.
+_WITHOUT_STATE = """
+INSERT INTO states (id, attempt, updated_at)
+SELECT e.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = e.id), 0), ?
+FROM evaluations AS e WHERE e.id NOT IN (SELECT id FROM states)
+"""
+_LAST_GIVEN = """
+SELECT max(coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = 'evaluations'), 0),
+    coalesce((SELECT max(id) FROM evaluations), 0))
+"""
+_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
+
+
+class Comparison(NamedTuple):
+    """How a space differs from what is stored; those with other args are noted in the table ``differing``."""
+
+    missing: int
+    differing: int
+    examples: list[tuple[str, str, str]]  # name, args as stored, args as given
+    version: int  # of the stored args
+
+    def refuse(self, db: str, on_changed: OnChanged) -> None:
+        """Raise ``ArgsChangedError`` where other args are an error."""
+        if self.differing and on_changed == "error":
+            raise ArgsChangedError(db, self.differing, self.examples)
+
+    def seeded(self, count: int, gone: int) -> Seeded:
+        """Return what seeding so many evaluations has found."""
+        return Seeded(self.missing, count - self.missing - self.differing, self.differing, gone)
+
+
+def is_known(c: sqlite3.Connection, space: Space) -> tuple[int, int, bool]:
+    """Return the newest attempt, the space's last id, and whether the digest of what is stored is that of the space."""
+    since = follow(c)
+    (last,) = c.execute(_LAST).fetchone()
+    stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
+    # The digest speaks of what speval has stored, the count of what others have left of it.
+    return since, last, stored == (_digest(space),) and c.execute(_COUNT).fetchone() == (space.count, space.count)
+
+
+def follow(c: sqlite3.Connection) -> int:
+    """Pass over nothing that is stored, and return the newest attempt."""
+    c.execute("DELETE FROM strangers")
+    (since,) = c.execute(_MAX_SEQ).fetchone()
+    return int(since)
+
+
+def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], filled: int, now: float) -> int:
+    """Add the next rows of a space to a database that holds those before them and nothing else.
+
+    Returns:
+        How many; 0 if it holds something else by now, and has to be compared.
+    """
+    # The last id that was ever given: where all has been dropped, they do not begin with 1.
+    (last,) = c.execute(_LAST_GIVEN).fetchone()
+    if last != filled or _args_version(c):
+        return 0
+    added: int = c.executemany(_ADD, _numbered(last, islice(rows, CHUNK))).rowcount
+    c.execute(_ADD_STATES, (now, last))
+    # Unless somebody has dropped some of them meanwhile: the next start is to find out.
+    if filled + added == space.count == c.execute(_COUNT).fetchone()[0]:
+        c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
+    return added
+
+
+def _numbered(last: int, rows: Iterable[tuple[Key, str]]) -> Iterator[tuple[int, Key, str, int]]:
+    """Yield rows as they are stored, numbered behind the last id that was ever given."""
+    return ((id, name, args, of_evaluation(id, name, args)) for id, (name, args) in enumerate(rows, last + 1))
+
+
+def load(c: sqlite3.Connection, rows: Iterable[tuple[Key, str]]) -> None:
+    """Put a space where SQL can compare it."""
+    c.execute(_INCOMING)
+    c.execute(_DIFFERING)
+    c.executemany("INSERT INTO incoming (name, args) VALUES (?, ?)", rows)
+
+
+def unload(c: sqlite3.Connection) -> None:
+    """Forget the space."""
+    c.execute("DROP TABLE IF EXISTS incoming")
+    c.execute("DROP TABLE IF EXISTS differing")
+
+
+def count_missing(c: sqlite3.Connection, low: int, high: int) -> int:
+    """Return how many of the positions above ``low`` up to ``high`` are not stored."""
+    (count,) = c.execute(_COUNT_MISSING, (low, high)).fetchone()
+    return int(count)
+
+
+def compare(c: sqlite3.Connection) -> Comparison:
+    """Compare the whole space with what is stored."""
+    (total,) = c.execute("SELECT coalesce(max(position), 0) FROM incoming").fetchone()
+    c.execute("DELETE FROM differing")
+    examples: list[tuple[str, str, str]] = []
+    differing = 0
+    # Other text need not be other args: the order of keys and spaces, as other releases write them, don't count.
+    with closing(c.execute(_OTHER_TEXT)) as other:  # also after an error, or the file would stay locked
+        for id, position, stored, given in other:
+            if not same(stored, given):
+                differing += 1
+                c.execute("INSERT INTO differing VALUES (?, ?)", (id, position))
+                if len(examples) < _EXAMPLES:
+                    (name,) = c.execute("SELECT name FROM incoming WHERE position = ?", (position,)).fetchone()
+                    examples.append((str(name), _shorten(stored), _shorten(given)))
+    return Comparison(count_missing(c, 0, total), differing, examples, _args_version(c))
+
+
+def add(c: sqlite3.Connection, low: int, high: int, now: float) -> int:
+    """Add what is missing of these positions, and return how many."""
+    (last,) = c.execute(_LAST_GIVEN).fetchone()
+    c.executemany(_ADD, _numbered(last, c.execute(_MISSING, (low, high)).fetchall()))
+    c.execute("DELETE FROM meta WHERE key = 'space'")
+    return c.execute(_ADD_STATES, (now, last)).rowcount
+
+
+def settle(
+    c: sqlite3.Connection, space: Space, comparison: Comparison, on_changed: OnChanged, now: float
+) -> tuple[int, int] | None:
+    """Do what is left to do under the lock, unless the comparison is stale.
+
+    Returns:
+        How many stored evaluations the space does not have, and its last id; None if it has to be compared anew.
+    """
+    if _args_version(c) != comparison.version:
+        return None
+    if comparison.differing and on_changed == "rerun":
+        _rerun(c, comparison.version, now)
+    c.execute(_WITHOUT_STATE, (now,))
+    c.execute("DELETE FROM strangers")
+    gone: int = c.execute(_STRANGERS).rowcount
+    (last,) = c.execute(_LAST).fetchone()
+    if not gone and (not comparison.differing or on_changed == "rerun"):
+        c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
+    return gone, last
+
+
+def extend(c: sqlite3.Connection, db: str, rows: Sequence[tuple[Key, str]], on_changed: OnChanged, now: float) -> Seeded:
+    """Do all of it for a few evaluations at once, where what else is stored does not matter."""
+    load(c, rows)
+    comparison = compare(c)
+    comparison.refuse(db, on_changed)
+    if comparison.missing:
+        add(c, 0, len(rows), now)
+    if comparison.differing and on_changed == "rerun":
+        _rerun(c, comparison.version, now)
+    unload(c)
+    return comparison.seeded(len(rows), 0)
+
+
+def _rerun(c: sqlite3.Connection, version: int, now: float) -> None:
+    """Store the other args, and have those evaluated again."""
+    differing = c.execute(_DIFFERENT).fetchall()
+    c.executemany(_NEW_ARGS, ((args, of_evaluation(id, name, args), id) for id, name, args in differing))
+    c.execute(_RERUN, (now,))
+    c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
+    c.execute("DELETE FROM meta WHERE key = 'space'")
+
+
+def _digest(space: Space) -> str:
+    return f"{space.digest} {space.count}"
+
+
+def _args_version(c: sqlite3.Connection) -> int:
+    """Return a number that grows whenever stored args are replaced."""
+    row = c.execute("SELECT value FROM meta WHERE key = 'args_version'").fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
