@@ -201,6 +201,10 @@ def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iter
     place.close()
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start and interrupt inherit it
+
+
 @pytest.fixture
 def scripts(tmp_path: Path) -> Iterator[Scripts]:
     scripts = Scripts(tmp_path)

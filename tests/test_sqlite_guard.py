@@ -354,7 +354,7 @@ if os.fork() == 0:
     control.close()
     os._exit(0)
 os.wait()
-print(control.overview().completed)
+print(control.overview().completed, flush=True)
 control.close()
 if os.fork() == 0:
     told(lambda: len(load_evals("runs.db")))

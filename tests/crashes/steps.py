@@ -31,12 +31,14 @@ class Scenario:
         options: Those of the call.
         begin_with: A database to begin with, copied for each kill.
         points: Kill at these steps only; None: at each, until the run ends by itself.
+        only: The label of the steps that count; None: all of them.
     """
 
     count: int
     options: dict[str, Any] = field(default_factory=lambda: {"executor": "coroutine", "concurrency": 4, "lease": 1.0})
     begin_with: Path | None = None
     points: list[int] | None = None
+    only: str | None = None
 
 
 @dataclass
@@ -66,6 +68,7 @@ def kill_at_each_step(folder: Path, scenario: Scenario) -> list[Kill]:
                 "options": scenario.options,
                 "begin_with": None if scenario.begin_with is None else str(scenario.begin_with),
                 "points": scenario.points,
+                "only": scenario.only,
             }
             processes[side] = subprocess.Popen(
                 [sys.executable, "points.py", json.dumps(given)],
