@@ -170,7 +170,7 @@ def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
     script = f"""
         import sys
         from pathlib import Path
-        from speval.stores import sqlite_contents
+        from speval.stores.sqlite import contents as sqlite_contents
         from speval.stores.sqlite.file import SqliteFile
 
         sqlite_contents._LEAST = 10**15  # as long as it takes for the signal to come

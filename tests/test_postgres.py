@@ -671,8 +671,9 @@ def test_no_password_is_ever_shown(postgres, scripts, wrong):
         logging.basicConfig(level=0)
         from speval import aio, speval
         from speval.options import checked_database
-        from speval.stores import make_store, postgres_connection
-        postgres_connection._LIMITS = dict.fromkeys(postgres_connection._LIMITS, 0.5)
+        from speval.stores import make_store
+        from speval.stores.postgres import connection
+        connection._LIMITS = dict.fromkeys(connection._LIMITS, 0.5)
         url = "postgresql://{user}:sesame@{place[wrong]}?sslpassword=sesame&connect_timeout=2"
         db = checked_database(url)
         print(repr(db), str(db), make_store(db))

@@ -576,7 +576,7 @@ def test_a_second_ctrl_c_while_the_first_one_cleans_up_leaves_at_once_and_no_pro
     program = terminal(
         f"""
         import os, time
-        import speval.worker
+        import speval.engine.worker
         speval.engine.worker._STOP_WITHIN = 600  # the clean-up takes as long as the database is locked
         def function(args):
             open("{pids}/" + str(os.getpid()), "w").close()
