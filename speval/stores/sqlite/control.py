@@ -41,8 +41,8 @@ from .errors import may_use
 from .file import SqliteFile
 from .mount import filesystem, is_network, kind_of_place
 from .rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_names, evaluation
-from .states import STATES, STATUS_CODE, lift
 from .schema import SCHEMA
+from .states import STATES, STATUS_CODE, lift
 from .wal import blocked
 from .watchman import missing_log
 

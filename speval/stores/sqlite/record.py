@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from ...errors import DatabaseError
 from ...model import Claim
-from ..base import Ended
+from ..base import Ended, Record, Recorded
+from ..rows import settings_of
 from .checksum import of_attempt, of_evaluation
 from .rows import check_evaluation
 from .states import CLAIMED, FRESH, add_range, put_back, runs, take_claims, take_out
 
-__all__ = ["Part", "any_held", "any_pending", "claim", "damaged", "due", "end", "failures", "newest", "release"]
+__all__ = ["Part", "due", "end", "look", "newest", "record"]
 
 _AT_ONCE = (512, 64, 8, 1)  # rows of one statement
 _HEAVY = 10_000_000  # characters of results that are not given to one statement together
@@ -61,6 +62,8 @@ SELECT id, attempt, released, forgiven, suspect, updated_at FROM running WHERE i
 """
 _NOT_HELD = "DELETE FROM running WHERE id = ? AND attempt = ? AND worker = ? AND held"
 
+_IS_HERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL AND NOT dead"
+
 _IN_SPACE = "{table}.first <= :last AND min({table}.last, :last) - {table}.first + 1 > " + (
     "(SELECT count(*) FROM strangers WHERE id BETWEEN {table}.first AND min({table}.last, :last))"
 )
@@ -85,6 +88,48 @@ class Part(NamedTuple):
     since: int  # the highest attempts.seq when the space was seeded
 
 
+def look(c: sqlite3.Connection, part: Part, count_failures: bool) -> tuple[bool, Recorded]:
+    """Return whether there is something to claim, and how things are."""
+    settings, pending = settings_of(c), any_pending(c, part)
+    recorded = Recorded(
+        open=pending or any_held(c, part), failures=failures(c, part) if count_failures else None, settings=settings
+    )
+    return pending and not settings.paused, recorded
+
+
+def record(c: sqlite3.Connection, db: str, part: Part, record: Record, now: float) -> Recorded:
+    """Write what a worker has to write, and claim what it wants.
+
+    Args:
+        c: A connection in a transaction that writes.
+        db: The database, for errors.
+        part: The worker's part of it.
+        record: What to write, and what is wanted.
+        now: Unix seconds.
+    """
+    recorded = Recorded(settings=settings_of(c))
+    if record.ended:
+        recorded.refused = end(c, record.ended, now)
+    if record.released:
+        release(c, record.released, now)
+    if record.due:
+        due(c, record.due)
+    if record.idle or record.ahead:
+        if c.execute(_IS_HERE, (record.worker,)).fetchone() is None:
+            recorded.lost = True
+            return recorded
+        if not recorded.settings.paused:
+            recorded.claims = claim(c, db, part, record, now)
+        if len(recorded.claims) < record.idle:
+            pending = any_pending(c, part)
+            if pending and not (recorded.settings.paused or record.ended or record.released or record.due):
+                raise damaged(db)  # once there is nothing to be written with it
+            recorded.open = bool(recorded.claims) or pending or any_held(c, part)
+    if record.count_failures:
+        recorded.failures = failures(c, part)
+    return recorded
+
+
 def newest(c: sqlite3.Connection) -> int:
     """Return the number of the latest attempt that ended, 0 before the first."""
     (seq,) = c.execute(_MAX_SEQ).fetchone()
@@ -106,30 +151,20 @@ def failures(c: sqlite3.Connection, part: Part) -> int:
     return int(c.execute(_FAILURES, {"last": part.last, "since": part.since}).fetchone()[0])
 
 
-def claim(c: sqlite3.Connection, db: str, worker: int, part: Part, idle: int, ahead: int, now: float) -> list[Claim]:
-    """Claim evaluations of the space, the first ones of it.
-
-    Args:
-        c: A connection in a transaction that writes.
-        db: The database, for errors.
-        worker: Who claims.
-        part: Its part of the database.
-        idle: How many to start at once, at most.
-        ahead: How many besides, of those that have had no attempt.
-        now: Unix seconds.
-    """
-    found = _claim(c, db, worker, part, idle, 0, now) if idle else []
-    if ahead and len(found) == idle:
-        found = sorted(found + _claim(c, db, worker, part, ahead, 1, now), key=itemgetter(0))
+def claim(c: sqlite3.Connection, db: str, part: Part, record: Record, now: float) -> list[Claim]:
+    """Claim evaluations of the space, the first ones of it, as many as a record wants."""
+    found = _claim(c, db, part, record.worker, record.idle, 0, now) if record.idle else []
+    if record.ahead and len(found) == record.idle:
+        found = sorted(found + _claim(c, db, part, record.worker, record.ahead, 1, now), key=itemgetter(0))
     claims = []
     for id, attempt, charged, name, args, crc in found:
         if crc != of_evaluation(id, name, args):
             check_evaluation(db, id, name, args, crc)
-        claims.append(Claim(id, attempt, charged, str(name), args, worker))
+        claims.append(Claim(id, attempt, charged, str(name), args, record.worker))
     return claims
 
 
-def _claim(c: sqlite3.Connection, db: str, worker: int, part: Part, limit: int, ahead: int, now: float) -> list[Any]:
+def _claim(c: sqlite3.Connection, db: str, part: Part, worker: int, limit: int, ahead: int, now: float) -> list[Any]:
     values = {"last": part.last, "limit": limit}
     queued = c.execute(_FIND_QUEUED_FRESH if ahead else _FIND_QUEUED, values).fetchall()
     fresh = c.execute(_FIND_FRESH, values).fetchall()

@@ -65,6 +65,7 @@ UNION ALL SELECT max(first, :after + 1), min(last, :upto) FROM claimed WHERE fir
 _IN_RANGE = "SELECT id FROM evaluations WHERE id BETWEEN ? AND ? ORDER BY id"
 _HOLES = 1000  # missing ids of a range that are named
 
+
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     """Return the evaluation that a row of ``COLUMNS`` stands for.
 

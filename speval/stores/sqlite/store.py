@@ -20,10 +20,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 from ...clock import Clock
 from ...errors import ArgsChangedError, EvaluationDamagedError, StoreClosedError, SystemLimitError, UnknownNameError
 from ...host import this_process
-from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
+from ...model import Cause, Durability, Evaluation, OnChanged, Status, Summary
 from ...spaces.eager import Key, Space, name_to_key
-from ..base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
-from ..rows import CODES, Damaged, settings_of
+from ..base import Ended, LeaseKeeping, Record, Recorded, Seeded, Store, StoreMode, TakenIn
+from ..rows import CODES, Damaged
 from . import record as recording
 from . import seed as seeding
 from .connection import TransactionThread
@@ -47,7 +47,6 @@ _OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
 _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 _LEAVE = "UPDATE workers SET ended_at = ?, last_seen = ? WHERE id = ? AND ended_at IS NULL"
-_IS_HERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL AND NOT dead"
 _REGISTER = """
 INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen)
 VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
@@ -274,68 +273,17 @@ class SqliteStore(Store):
         file.wait_as_usual()  # what is to be written from now on is kept by the worker meanwhile
         return worker
 
-    async def record(
-        self,
-        worker: int,
-        ended: Sequence[Ended] = (),
-        *,
-        released: Sequence[Claim] = (),
-        due: Sequence[Claim] = (),
-        idle: int = 0,
-        ahead: int = 0,
-        count_failures: bool = False,
-    ) -> Recorded:
-        if not (ended or released or due):
-            # Who only asks for more does not take the lock before there is something to have.
-            is_any, recorded = await self._read(self._look, count_failures)
-            if not is_any or not (idle or ahead):
+    async def record(self, record: Record) -> Recorded:
+        if not (record.ended or record.released or record.due):
+            # Take no lock before there is something to claim.
+            is_any, recorded = await self._read(recording.look, self._part, record.count_failures)
+            if not is_any or not (record.idle or record.ahead):
                 return recorded
-        return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
+        return await self._write(recording.record, self._shown, self._part, record, self._clock.wall())
 
     @property
     def _part(self) -> Part:
         return Part(self._last, self._since)
-
-    def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
-        part, settings = self._part, settings_of(c)
-        pending = recording.any_pending(c, part)
-        failures = recording.failures(c, part) if count_failures else None
-        recorded = Recorded(open=pending or recording.any_held(c, part), failures=failures, settings=settings)
-        return pending and not settings.paused, recorded
-
-    def _record(
-        self,
-        c: sqlite3.Connection,
-        worker: int,
-        ended: Sequence[Ended],
-        released: Sequence[Claim],
-        due: Sequence[Claim],
-        idle: int,
-        ahead: int,
-        count_failures: bool,
-    ) -> Recorded:
-        now, part = self._clock.wall(), self._part
-        recorded = Recorded(settings=settings_of(c))
-        if ended:
-            recorded.refused = recording.end(c, ended, now)
-        if released:
-            recording.release(c, released, now)
-        if due:
-            recording.due(c, due)
-        if idle or ahead:
-            if c.execute(_IS_HERE, (worker,)).fetchone() is None:
-                recorded.lost = True
-                return recorded
-            if not recorded.settings.paused:
-                recorded.claims = recording.claim(c, self._shown, worker, part, idle, ahead, now)
-            if len(recorded.claims) < idle:
-                pending = recording.any_pending(c, part)
-                if pending and not (recorded.settings.paused or ended or released or due):
-                    raise recording.damaged(self._shown)  # once there is nothing to be written with it
-                recorded.open = bool(recorded.claims) or pending or recording.any_held(c, part)
-        if count_failures:
-            recorded.failures = recording.failures(c, part)
-        return recorded
 
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
         return await self._write(take_in, ended, self._clock.wall())
