@@ -32,10 +32,11 @@ SELECT id, host, pid, machine, start, lease, started_at, last_seen, coalesce(end
 _ATTEMPTS = "SELECT {}, e.name FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation ORDER BY a.seq"
 _ATTEMPTS = _ATTEMPTS.format(ATTEMPT)
 _EVALUATIONS = f"""
-SELECT e.id, e.name, e.args, e.crc, s.status, s.attempt, s.released + (s.status = 1), s.forgiven, s.suspect, s.last, s.updated_at
+SELECT e.id, e.name, e.args, e.crc, s.status, s.attempt, s.released + (s.status = 1), s.forgiven, s.suspect, s.last,
+    s.updated_at
 FROM {STATES} AS s JOIN evaluations AS e ON e.id = s.id ORDER BY e.id
 """
-_LAST_ATTEMPT = "SELECT coalesce(max(attempt), 0) FROM attempts INDEXED BY attempts_earlier WHERE evaluation = ? AND NOT final"
+_LAST_ATTEMPT = "SELECT coalesce(max(attempt), 0) FROM attempts WHERE evaluation = ? AND NOT final"
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT 1 FROM evaluations) AND NOT EXISTS (SELECT 1 FROM attempts)"
 _ADD_WORKER = """
 INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen, ended_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)

@@ -1,8 +1,8 @@
 """A thread that runs whole transactions on one SQLite file, by aiosqlite.
 
-Owns what aiosqlite is asked for: its ``Connection``, ``execute_fetchall`` and ``stop``, which are public. aiosqlite sends a statement
-at a time to its thread, which is slow and leaves transactions open when their task is cancelled. So it is given, in place of a
-``sqlite3.Connection``, an object whose only statement is a function. Invariant: a function that was sent runs to its end, and the
+Owns the use of aiosqlite: its ``Connection``, ``execute_fetchall`` and ``stop``, all public. aiosqlite sends one statement at a
+time to its thread, which is slow and leaves a transaction open when its task is cancelled. So aiosqlite gets, in place of a
+``sqlite3.Connection``, an object whose statements are functions. Invariant: a function that was sent runs to its end, and the
 thread does not outlive ``finish`` or ``join``.
 """
 

@@ -64,7 +64,8 @@ SELECT
     (SELECT count(*) FROM attempts INDEXED BY attempts_failed WHERE final AND outcome <> 'completed')
 """
 _CAUSES = """
-SELECT CAST(outcome AS TEXT), count(*) FROM attempts INDEXED BY attempts_failed WHERE final AND outcome <> 'completed' GROUP BY 1
+SELECT CAST(outcome AS TEXT), count(*) FROM attempts INDEXED BY attempts_failed
+WHERE final AND outcome <> 'completed' GROUP BY 1
 """
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here

@@ -57,8 +57,8 @@ _ORPHANED = (_HOLDERS.format(table="claimed"), _HOLDERS.format(table="running"))
 _IS_THERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
 _IS_KNOWN = "SELECT 1 FROM workers WHERE id = ?"
 _ADD_LOST = """
-INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, error_type, error_message,
-    error_traceback, final, released, suspect, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, error_type,
+    error_message, error_traceback, final, released, suspect, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 
@@ -153,7 +153,7 @@ class SqliteLeaseKeeping(Reclaiming):
             if held.is_waiting:
                 pending.append((held.id, held.attempt, counters))
             elif held.is_ahead:
-                # Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
+                # Most of what was claimed ahead never began, and which did is unknown. It is not charged once, and only once.
                 pending.append((held.id, held.attempt, Counters(counters.released + 1, counters.forgiven, 1)))
             else:
                 seq += 1

@@ -64,15 +64,17 @@ _NOT_HELD = "DELETE FROM running WHERE id = ? AND attempt = ? AND worker = ? AND
 
 _IS_HERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL AND NOT dead"
 
-_IN_SPACE = "{table}.first <= :last AND min({table}.last, :last) - {table}.first + 1 > " + (
-    "(SELECT count(*) FROM strangers WHERE id BETWEEN {table}.first AND min({table}.last, :last))"
-)
+# Of a range: it holds an id that is of the space.
+_IN_SPACE = """
+first <= :last
+AND min(last, :last) - first + 1 > (SELECT count(*) FROM strangers WHERE id BETWEEN first AND min(last, :last))
+"""
 _ANY_PENDING = f"""
 SELECT EXISTS (SELECT 1 FROM queue WHERE id <= :last AND id NOT IN strangers)
-    OR EXISTS (SELECT 1 FROM fresh WHERE {_IN_SPACE.format(table="fresh")})
+    OR EXISTS (SELECT 1 FROM fresh WHERE {_IN_SPACE})
 """
 _ANY_HELD = f"""
-SELECT EXISTS (SELECT 1 FROM claimed WHERE {_IN_SPACE.format(table="claimed")})
+SELECT EXISTS (SELECT 1 FROM claimed WHERE {_IN_SPACE})
     OR EXISTS (SELECT 1 FROM running WHERE id <= :last AND id NOT IN strangers)
 """
 _FAILURES = """
@@ -174,9 +176,9 @@ def _claim(c: sqlite3.Connection, db: str, part: Part, worker: int, limit: int, 
         chosen = {row[0] for row in found}
         queued = [row for row in queued if row[0] in chosen]
         fresh = [row for row in fresh if row[0] in chosen]
-        ids = json.dumps([row[0] for row in queued])
-        c.execute(_RUN_QUEUED, {"ahead": ahead, "worker": worker, "now": now, "ids": ids})
-        if c.execute(_UNQUEUE, (ids,)).rowcount != len(queued):
+        listed = json.dumps([row[0] for row in queued])
+        c.execute(_RUN_QUEUED, {"ahead": ahead, "worker": worker, "now": now, "ids": listed})
+        if c.execute(_UNQUEUE, (listed,)).rowcount != len(queued):
             raise damaged(db)
     ids = [row[0] for row in fresh]
     if len(take_out(c, FRESH, ids)) != len(ids):

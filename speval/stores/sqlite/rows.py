@@ -43,8 +43,8 @@ ON w.id = CASE WHEN a.seq IS NOT NULL THEN a.worker WHEN c.first IS NOT NULL THE
 """
 # The same of an attempt that its evaluation ended with.
 FINAL_COLUMNS = f"""
-    a.evaluation, CASE a.outcome WHEN 'completed' THEN 2 ELSE 3 END, a.attempt, a.released, 0, a.ended_at, e.name, e.args, e.crc,
-    {ATTEMPT}, w.id, w.host, w.pid
+    a.evaluation, CASE a.outcome WHEN 'completed' THEN 2 ELSE 3 END, a.attempt, a.released, 0, a.ended_at,
+    e.name, e.args, e.crc, {ATTEMPT}, w.id, w.host, w.pid
 """
 
 _TEXTS = (7, 17, 20)  # the places of args, result and traceback

@@ -176,7 +176,8 @@ class SqliteSalvage(Archive):
                 span = next(ranges, None)
             seq = latest.final.get(id)
             if seq is None and state is not None and state[0] == id and _stands(state):
-                yield StoredEvaluation(id, str(name), args, 0, *state[1:4], bool(state[4]), None, state[5])
+                _, attempt, released, forgiven, suspect, moment = state
+                yield StoredEvaluation(id, str(name), args, 0, attempt, released, forgiven, bool(suspect), None, moment)
             elif seq is None and span is not None and span[0] <= id and id not in latest.earlier and _is_range(span):
                 yield StoredEvaluation(id, str(name), args, 0, span[2], span[2], 0, False, None, span[3])
             else:

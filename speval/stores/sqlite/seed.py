@@ -71,7 +71,7 @@ _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
 _COUNT = "SELECT count(*) FROM evaluations"
 # Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never reused.
 _WITHOUT_STATE = f"""
-SELECT s.id, coalesce((SELECT max(a.attempt) FROM attempts AS a INDEXED BY attempts_earlier WHERE a.evaluation = s.id AND NOT final), 0)
+SELECT s.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = s.id AND NOT a.final), 0)
 FROM {STATES} AS s WHERE s.status IS NULL
 """
 _LAST_GIVEN = """
