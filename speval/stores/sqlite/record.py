@@ -203,7 +203,7 @@ def release(c: sqlite3.Connection, claims: Sequence[Claim], now: float) -> None:
 
 def due(c: sqlite3.Connection, claims: Sequence[Claim]) -> None:
     """Make pending what was held for a backoff that is over."""
-    tokens = [(claim.id, claim.attempt, claim.worker) for claim in claims]
+    tokens = {(claim.id, claim.attempt, claim.worker) for claim in claims}
     c.executemany(_DUE, tokens)
     c.executemany(_NOT_HELD, tokens)
 
