@@ -544,7 +544,7 @@ async def test_a_wrong_option_is_refused_by_name_before_anything_is_made(db, opt
 
 async def test_what_is_no_function_is_refused(db):
     with pytest.raises(OptionError, match="func='print'"):
-        await aio.speval("print", [1], db)
+        await aio.speval("print", [1], db)  # type: ignore[arg-type]
     assert not exists(db)
 
 
