@@ -133,7 +133,7 @@ async def test_a_target_with_evaluations_is_left_as_it_is(make, kind):
     await aio.speval(abs, [1, 2, 3], source, executor="thread")
     await aio.speval(abs, [7], target, executor="thread")
     before = content(target)
-    with pytest.raises(DatabaseNotEmptyError, match="has evaluations already"):
+    with pytest.raises(DatabaseNotEmptyError, match="already has evaluations"):
         await asyncio.to_thread(copy, source, target)
     assert content(target) == before
 

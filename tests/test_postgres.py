@@ -535,7 +535,7 @@ def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
 
 
 def test_reading_what_is_not_there_makes_nothing(postgres, url):
-    with pytest.raises(DatabaseMissingError, match="there is no such database"):
+    with pytest.raises(DatabaseMissingError, match="this database does not exist"):
         load_evals(url)
     with psycopg.connect(postgres.url()) as connection:
         assert connection.execute("SELECT to_regnamespace(%s)", (PostgresUrl.parse(url).schema,)).fetchone() == (None,)

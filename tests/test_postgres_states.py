@@ -231,7 +231,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
             asyncio.to_thread(keeping.renew, worker, 10),
             asyncio.to_thread(keeping.reclaim, worker, 3),
         ):
-            with pytest.raises(NewerSchemaError, match=r"has schema 2.*pip install 'speval>=7\.1'"):
+            with pytest.raises(NewerSchemaError, match=r"has schema version 2.*pip install 'speval>=7\.1'"):
                 await write
         space.close()
     finally:

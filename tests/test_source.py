@@ -318,7 +318,7 @@ def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db
 
 
 def test_a_function_that_returns_nothing_to_iterate_over_is_refused(db):
-    with pytest.raises(OptionError, match="has to be a generator"):
+    with pytest.raises(OptionError, match="must be a generator function"):
         speval(abs, lambda ended: 5, db)
 
 

@@ -1,6 +1,6 @@
-"""All subcommands together.
+"""The command group with all subcommands.
 
-Owns the group they stand in, and the scripts for shells. Invariant: what a subcommand does stands in its own module.
+Owns the group and the subcommand ``completion``. Invariant: the code of every other subcommand is in its own module.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["ClosedPipe", "speval"]
 
 
 class ClosedPipe(Exception):
-    """Whoever read the output has gone; click would exit with a code of its own."""
+    """The reader of the output has closed the pipe; click would exit with 1."""
 
 
 class _Group(click.Group):
-    """Shows its subcommands in the order in which people need them."""
+    """Lists its subcommands in the order in which users need them."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -49,12 +49,11 @@ class _Group(click.Group):
 @click.version_option(__version__, message="speval %(version)s")
 @click.pass_context
 def speval(context: click.Context) -> int:
-    """Evaluate a Python function over many arguments; look at, steer and read what comes of it.
+    """Evaluate a Python function over many arguments; inspect, control and export the results.
 
     DB is the database: a file name, or a postgresql:// URL.
 
-    Exit codes: 0 all is well; 1 evaluations failed or are unfinished; 2 the command could not be carried out; 130
-    interrupted.
+    Exit codes: 0 success; 1 evaluations failed or are unfinished; 2 the command could not run; 130 interrupted.
     """
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
@@ -62,10 +61,10 @@ def speval(context: click.Context) -> int:
     return 0
 
 
-@click.command(short_help="Print what makes a shell complete the command.")
+@click.command(short_help="Print the completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes a shell complete the command: eval "$(speval completion bash)"."""
+    """Print the completion script for a shell. Usage: eval "$(speval completion bash)"."""
     kind = get_completion_class(shell)
     assert kind is not None
     sys.stdout.write(kind(speval, {}, "speval", "_SPEVAL_COMPLETE").source() + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from ..errors import OptionError
-from ..escape import shown_number
+from ..escape import number_text
 from ..model import (
     MOST_CONCURRENCY,
     Attempt,
@@ -226,7 +226,7 @@ class Control(ABC):
     def set_concurrency(self, concurrency: int | None) -> None:
         """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
         if concurrency is not None and not 1 <= concurrency <= MOST_CONCURRENCY:
-            raise OptionError("concurrency", shown_number(concurrency), f"a whole number from 1 to {MOST_CONCURRENCY}")
+            raise OptionError("concurrency", number_text(concurrency), f"a whole number from 1 to {MOST_CONCURRENCY}")
         self._set("concurrency", concurrency)
 
     @abstractmethod
