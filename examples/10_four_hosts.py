@@ -9,7 +9,7 @@ Run:
     As root on Linux, with a server that the bridge's network may use: listen_addresses = '*' and, in pg_hba.conf,
     "host all all 10.91.0.0/24 trust".
 
-    $ python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?space=four_hosts
+    $ python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?namespace=four_hosts
 
 Prints:
     ada's cable is pulled, and grace's power fails

@@ -168,7 +168,7 @@ def test_run_hands_its_options_on(here, call):
         (["run", "nowhere.py:train", "runs.db", "--space", "grid:a=1"], "nowhere.py does not exist"),
         (["run", "tune:trian", "runs.db", "--space", "grid:a=1"], "tune has no 'trian'"),
         (["run", "tune:numbers", "runs.db", "--space", "grid:a=1"], "tune:numbers is not a function"),
-        (["run", "tune", "runs.db", "--space", "grid:a=1"], "'tune' does not name a function; write module:name or file.py:name"),
+        (["run", "tune", "runs.db", "--space", "grid:a=1"], "'tune' does not name a function; write module:name"),
         (["run", "broken.py:f", "runs.db", "--space", "grid:a=1"], "NameError: name 'nope' is not defined"),
         (["run", "odd.py:f", "runs.db", "--space", "grid:a=1"], "SyntaxError"),
         (["run", "eager.py:f", "runs.db", "--space", "grid:a=1"], 'move the call under if __name__ == "__main__"'),
@@ -180,13 +180,13 @@ def test_run_hands_its_options_on(here, call):
             ["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "id"],
             "same.csv:3: another evaluation already has the name 'x'",
         ),
-        (["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "no"], "same.csv:2: --name no: the args have no key 'no'"),
+        (["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "no"], "--name no: the args have no key 'no'"),
         (["run", "tune:train", "runs.db", "--space", "grid:lr"], "expected KEY=VALUE,VALUE instead of 'lr'"),
         (["run", "tune:train", "runs.db", "--space", "grid:a=1;a=2"], "'a' appears twice"),
         (["run", "tune:train", "runs.db", "--space", "what"], "expected a .jsonl or .csv file, grid:"),
         (["run", "tune:train", "runs.db", "--space", "grid:a=1", "-j", "0"], "invalid concurrency=0"),
         (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--max-failures", "x"], "'x' is neither a count"),
-        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--retry-on", "Nope"], "'Nope' does not name an exception type"),
+        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--retry-on", "Nope"], "'Nope' does not name an exception"),
         (["run", "tune:train", ".", "--space", "grid:a=1"], "is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -667,7 +667,7 @@ def test_whatever_a_stranger_has_written_is_shown_or_refused_by_name(filled, cap
 
 
 def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, call, postgres, terminal):
-    url = postgres.url(space="command", password="sesame")
+    url = postgres.url(namespace="command", password="sesame")
     call("run", "tune:train", url, "--space", "grid:lr=0.1,0.2;depth=2,8", code=1)
     assert lines(call("status", url))[0] == "4 evaluations: 2 completed, 2 failed (2 exception)"
     assert lines(call("ls", url, "--names", "--match", "*depth=2")) == ["lr=0.1;depth=2", "lr=0.2;depth=2"]

@@ -21,13 +21,13 @@ KINDS = ("sqlite", "postgres")
 
 
 @pytest.fixture
-def make(tmp_path, request, space):
+def make(tmp_path, request, namespace):
     """Return the argument of a database of a kind."""
 
     def make(kind, name="runs"):
         if kind == "sqlite":
             return tmp_path / f"{name}.db"
-        return request.getfixturevalue("postgres").url(space=f"{space}_{name}")
+        return request.getfixturevalue("postgres").url(namespace=f"{namespace}_{name}")
 
     return make
 

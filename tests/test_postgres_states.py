@@ -55,8 +55,8 @@ print(speval(function, range(200), "runs.db", lease=5))
 
 
 @pytest.fixture
-def url(postgres, space) -> str:
-    return postgres.url(space=space)
+def url(postgres, namespace) -> str:
+    return postgres.url(namespace=namespace)
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def own():
         server.close()
 
 
-def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgres, space, scripts):
-    role = f"{space}_role"
+def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgres, namespace, scripts):
+    role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN; GRANT CREATE ON DATABASE postgres TO {role}")
         for key, value in OTHERWISE.items():
             connection.execute(f"ALTER ROLE {role} SET {key} = '{value}'")
-    url = scripts.database = postgres.url(space=space).replace("postgres@", f"{role}@")
+    url = scripts.database = postgres.url(namespace=namespace).replace("postgres@", f"{role}@")
     script = scripts.write(COPY)
     copies = [scripts.start(script) for _ in range(4)]
     for copy in copies:
@@ -133,11 +133,11 @@ def test_a_server_is_understood_by_its_codes_in_any_language(state, expected):
     assert text in str(why)
 
 
-def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(postgres, space, scripts):
-    role = f"{space}_role"
+def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(postgres, namespace, scripts):
+    role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 1; GRANT CREATE ON DATABASE postgres TO {role}")
-    limited = postgres.url(space=space).replace("postgres@", f"{role}@")
+    limited = postgres.url(namespace=namespace).replace("postgres@", f"{role}@")
     scripts.database = limited
     with psycopg.connect(server_url(limited)):
         copy = scripts.start(
@@ -154,7 +154,7 @@ def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(pos
 def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
     server = Server()
     try:
-        scripts.database = server.url(space="early")
+        scripts.database = server.url(namespace="early")
         copy = scripts.start(scripts.write('from speval import speval\nprint(speval(abs, [1, 2], "runs.db"))'))
         assert "can't be reached just now" in copy.stderr.readline()
         server.start()
@@ -176,7 +176,7 @@ def test_what_stays_is_an_error_at_once(postgres):
 
 
 def test_a_standby_is_read_and_is_an_error_for_who_writes(own, monkeypatch):
-    url = own.url(space="standby")
+    url = own.url(namespace="standby")
     speval(abs, [1], url, progress=False)
     own.stop(signal.SIGINT)
     (own.data / "standby.signal").touch()
@@ -200,7 +200,7 @@ def test_a_pgbouncer_in_statement_mode_is_refused(own):
     )
     pooler = subprocess.Popen([PGBOUNCER, str(ini)], stderr=subprocess.DEVNULL, cwd=own.folder, **own.owner)
     try:
-        url = own.url(space="pooled").replace(str(own.port), str(port))
+        url = own.url(namespace="pooled").replace(str(own.port), str(port))
         with pytest.raises(DatabaseError, match="statement mode; set pool_mode = transaction"):
             speval(abs, [1], url)
     finally:
@@ -242,8 +242,8 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
 
 
 @pytest.fixture
-def place(postgres, space):
-    place = PostgresPlace(postgres, space, ServerClock())
+def place(postgres, namespace):
+    place = PostgresPlace(postgres, namespace, ServerClock())
     yield place
     place.close()
 

@@ -227,7 +227,7 @@ async def test_a_schema_that_others_drop_or_empty_ends_the_run_and_what_was_comp
     postgres, space, tmp_path, monkeypatch, sql, message
 ):
     monkeypatch.chdir(tmp_path)
-    url = postgres.url(space=space)
+    url = postgres.url(namespace=space)
     gone = sql.format(PostgresUrl.parse(url).schema)
 
     async def function(args):

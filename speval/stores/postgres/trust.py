@@ -91,8 +91,8 @@ def check_owners(connection: Connection, url: PostgresUrl) -> None:
         f"REVOKE CREATE ON SCHEMA {named} FROM {other}",
         "trigger": f"the role {other} may put triggers on {named}, which would then run as you; "
         f"REVOKE TRIGGER ON ALL TABLES IN SCHEMA {url.schema} FROM {other}",
-        "kind": f"{named} is a view or something else where a table belongs; use another ?space=NAME",
-        "extra": f"{named} has {other}, which speval does not put there; remove it, or use another ?space=NAME",
+        "kind": f"{named} is a view or something else where a table belongs; use another ?namespace=NAME",
+        "extra": f"{named} has {other}, which speval does not put there; remove it, or use another ?namespace=NAME",
     }
     raise DatabaseError(url.shown, problem[what])
 
@@ -131,5 +131,5 @@ def _not_ours(url: PostgresUrl, what: str, owner: str) -> DatabaseError:
     return DatabaseError(
         url.shown,
         f"{what} belongs to the role {owner}, which could run anything there with your rights; if you trust it, "
-        f"add owner={owner} to the URL, else use another ?space=NAME",
+        f"add owner={owner} to the URL, else use another ?namespace=NAME",
     )
