@@ -86,7 +86,7 @@ def content(db: Path | str) -> object:
     """Return all that is in a database."""
     if isinstance(db, Path):
         return db.read_bytes()
-    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "unlisted")
     return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 

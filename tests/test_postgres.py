@@ -419,7 +419,7 @@ def test_a_full_disk_is_waited_for(own, tmp_path, caplog):
 
         async def run():
             running = asyncio.create_task(aio.speval(function, range(200), url, concurrency=4))
-            await until(lambda: "disk is full" in caplog.text)
+            await until(lambda: "disk of the server is full" in caplog.text)
             ballast.unlink()
             return await running
 
@@ -557,7 +557,7 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {schema} CREATE TABLE meta (key text, value text)")
-        with pytest.raises(ForeignDatabaseError, match="of something else"):
+        with pytest.raises(ForeignDatabaseError, match="of another program"):
             speval(abs, [1], url)
         tables = connection.execute(
             "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(%s)", (schema,)
@@ -579,7 +579,7 @@ def test_a_user_needs_no_more_than_the_documented_privileges(postgres, namespace
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         connection.execute(f"CREATE ROLE {role} LOGIN")
     limited = url.replace("postgres@", f"{role}@")
-    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md says which privileges are needed"):
+    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md lists the required privileges"):
         load_evals(limited)
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")

@@ -144,8 +144,8 @@ def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(pos
             scripts.write("from speval import speval\nprint(speval(abs, [1, 2], 'X'))".replace("'X'", '"runs.db"'))
         )
         line = copy.stderr.readline()
-        assert "can't be reached just now" in line
-        assert "trying again for up to 3600 s" in line
+        assert "the server is unavailable" in line
+        assert "retrying for up to 3600 s" in line
         assert copy.poll() is None
     out, err = copy.communicate(timeout=60)
     assert ("2 evaluations: 2 completed" in out, err) == (True, "")
@@ -156,7 +156,7 @@ def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
     try:
         scripts.database = server.url(namespace="early")
         copy = scripts.start(scripts.write('from speval import speval\nprint(speval(abs, [1, 2], "runs.db"))'))
-        assert "can't be reached just now" in copy.stderr.readline()
+        assert "the server is unavailable" in copy.stderr.readline()
         server.start()
         out, err = copy.communicate(timeout=60)
         assert "2 evaluations: 2 completed" in out, err
@@ -170,7 +170,7 @@ def test_what_stays_is_an_error_at_once(postgres):
         'role "nobody" does not exist': postgres.url().replace("postgres@", "nobody@"),
         "Name or service not known|resolve": "postgresql://postgres@nowhere.invalid/postgres",
     }.items():
-        with pytest.raises(DatabaseError, match=f"can't be used: .*({problem})") as caught:
+        with pytest.raises(DatabaseError, match=f"can't connect: .*({problem})") as caught:
             speval(abs, [1], url)
         assert not isinstance(caught.value, DatabaseUnavailableError)
 
@@ -185,7 +185,7 @@ def test_a_standby_is_read_and_is_an_error_for_who_writes(own, monkeypatch):
     with make_control(PostgresUrl.parse(url)) as control:
         assert control.overview().completed == 1
     monkeypatch.setattr(postgres_connection, "_LIMITS", dict.fromkeys(postgres_connection._LIMITS, 0.2))
-    with pytest.raises(DatabaseError, match=r"can't be written to .*target_session_attrs=read-write") as caught:
+    with pytest.raises(DatabaseError, match=r"the server is read-only .*target_session_attrs=read-write") as caught:
         speval(abs, [1, 2], url, progress=False)
     assert not isinstance(caught.value, DatabaseUnavailableError)
 

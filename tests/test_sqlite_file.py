@@ -485,7 +485,10 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
         connection.close()
         signed(path)
         assert await aio.load_evals(path) == []
-        with make_control(path) as control, pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* are not JSON"):
+        with (
+            make_control(path) as control,
+            pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* are not JSON"),
+        ):
             control.evaluation("victim")
         connection = sqlite3.connect(path)
         connection.execute("UPDATE evaluations SET args = ?", (value,))
