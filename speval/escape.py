@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["number_text", "rate", "span", "visible"]
+__all__ = ["shown_number", "rate", "span", "visible"]
 
 
 def visible(text: str) -> str:
@@ -16,7 +16,7 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def number_text(number: int) -> str:
+def shown_number(number: int) -> str:
     """Return a whole number as text, or the size of a very long one: Python refuses to convert thousands of digits."""
     return repr(number) if number.bit_length() <= 128 else f"<{number.bit_length()} bits>"
 

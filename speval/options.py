@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OptionError
-from .escape import number_text
+from .escape import shown_number
 from .model import LONGEST_LEASE, MOST_CONCURRENCY, Durability, OnChanged, Status
 from .url import PostgresUrl, is_conninfo, is_postgres
 
@@ -116,7 +116,7 @@ def _exception_types(value: Any) -> tuple[type[BaseException], ...]:
 
 def _whole(option: str, value: Any, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        text = number_text(value) if isinstance(value, int) else repr(value)[:60]
+        text = shown_number(value) if isinstance(value, int) else repr(value)[:60]
         raise OptionError(option, text, f"a whole number{', 1 or more' if most is None else f' from 1 to {most}'}")
 
 
