@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["shown_number", "rate", "span", "visible"]
+__all__ = ["rate", "shown_number", "span", "visible"]
 
 
 def visible(text: str) -> str:

@@ -377,8 +377,8 @@ class Store(ABC):
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
         """Record results from side files in one transaction; each attempt is recorded once, also when it is passed again.
 
-        An attempt is recorded when its evaluation, found by name, has the same args, is not completed, and is not held by a live
-        worker with another token. An attempt number that is already used is replaced by the next one.
+        An attempt is recorded when its evaluation, found by name, has the same args, is not completed, and is not held by a
+        live worker with another token. An attempt number that is already used is replaced by the next one.
         """
 
     @abstractmethod
