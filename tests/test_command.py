@@ -312,7 +312,7 @@ def test_best_names_the_keys_there_are(filled, call):
     assert "the columns are result.loss, result.text" in complaint(call("best", "runs.db", "lss", "--min", code=2))
     assert "--min or --max" in complaint(call("best", "runs.db", "loss", code=2))
     speval(boom, {"c": "bad"}, filled.with_name("none.db"), progress=False)
-    assert "nothing is completed yet" in complaint(call("best", "none.db", "loss", "--min", code=2))
+    assert "no evaluation is completed yet" in complaint(call("best", "none.db", "loss", "--min", code=2))
 
 
 # export
@@ -449,9 +449,9 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
 
 def test_drop_asks_before_it_forgets(filled, call, terminal):
     assert "pass --yes" in complaint(call("drop", "runs.db", "a", code=2))
-    assert "name what to drop" in complaint(call("drop", "runs.db", code=2))
+    assert "name the evaluations to drop" in complaint(call("drop", "runs.db", code=2))
     seen = terminal(COMMAND, "drop", "runs.db", "a", "c")
-    seen.wait_for(r"Drop 2 evaluations with all that is recorded of them\? \[y/N\]")
+    seen.wait_for(r"Delete 2 evaluations with all attempts and results\? \[y/N\]")
     seen.type("n\r")
     assert seen.end() == 130
     assert len(load_evals(filled)) == 3
