@@ -42,7 +42,7 @@ def flattened(evaluation: Evaluation) -> dict[str, Any]:
     for key in ("attempts", "started", "duration", "updated", "worker"):
         row[key] = evaluation[key]
     if error := evaluation["error"]:
-        # No traceback: its many lines are no value of a table.
+        # No traceback: its many lines do not fit into a table cell.
         row |= {"error.cause": error["cause"], "error.type": error["type"], "error.message": error["message"]}
     return row
 
@@ -145,8 +145,8 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
 
     Returns:
         A frame in eval-space order: ``name``, ``status``, ``args.*``, ``result.*``, ``attempts``, ``started``, ``duration``,
-        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are no dict are one
-        column, ``args`` or ``result``. With polars, a column whose values have no type in common holds JSON text.
+        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are not a dict are one
+        column, ``args`` or ``result``. With polars, a column whose values have no common type contains JSON text.
 
     Raises:
         MissingExtraError: the library is not installed.

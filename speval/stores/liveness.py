@@ -61,8 +61,8 @@ class Watch:
     def is_due(self, me: int, now: float) -> bool:
         """Tell whether to read the rows of the other workers again.
 
-        The more workers there are, the less often each one checks, but at the latest when a beat can have stood still for a
-        lease. That is at most one check per lease and worker, a third of the renewals. A process that has ended on this machine
+        The more workers there are, the less often each one checks, but at the latest when a lease can have expired. That is
+        at most one check per lease and worker, a third of the renewals. A process that has ended on this machine
         makes a check due at once.
         """
         return now >= self._next_look or bool(gone_here(self._living, me, self._machine))

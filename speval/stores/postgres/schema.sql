@@ -1,8 +1,8 @@
 -- The schema of one namespace in a PostgreSQL database, executed once, in one transaction. "speval" is replaced by its name.
 --
 -- The state of an evaluation is the table with its row: queue, then running, then attempts with final set. So evaluations and
--- attempts only grow, only small rows of queue and running are updated, and claims stay fast after a million evaluations. There
--- are no foreign keys: they would cost a lookup per row, and every move is one statement anyway.
+-- attempts only grow, only small rows of queue and running are updated, and claims stay fast after a million evaluations.
+-- Foreign keys are not used: they would cost a lookup per row, and every move is one statement anyway.
 
 CREATE TABLE speval.meta (
     key text PRIMARY KEY,
