@@ -13,6 +13,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -39,6 +40,7 @@ pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where tmp_path is
+    tempfile.tempdir = str(MEMORY)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
