@@ -27,7 +27,6 @@ from .crashes import (
     storm,
 )
 
-
 first, slow = pytest.mark.first, pytest.mark.slow
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from .model import PostgresKind, SqliteKind, Workers, run_workers
 
-
 first, slow = pytest.mark.first, pytest.mark.slow
 OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "refused to renew", "strangers", "due", "released"}
 # A renewal between look and verdict is too rare to be found at will; tests/test_store.py has it by itself.
