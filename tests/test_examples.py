@@ -26,7 +26,7 @@ DOCS = EXAMPLES.with_name("docs")
 WITHIN = 240.0  # seconds an example may take on a busy machine
 
 pytestmark = pytest.mark.timeout(300)
-first, slow = pytest.mark.first, pytest.mark.slow
+slow = pytest.mark.slow
 
 
 class Examples:
@@ -155,7 +155,7 @@ def tried(lines: list[str]) -> list[dict[str, float]]:
     return [ast.literal_eval(line.partition(" ")[2]) for line in lines if re.match(r"\d\.\d{4} ", line)]
 
 
-@first
+@slow
 def test_tuning_digits_prints_the_best_and_a_second_run_prints_it_without_evaluating(examples, db):
     first = examples.run("04_tune_digits", db)
     assert len(tried(first)) == 36
