@@ -49,11 +49,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return int(given) if given else 2 * (psutil.cpu_count() or 1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the long tests first, so that the workers end at the same time."""
-    items.sort(key=lambda item: "first" not in item.keywords)
-
-
 REQUIRED = frozenset(filter(None, os.environ.get("SPEVAL_REQUIRE", "").split(",")))  # packages whose tests must not be skipped
 
 

@@ -362,7 +362,7 @@ async def test_a_worker_that_can_not_register_leaves_no_process(db, monkeypatch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
-@pytest.mark.parametrize("count", [pytest.param(200, marks=pytest.mark.first), pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_hundreds_of_calls_leave_no_descriptor_no_thread_and_no_process(db, count):
     """Whatever is not closed would also be a ResourceWarning, and that an error."""
 

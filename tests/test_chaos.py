@@ -11,9 +11,7 @@ import pytest
 from .crashes.chaos import Chaos
 
 
-@pytest.mark.parametrize(
-    ("times", "count"), [pytest.param(8, 120, marks=pytest.mark.first), pytest.param(20, 300, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("times", "count"), [(8, 120), pytest.param(20, 300, marks=pytest.mark.slow)])
 def test_copies_killed_stopped_interrupted_and_terminated_at_random_lose_nothing_and_leave_nothing(
     tmp_path, anywhere, times, count
 ):

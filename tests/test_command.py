@@ -641,7 +641,7 @@ def test_a_database_of_0_1_1_is_looked_at_without_changing_it(tmp_path, call):
     assert db.read_bytes() == before
 
 
-@pytest.mark.parametrize("share", [pytest.param(4, marks=pytest.mark.first), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_a_stranger_has_written_is_shown_or_refused_by_name(filled, capsys, monkeypatch, share):
     # In this process, because there are many of them.
     monkeypatch.setattr("speval.cli.watch._Looks.pause", lambda self: signal.raise_signal(signal.SIGINT))

@@ -27,7 +27,7 @@ from .crashes import (
     storm,
 )
 
-first, slow = pytest.mark.first, pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def seed() -> int:
@@ -36,7 +36,7 @@ def seed() -> int:
     return number
 
 
-@pytest.mark.parametrize(("times", "count"), [pytest.param(8, 200, marks=first), pytest.param(25, 500, marks=slow)])
+@pytest.mark.parametrize(("times", "count"), [(8, 200), pytest.param(25, 500, marks=slow)])
 def test_copies_killed_at_random_lose_nothing_record_nothing_twice_and_repeat_only_what_was_in_flight(tmp_path, times, count):
     for figures in storm(tmp_path, times=times, seed=seed(), count=count, stops=0.1):
         print(figures)
@@ -45,7 +45,7 @@ def test_copies_killed_at_random_lose_nothing_record_nothing_twice_and_repeat_on
         assert figures.seen >= count
 
 
-@pytest.mark.parametrize(("times", "count"), [pytest.param(5, 200, marks=first), pytest.param(12, 500, marks=slow)])
+@pytest.mark.parametrize(("times", "count"), [(5, 200), pytest.param(12, 500, marks=slow)])
 def test_copies_stopped_past_their_lease_at_random_come_back_and_record_nothing_twice(tmp_path, times, count):
     for figures in storm(tmp_path, times=times, seed=seed(), count=count, stops=0.9):
         print(figures)
@@ -56,7 +56,7 @@ def test_copies_stopped_past_their_lease_at_random_come_back_and_record_nothing_
 @pytest.mark.parametrize(
     ("executor", "concurrency", "count"),
     [
-        *(pytest.param("coroutine", 4, 8, marks=first), pytest.param("process", 2, 4, marks=first)),
+        *(("coroutine", 4, 8), ("process", 2, 4)),
         *(pytest.param("coroutine", 4, 20, marks=slow), pytest.param("thread", 2, 10, marks=slow)),
         *(pytest.param("process", 2, 6, marks=slow), pytest.param("pool", 2, 6, marks=slow)),
     ],
@@ -73,7 +73,7 @@ def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(tmp
     assert [fault for kill in kills for fault in faults_after(kill, count)] == []
 
 
-@pytest.mark.parametrize("points", [pytest.param([2], marks=first), pytest.param([1, 3], marks=slow)], ids=str)
+@pytest.mark.parametrize("points", [[2], pytest.param([1, 3], marks=slow)], ids=str)
 def test_killed_at_any_chunk_while_seeding_thirty_thousand_the_next_start_seeds_the_rest(tmp_path, points):
     kills = kill_at_each_step(tmp_path, Scenario(30_000, points=points, only="commit of fill"))
     assert {kill.label for kill in kills} == {"commit of fill"}
@@ -93,7 +93,7 @@ def test_killed_while_migrating_a_database_of_0_1_1_nothing_is_lost(tmp_path):
     assert [fault for kill in kills for fault in faults_after(kill, 30)] == []
 
 
-@pytest.mark.parametrize("count", [pytest.param(3, marks=first), pytest.param(6, marks=slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(6, marks=slow)])
 def test_killed_while_taking_back_from_a_dead_copy_the_next_start_takes_back_from_both(tmp_path, count):
     (tmp_path / "held").mkdir()
     held = held_by_a_dead_copy(tmp_path / "held", count)
@@ -168,7 +168,7 @@ print(json.dumps(waits))
 """
 
 
-@pytest.mark.parametrize(("number", "count"), [pytest.param(10, 500, marks=first), pytest.param(32, 1500, marks=slow)])
+@pytest.mark.parametrize(("number", "count"), [(10, 500), pytest.param(32, 1500, marks=slow)])
 def test_many_processes_on_one_file_wait_for_its_lock_and_never_hear_of_it(scripts: Scripts, db, tmp_path, number, count):
     script = scripts.write(MANY)
     copies = [scripts.start(script, str(count)) for _ in range(number)]
@@ -184,7 +184,6 @@ def test_many_processes_on_one_file_wait_for_its_lock_and_never_hear_of_it(scrip
     print(f"longest {waits[-1]:.4f} s")
 
 
-@pytest.mark.first
 def test_a_reader_that_keeps_its_snapshot_stops_nobody_and_the_log_shrinks_when_it_lets_go(scripts: Scripts, db, tmp_path):
     wal = tmp_path / "runs.db-wal"
     speval(str, range(1), db)

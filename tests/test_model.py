@@ -4,7 +4,7 @@ import pytest
 
 from .model import PostgresKind, SqliteKind, Workers, run_workers
 
-first, slow = pytest.mark.first, pytest.mark.slow
+slow = pytest.mark.slow
 OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "refused to renew", "strangers", "due", "released"}
 # A renewal between look and verdict is too rare to be found at will; tests/test_store.py has it by itself.
 RARE = {"taken back in its backoff", "interrupted in taking back", "forged", "found itself lost"}
@@ -15,8 +15,8 @@ RARE |= {"rerun while in_progress", "retried failed", "args changed, refused"}
 @pytest.mark.parametrize(
     ("kind", "runs", "happens"),
     [
-        *(pytest.param(SqliteKind, 25, OFTEN, marks=first), pytest.param(SqliteKind, 120, OFTEN | RARE, marks=slow)),
-        *(pytest.param(PostgresKind, 8, OFTEN, marks=first), pytest.param(PostgresKind, 50, OFTEN | RARE, marks=slow)),
+        *((SqliteKind, 25, OFTEN), pytest.param(SqliteKind, 120, OFTEN | RARE, marks=slow)),
+        *((PostgresKind, 8, OFTEN), pytest.param(PostgresKind, 50, OFTEN | RARE, marks=slow)),
     ],
     ids=["sqlite", "sqlite at length", "postgres", "postgres at length"],
 )

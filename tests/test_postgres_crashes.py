@@ -206,7 +206,7 @@ def faults_after(kill: Kill, count: int, copies: int) -> list[str]:
 @pytest.mark.parametrize(
     ("executor", "concurrency", "count"),
     [
-        pytest.param("coroutine", 4, 6, marks=pytest.mark.first),
+        ("coroutine", 4, 6),
         *(pytest.param("coroutine", 4, 12, marks=pytest.mark.slow), pytest.param("process", 2, 4, marks=pytest.mark.slow)),
     ],
     ids=str,
@@ -221,7 +221,6 @@ def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(
     assert [fault for kill in kills for fault in faults_after(kill, count, 1)] == []
 
 
-@pytest.mark.first
 def test_killed_while_taking_back_from_a_dead_copy_the_next_start_takes_back_from_both(tmp_path, postgres, space):
     options = {"executor": "coroutine", "concurrency": 4, "lease": 1.0}
     kills = kill_at_each_step(tmp_path, postgres, space, 6, options, held_after=4)
