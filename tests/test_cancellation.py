@@ -225,9 +225,16 @@ async def test_a_cancel_scope_of_anyio_ends_it_in_good_order(db):
         if args:
             await asyncio.sleep(600)
 
-    with anyio.move_on_after(0.3) as scope:
+    async def cancel_when_one_is_recorded():
+        while not (exists(db) and await aio.load_evals(db, status="completed")):
+            await asyncio.sleep(0.01)
+        scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        cancelling = asyncio.create_task(cancel_when_one_is_recorded())
         await aio.speval(function, range(10), db, concurrency=10)
     assert scope.cancelled_caught
+    await cancelling
     assert_nothing_held(db)
     assert [e["status"] for e in await aio.load_evals(db)] == ["completed"] + ["pending"] * 9
 
