@@ -39,6 +39,9 @@ class Page(HTMLParser):
         self.loads |= {values[name] for name in ("src", "srcset", "poster", "data") if values.get(name)}
 
 
+pytestmark = pytest.mark.xdist_group("site")  # which takes seconds to build
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
