@@ -361,14 +361,14 @@ def slugs(page: Path) -> set[str]:
     inside = {line for block in blocks(page) for line in block.lines}
     headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#") and line not in inside]
     found = {re.sub(r"[^\w -]", "", h.lstrip("#").strip().lower()).replace(" ", "-") for h in headings}
-    for name in re.findall(r'include-markdown "([^"]+)"', page.read_text(encoding="utf-8")):
-        found |= slugs((page.parent / name).resolve())
+    for name in re.findall(r'^--8<-- "([^":]+\.md)', page.read_text(encoding="utf-8"), re.MULTILINE):
+        found |= slugs(ROOT / name)
     return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\](?:\(|: )([^)\s]+)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")
         if "://" in target:
             assert "github.com/speval" not in target, f"{title(page)}: {target} is no public address"
