@@ -176,7 +176,8 @@ def draw(line: Line, top: float) -> str:
     for run in line:
         x = PAD + run.column * CELL
         if run.eighths:
-            drawn.append(f'<rect x="{x:.1f}" y="{top + 3}" width="{run.eighths * CELL / 8:.1f}" height="{ROW - 5}" fill="{run.ink}"/>')
+            wide = run.eighths * CELL / 8
+            drawn.append(f'<rect x="{x:.1f}" y="{top + 3}" width="{wide:.1f}" height="{ROW - 5}" fill="{run.ink}"/>')
             continue
         look = "" if run.ink == INK["default"] else f' style="fill:{run.ink}"'
         # The length keeps the columns, whatever font the reader has.
