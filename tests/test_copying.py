@@ -12,7 +12,7 @@ from speval.model import Outcome, Settings
 from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.copying import copy
 
 from .conftest import content, exists, rows, signed
@@ -55,11 +55,13 @@ async def fill(db):
     list(space.fill({name: [name, float("nan"), {"b": 1, "a": "\\"}] for name in NAMES}))
     await store.seed(space, "error")
     worker = await store.register(30)
-    claims = {c.name: c for c in (await store.record(worker, idle=len(NAMES) - 1)).claims}
+    claims = {c.name: c for c in (await store.record(Record(worker, idle=len(NAMES) - 1))).claims}
     done = [ended(claims[name]) for name in NAMES[:5]]
-    await store.record(worker, [*done, ended(claims["failed"], "exception"), ended(claims["tried"], "timeout", again=True)])
-    await store.record(worker, due=[claims["tried"]])
-    await store.record(worker, [ended(claims["held"], "timeout", again=True)])
+    await store.record(
+        Record(worker, [*done, ended(claims["failed"], "exception"), ended(claims["tried"], "timeout", again=True)])
+    )
+    await store.record(Record(worker, due=[claims["tried"]]))
+    await store.record(Record(worker, [ended(claims["held"], "timeout", again=True)]))
     assert await store.retry(["7"], "completed") == 1
     with make_control(checked_database(db), "write") as control:
         control.set_concurrency(3)

@@ -443,10 +443,10 @@ async def test_the_outcome_is_recorded_only_after_all_are_dead(db, pids, monkeyp
     alive_when_recorded = []
     original = SqliteStore.record
 
-    async def record(self, worker, ended=(), **options):
-        if ended:
+    async def record(self, record):
+        if record.ended:
             alive_when_recorded.append([pid for pid in noted(pids) if is_alive(pid)])
-        return await original(self, worker, ended, **options)
+        return await original(self, record)
 
     monkeypatch.setattr(SqliteStore, "record", record)
     await aio.speval(hang, [["grandchild", str(pids)]], db, timeout=1, max_attempts=1)

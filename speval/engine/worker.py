@@ -33,7 +33,7 @@ from ..model import Claim, Outcome, Settings, Summary, counted
 from ..options import Options
 from ..spaces.eager import Key, Space
 from ..spaces.lazy import Source
-from ..stores.base import Ended, Recorded, Store
+from ..stores.base import Ended, Record, Recorded, Store
 from .failures import Told
 from .feeder import Feeder
 from .lease import Lease
@@ -432,16 +432,14 @@ class Worker:
         self, ended: Sequence[Ended], released: Sequence[Claim], due: Sequence[Claim], idle: int, ahead: int
     ) -> Recorded | None:
         """Record, and where that can't be done just now, keep everything and try again; None if it can't be done in time."""
-        wanted: dict[str, int] = {"idle": idle, "ahead": ahead}
         count_failures = self._failure_limit is not None
+        record = Record(self._id, ended, released=released, due=due, idle=idle, ahead=ahead, count_failures=count_failures)
         pause, has_warned = 0.05, False
         self._in_flight = ended
         try:
             while True:
                 try:
-                    return await self._store.record(
-                        self._id, ended, released=released, due=due, count_failures=count_failures, **wanted
-                    )
+                    return await self._store.record(record)
                 except (DatabaseLockedError, DatabaseUnavailableError) as error:
                     if self._is_hurried:
                         self._unrecorded += ended
@@ -450,7 +448,7 @@ class Worker:
                         logger.warning("%s kept, to be written as soon as possible: %s", counted(len(ended), "result"), error)
                         has_warned = True
                     if self._stopping:
-                        wanted = {"idle": 0, "ahead": 0}
+                        record = replace(record, idle=0, ahead=0)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, 5.0)
         except BaseException:

@@ -14,7 +14,7 @@ from speval.errors import ArgsChangedError
 from speval.host import Process
 from speval.model import Outcome
 from speval.spaces.eager import Space
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 
 from ..conftest import MovableClock
 from .expected import Expected
@@ -171,11 +171,8 @@ class World(Expected):
 
     def record(self, copy, ended=(), released=(), due=(), idle=0, ahead=0, *, count_failures=False):
         wall = copy.clock.wall()
-        recorded = self.run(
-            copy.store.record(
-                copy.worker, ended, released=released, due=due, idle=idle, ahead=ahead, count_failures=count_failures
-            )
-        )
+        record = Record(copy.worker, ended, released=released, due=due, idle=idle, ahead=ahead, count_failures=count_failures)
+        recorded = self.run(copy.store.record(record))
         refused = []
         for claim, outcome, again in ended:
             if not self.is_good(claim):
