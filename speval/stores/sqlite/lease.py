@@ -18,7 +18,7 @@ from ..rows import worker_label
 from .checksum import of_attempt
 from .file import SqliteFile
 from .record import newest
-from .states import Counters, put_back
+from .states import CLAIMED, Counters, put_back, take_out
 
 __all__ = ["SqliteLeaseKeeping"]
 
@@ -31,15 +31,18 @@ WHERE ended_at IS NULL AND id <> ? ORDER BY id
 _DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
 _HELD = """
 SELECT r.id, r.attempt, r.released, r.forgiven, r.suspect, r.held, r.ahead, r.updated_at, e.name
-FROM running AS r INDEXED BY running_worker LEFT JOIN evaluations AS e ON e.id = r.id WHERE r.worker IS ? LIMIT ?
+FROM running AS r INDEXED BY running_worker LEFT JOIN evaluations AS e ON e.id = r.id WHERE r.worker IS ? ORDER BY r.id LIMIT ?
 """
 _DROP_HELD = "DELETE FROM running WHERE id = ?"
+# From evaluations, as a range that is damaged may be of any length.
 _CLAIMED = """
-SELECT c.first, c.last, c.ahead, c.updated_at FROM claimed AS c INDEXED BY claimed_worker WHERE c.worker IS ? LIMIT 1
+SELECT e.id, c.ahead, c.updated_at, e.name
+FROM claimed AS c INDEXED BY claimed_worker CROSS JOIN evaluations AS e ON e.id BETWEEN c.first AND c.last
+WHERE c.worker IS ? ORDER BY c.first, e.id LIMIT ?
 """
-_OF_CLAIMED = "SELECT id, name FROM evaluations WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?"
-_DROP_CLAIMED = "DELETE FROM claimed WHERE first = ?"
-_CUT_CLAIMED = "UPDATE claimed SET first = ? WHERE first = ?"
+_DROP_CLAIMED = "DELETE FROM claimed WHERE worker IS ?"
+# What has a result keeps it, whatever else a damaged file says of it.
+_HAS_ENDED = "SELECT 1 FROM attempts WHERE evaluation = ? AND final"
 # From holder to holder through the index, however many evaluations each of them holds.
 _HOLDERS = """
 WITH RECURSIVE holders (worker) AS (
@@ -150,6 +153,8 @@ class SqliteLeaseKeeping(Reclaiming):
         seq = newest(c)
         for held in taken:
             counters = held.counters
+            if c.execute(_HAS_ENDED, (held.id,)).fetchone() is not None:
+                continue
             if held.is_waiting:
                 pending.append((held.id, held.attempt, counters))
             elif held.is_ahead:
@@ -201,18 +206,16 @@ def _orphaned(c: sqlite3.Connection) -> list[object]:
 
 
 def _taken(c: sqlite3.Connection, holder: object, bound: int) -> list[_Held]:
-    """Take a bounded number of evaluations from a worker."""
-    taken = []
+    """Take a bounded number of evaluations from a worker, those with the lowest ids."""
+    found = []
     for id, attempt, released, forgiven, suspect, held, ahead, since, name in c.execute(_HELD, (holder, bound)).fetchall():
-        taken.append(_Held(id, attempt, Counters(released, forgiven, suspect), bool(held), ahead == 1, since, name))
-    c.executemany(_DROP_HELD, [(held.id,) for held in taken])
-    while len(taken) < bound and (row := c.execute(_CLAIMED, (holder,)).fetchone()):
-        first, last, ahead, since = row
-        # Only what there is: a range that is damaged may be of any length.
-        found = c.execute(_OF_CLAIMED, (first, last, bound - len(taken))).fetchall()
-        taken += [_Held(id, 1, Counters(), False, ahead == 1, since, name) for id, name in found]
-        if len(taken) < bound or found[-1][0] >= last:
-            c.execute(_DROP_CLAIMED, (first,))
-        else:
-            c.execute(_CUT_CLAIMED, (found[-1][0] + 1, first))
+        found.append(_Held(id, attempt, Counters(released, forgiven, suspect), bool(held), ahead == 1, since, name))
+    for id, ahead, since, name in c.execute(_CLAIMED, (holder, bound)).fetchall():
+        found.append(_Held(id, 1, Counters(), False, ahead == 1, since, name))
+    taken = sorted(found, key=lambda held: held.id)[:bound]
+    ids = [held.id for held in taken]
+    c.executemany(_DROP_HELD, [(id,) for id in ids])
+    take_out(c, CLAIMED, ids)
+    if len(taken) < bound:
+        c.execute(_DROP_CLAIMED, (holder,))  # what is left of damaged ranges holds no evaluations
     return taken

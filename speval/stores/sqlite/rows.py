@@ -80,7 +80,9 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
         what = "it is in no table of states" if status is None else "it is in several tables of states"
         raise EvaluationDamagedError(db, str(name), f"its status is gone: {what}")
     has_ended = status in (2, 3)
-    if not (isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status in (1, 2, 3))):
+    if not (
+        isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status in (1, 2, 3))
+    ):
         raise EvaluationDamagedError(db, str(name), "its status is not as speval writes it")
     if has_ended:
         check_attempt(db, name, ended, ended_crc)
