@@ -107,19 +107,26 @@ class Counters(NamedTuple):
 class Ranges(NamedTuple):
     """The statements of a table whose rows are ranges of ids."""
 
-    find: str  # the last range that begins at an id or before it
+    find: str  # the ranges that hold ids of a list; of each the id, the range, and its other columns
     delete: str
+    shorten: str
     insert: str
 
 
+_FIND = """
+SELECT j.value, t.first, t.last, {columns} FROM json_each(?) AS j
+JOIN {table} AS t ON t.first = (SELECT max(first) FROM {table} WHERE first <= j.value) AND t.last >= j.value
+"""
 FRESH = Ranges(
-    "SELECT first, last, updated_at FROM fresh WHERE first <= ? ORDER BY first DESC LIMIT 1",
+    _FIND.format(table="fresh", columns="updated_at"),
     "DELETE FROM fresh WHERE first = ?",
+    "UPDATE fresh SET last = ? WHERE first = ?",
     "INSERT INTO fresh (first, last, updated_at) VALUES (?, ?, ?)",
 )
 CLAIMED = Ranges(
-    "SELECT first, last, worker, ahead, updated_at FROM claimed WHERE first <= ? ORDER BY first DESC LIMIT 1",
+    _FIND.format(table="claimed", columns="worker, ahead, updated_at"),
     "DELETE FROM claimed WHERE first = ?",
+    "UPDATE claimed SET last = ? WHERE first = ?",
     "INSERT INTO claimed (first, last, worker, ahead, updated_at) VALUES (?, ?, ?, ?, ?)",
 )
 
@@ -141,7 +148,7 @@ def add_range(c: sqlite3.Connection, table: Ranges, first: int, last: int, *rest
     c.execute(table.insert, (first, last, *rest))
 
 
-def take_out(c: sqlite3.Connection, table: Ranges, ids: Iterable[int], holder: int | None = None) -> set[int]:
+def take_out(c: sqlite3.Connection, table: Ranges, ids: Sequence[int], holder: int | None = None) -> set[int]:
     """Take ids out of their ranges, and return those that were in one.
 
     Args:
@@ -150,31 +157,41 @@ def take_out(c: sqlite3.Connection, table: Ranges, ids: Iterable[int], holder: i
         ids: Ascending.
         holder: Of ``claimed`` only what this worker holds.
     """
+    cuts: dict[int, tuple[int, tuple[Any, ...], list[int]]] = {}  # of each range its end, its other columns, what is taken
+    left = list(ids)
+    while left:
+        # One look for all runs of ids. A run may go on in the next range: then what is left of it is looked for again.
+        begins = dict(runs(left))
+        left = []
+        for id, first, last, *rest in c.execute(table.find, (json.dumps(list(begins)),)).fetchall():
+            end = begins[id]
+            if end > last:
+                left.extend(range(last + 1, end + 1))
+            if holder is None or rest[0] == holder:
+                cuts.setdefault(first, (last, tuple(rest), []))[2].extend(range(id, min(end, last) + 1))
     taken: set[int] = set()
-    gone: list[tuple[int]] = []
-    left: list[tuple[Any, ...]] = []  # what the ranges are cut into
-    first, last, begin = 0, -1, 0
-    rest: tuple[Any, ...] = ()
-    for id in ids:
-        if not first <= id <= last:
-            if begin <= last:
-                left.append((begin, last, *rest))
-            first, last, begin = id, -1, 0  # in no range, unless one is found
-            found = c.execute(table.find, (id,)).fetchone()
-            if found is None or not found[0] <= id <= found[1] or (holder is not None and found[2] != holder):
-                continue
-            first, last, *others = found
-            rest, begin = tuple(others), first
-            gone.append((first,))
-        if begin < id:
-            left.append((begin, id - 1, *rest))
-        begin = id + 1
-        taken.add(id)
-    if begin <= last:
-        left.append((begin, last, *rest))
-    c.executemany(table.delete, gone)
-    c.executemany(table.insert, left)
+    for first, (last, rest, out) in cuts.items():
+        taken.update(out)
+        _cut(c, table, first, last, rest, out)
     return taken
+
+
+def _cut(c: sqlite3.Connection, table: Ranges, first: int, last: int, rest: tuple[Any, ...], out: Sequence[int]) -> None:
+    """Take ascending ids out of the range that holds them."""
+    pieces = []
+    begin = first
+    for id in out:
+        if begin < id:
+            pieces.append((begin, id - 1))
+        begin = id + 1
+    if begin <= last:
+        pieces.append((begin, last))
+    if pieces and pieces[0][0] == first:
+        c.execute(table.shorten, (pieces.pop(0)[1], first))
+    else:
+        c.execute(table.delete, (first,))
+    for piece in pieces:
+        c.execute(table.insert, (*piece, *rest))
 
 
 def take_claims(c: sqlite3.Connection, claims: Collection[Claim]) -> dict[tuple[int, int, int], Counters]:
@@ -190,8 +207,7 @@ def take_claims(c: sqlite3.Connection, claims: Collection[Claim]) -> dict[tuple[
         if claim.attempt == 1:
             firsts.setdefault(claim.worker, []).append(claim.id)
     for worker, ids in firsts.items():
-        ids.sort()
-        for id in take_out(c, CLAIMED, ids, worker):
+        for id in take_out(c, CLAIMED, sorted(set(ids)), worker):
             taken[id, 1, worker] = none
     if len(taken) < len(claims):
         tokens = {(claim.id, claim.attempt, claim.worker) for claim in claims}
@@ -207,7 +223,7 @@ def take_claims(c: sqlite3.Connection, claims: Collection[Claim]) -> dict[tuple[
 
 def lift(c: sqlite3.Connection, ids: Iterable[int]) -> None:
     """Take evaluations out of whatever state they are in; attempts that ended are no longer final."""
-    ascending = sorted(ids)
+    ascending = sorted(set(ids))
     listed = json.dumps(ascending)
     for statement in _LIFT:
         c.execute(statement, (listed,))
