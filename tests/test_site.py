@@ -42,6 +42,9 @@ class Page(HTMLParser):
         self.loads |= {values[name] for name in ("src", "srcset", "poster", "data") if values.get(name)}
 
 
+pytestmark = pytest.mark.xdist_group("site")  # which takes seconds to build
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # In a copy: the generator writes its cache and the site beside its configuration.
