@@ -442,6 +442,8 @@ from speval import SystemLimitError, speval
 
 folder = tempfile.mkdtemp(dir="/tmp")  # one that the other user can reach
 os.chmod(folder, 0o777)
+# The other user may not be able to read what is imported by a call.
+speval(str, range(5), f"{folder}/0.db", executor="thread", progress=False)
 for most in range(1, 20):  # threads
     child = os.fork()
     if not child:

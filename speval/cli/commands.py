@@ -1,7 +1,8 @@
 """The command group with all subcommands.
 
 Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module, which is
-imported when that subcommand runs, shows its help or is completed; the help of the group and the completion of a name import none.
+imported when that subcommand runs, shows its help or is completed; the help of the group and the completion of a
+name import none.
 """
 
 from __future__ import annotations
