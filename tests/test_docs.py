@@ -310,6 +310,9 @@ def test_a_page_that_shows_something_else_is_noticed():
         assert not shows(shown[:2], printed, in_order=in_order)
         assert not shows(["one", "one", "..."], printed, in_order=in_order)
         assert not shows([*shown[:2], shown[2].replace("(3", "(2")], printed, in_order=in_order)
+    bars = [f" {percent}%|██▏   | {done}/12, 1 running, 1.66/s, 4.2 s left" for percent, done in ((41, 5), (42, 5), (50, 6))]
+    assert shows(bars[:1], bars[1:2], in_order=True)
+    assert not shows(bars[:1], bars[2:], in_order=True)
     assert shows([shown[1], shown[0], shown[2]], printed, in_order=False)
     assert not shows([shown[1], shown[0], shown[2]], printed, in_order=True)
 
