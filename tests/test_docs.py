@@ -330,6 +330,7 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs_and_what_is_there():
     found = [c for b in blocks(ROOT / "README.md") if b.language == "console" for c, _ in commands(b)]
     main, tests = [c for c in found if c.startswith("python3 -m venv ")]
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert " install -q . && " in main, "it installs no extra"
     assert (ROOT / main.rpartition(" ")[2]).is_file()
 
 
