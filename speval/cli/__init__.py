@@ -6,6 +6,7 @@ traceback; and nothing else of speval imports this package.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -23,6 +24,7 @@ def main() -> None:
     The exit code is 0 when all is well, 1 when evaluations failed or are unfinished, 2 when the command could not be carried
     out, 130 after Ctrl-C, and 141 when whoever read the output has gone.
     """
+    gc.disable()  # imports leave no garbage, and looking for it is a twentieth of what --help costs
     import click
 
     from ..codec import MOST_DIGITS
@@ -31,6 +33,7 @@ def main() -> None:
 
     if "_SPEVAL_COMPLETE" in os.environ:
         from . import completion  # noqa: F401 - it tells click how it completes in each shell
+    gc.enable()
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with it closed; the next file opened would take its number
