@@ -27,7 +27,7 @@ _CODES = {
 _CALLS = 40  # with a single evaluation each
 
 
-def first_result(copies: int, copy: int) -> Callable[[], None]:
+def first_result(copies: int, copy: int) -> Callable[[], Figures]:
     """Prepare to make a process executor and to get one result from it."""
     from speval.clock import Clock
     from speval.executors import make_executor

@@ -29,7 +29,7 @@ from speval.host import Process
 from speval.model import Claim, Outcome
 from speval.spaces.eager import Space
 from speval.stores import make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.liveness import WorkerRow
 from speval.url import PostgresUrl
 
@@ -58,8 +58,8 @@ async def until(condition):
 
 
 @pytest.fixture
-def url(postgres, space) -> str:
-    return postgres.url(space=space)
+def url(postgres, namespace) -> str:
+    return postgres.url(namespace=namespace)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def proxy(postgres):
 
 
 @pytest.fixture
-def through(proxy, postgres, space) -> str:
+def through(proxy, postgres, namespace) -> str:
     """The URL of a database behind the proxy."""
-    return proxy.url(postgres, space)
+    return proxy.url(postgres, namespace)
 
 
 @pytest.fixture
@@ -110,16 +110,16 @@ def own():
 async def test_a_record_whose_answer_was_lost_is_found_out_and_not_done_twice(stores, proxy, through):
     store = await stores(through, range(5))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=2)).claims
+    claims = (await store.record(Record(worker, idle=2))).claims
     proxy.lose_the_answer_to("record_1")
     with pytest.raises(DatabaseUnavailableError):
-        await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+        await store.record(Record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2))
     assert proxy.lost.is_set()
-    again = await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+    again = await store.record(Record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2))
     assert (again.refused, [c.name for c in again.claims]) == ([], ["2", "3"])
     assert rows(through, "SELECT evaluation, result FROM attempts ORDER BY 1") == [(1, '"0"'), (2, '"1"')]
     # Once it is known, the same again is stale again.
-    assert (await store.record(worker, [done(claims[0])])).refused == [claims[0]]
+    assert (await store.record(Record(worker, [done(claims[0])]))).refused == [claims[0]]
 
 
 async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stores, proxy, through):
@@ -128,8 +128,8 @@ async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stor
     for _ in range(2):
         proxy.lose_the_answer_to("record_1")
         with pytest.raises(DatabaseUnavailableError):
-            await store.record(worker, idle=2)
-    got = (await store.record(worker, idle=3)).claims
+            await store.record(Record(worker, idle=2))
+    got = (await store.record(Record(worker, idle=3))).claims
     assert [(c.name, c.attempt) for c in got] == [("0", 1), ("1", 1), ("2", 1)]
     assert rows(through, "SELECT count(*) FROM running") == [(3,)]
 
@@ -139,21 +139,21 @@ async def test_claims_in_question_are_had_also_when_none_are_wanted(stores, prox
     worker = await store.register(30)
     proxy.lose_the_answer_to("record_1")
     with pytest.raises(DatabaseUnavailableError):
-        await store.record(worker, idle=2)
-    got = (await store.record(worker)).claims
+        await store.record(Record(worker, idle=2))
+    got = (await store.record(Record(worker))).claims
     assert [c.name for c in got] == ["0", "1"]
-    assert (await store.record(worker)).claims == []
+    assert (await store.record(Record(worker))).claims == []
 
 
 async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    (claim,) = (await store.record(worker, idle=1)).claims
+    (claim,) = (await store.record(Record(worker, idle=1))).claims
     # As if the second call had been held up on its way while the third was sent again in its place.
     late = store._calls + 1
     store._calls, store._unanswered = late, late
-    assert [c.name for c in (await store.record(worker, idle=1)).claims] == ["1"]
-    await asyncio.to_thread(store._connection.run_once, 10, store._record, worker, late, [done(claim)], (), (), 5, 5, None)
+    assert [c.name for c in (await store.record(Record(worker, idle=1))).claims] == ["1"]
+    await asyncio.to_thread(store._connection.run_once, 10, store._record, late, Record(worker, [done(claim)], idle=5, ahead=5))
     assert rows(url, "SELECT count(*) FROM running") == [(2,)]
     assert rows(url, "SELECT count(*) FROM attempts") == [(0,)]
 
@@ -169,7 +169,7 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
         # As an earlier call of the worker does, that is still under way when the next one is sent.
         late.execute("SELECT pg_advisory_xact_lock(%s)", (worker,))
         if verb == "record":
-            waits = asyncio.create_task(store.record(worker, idle=1))
+            waits = asyncio.create_task(store.record(Record(worker, idle=1)))
         else:
             row = WorkerRow(worker, Process("host", 1, "elsewhere", "1"), 30, 0, True)
             waits = asyncio.create_task(asyncio.to_thread(keeping.take_back, row, 3, 100))
@@ -177,7 +177,7 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
         await until(lambda: rows(url, waiting) == [(1,)])
         assert not waits.done()
     assert await waits is not None
-    assert (await other.record(its, idle=1)).lost is False
+    assert (await other.record(Record(its, idle=1))).lost is False
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
@@ -202,9 +202,9 @@ async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_
     worker = await store.register(30)
     claimed = 0
     for _ in range(100):
-        claims = (await store.record(worker, idle=2, ahead=20)).claims
+        claims = (await store.record(Record(worker, idle=2, ahead=20))).claims
         claimed += len(claims)
-        await store.record(worker, [done(claim) for claim in claims[2:]], released=claims[:2])
+        await store.record(Record(worker, [done(claim) for claim in claims[2:]], released=claims[:2]))
     await store.close()  # the server counts what a connection has read at its end, if not before
     sql = """
         SELECT relname, coalesce(seq_tup_read, 0), coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables
@@ -232,12 +232,12 @@ async def test_no_server_compiles_what_is_planned_with_something_switched_off(st
 async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=10)).claims
+    claims = (await store.record(Record(worker, idle=10))).claims
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(server_url(url)) as slow:
         slow.execute(f"SELECT pg_advisory_xact_lock_shared(1936745846, {schema}.movers())")
         slow.execute(f"SELECT nextval('{schema}.seqs')")
-        await store.record(worker, [done(claims[0]), done(claims[1])])
+        await store.record(Record(worker, [done(claims[0]), done(claims[1])]))
         cursor, ended = await store.ended_since(0, 100)
         assert (cursor, ended) == (0, [])
         slow.execute(
@@ -253,10 +253,10 @@ async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores
 async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=10)).claims
-    await store.record(worker, [done(claims[0])])
+    claims = (await store.record(Record(worker, idle=10))).claims
+    await store.record(Record(worker, [done(claims[0])]))
     rows(url, "SELECT nextval('seqs') FROM generate_series(1, 3)")
-    await store.record(worker, [done(claims[1])])
+    await store.record(Record(worker, [done(claims[1])]))
     cursor, ended = await store.ended_since(0, 100)
     cursor, more = await store.ended_since(cursor, 100)
     assert [e["name"] for _, e in ended + more] == ["0", "1"]
@@ -268,7 +268,7 @@ async def test_the_feed_goes_on_past_every_size_of_number(stores, url, first):
     store = await stores(url, range(10))
     rows(url, "SELECT setval('seqs', ?)", first - 5)
     worker = await store.register(30)
-    await store.record(worker, [done(claim) for claim in (await store.record(worker, idle=10)).claims])
+    await store.record(Record(worker, [done(claim) for claim in (await store.record(Record(worker, idle=10))).claims]))
     cursor, names = 0, []
     for _ in range(5):
         cursor, ended = await store.ended_since(cursor, 3)
@@ -283,8 +283,8 @@ async def test_under_many_writers_the_feed_brings_each_exactly_once(stores, url)
         workers.append((store, await store.register(30)))
 
     async def work(store, worker):
-        while claims := (await store.record(worker, idle=7)).claims:
-            await store.record(worker, [done(c, c.args) for c in claims])
+        while claims := (await store.record(Record(worker, idle=7))).claims:
+            await store.record(Record(worker, [done(c, c.args) for c in claims]))
 
     async def follow(store, seen):
         cursor = 0
@@ -337,7 +337,7 @@ def assert_all_done(copies, url, count, folder, twice):
 
 
 def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, scripts, tmp_path):
-    url = scripts.database = own.url(space="crash")
+    url = scripts.database = own.url(namespace="crash")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "800", "5") for _ in range(3)]
     for part in (100, 250):
@@ -349,7 +349,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, s
 
 
 def test_a_server_that_stands_still_for_longer_than_a_lease_costs_no_worker_its_life(own, scripts, tmp_path):
-    url = scripts.database = own.url(space="still")
+    url = scripts.database = own.url(namespace="still")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "600", "1") for _ in range(3)]
     wait_for(lambda: ended(url) >= 60)
@@ -378,10 +378,10 @@ def test_terminated_backends_cost_nothing(url, scripts, tmp_path):
 
 
 def test_a_network_that_is_gone_for_longer_than_a_lease_stops_one_worker_and_it_goes_on_after(
-    postgres, proxy, space, scripts, tmp_path
+    postgres, proxy, namespace, scripts, tmp_path
 ):
-    url = postgres.url(space=space)
-    scripts.database = proxy.url(postgres, space)
+    url = postgres.url(namespace=namespace)
+    scripts.database = proxy.url(postgres, namespace)
     log = (tmp_path / "log").open("w+")
     cut_off = scripts.start(scripts.write(COUNTED), "600", "1", stderr=log)
     wait_for(lambda: ended(url) >= 20)
@@ -419,7 +419,7 @@ def test_a_full_disk_is_waited_for(own, tmp_path, caplog):
 
         async def run():
             running = asyncio.create_task(aio.speval(function, range(200), url, concurrency=4))
-            await until(lambda: "disk is full" in caplog.text)
+            await until(lambda: "disk of the server is full" in caplog.text)
             ballast.unlink()
             return await running
 
@@ -452,7 +452,7 @@ def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scr
     )
     pooler = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stderr=subprocess.PIPE, **own.owner)
     try:
-        url = scripts.database = own.url(space="pooled").replace(str(own.port), str(port))
+        url = scripts.database = own.url(namespace="pooled").replace(str(own.port), str(port))
         script = scripts.write(COUNTED)
         copies = [scripts.start(script, "1000", "5") for _ in range(6)]
         assert_all_done(copies, url, 1000, tmp_path, twice=0)
@@ -478,7 +478,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
     try:
         server.trust("10.91.0.0/24")
         server.start()
-        url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        url = server.url(namespace="hosts").replace("127.0.0.1", "10.91.0.1")
         is_ours = subprocess.run(["ip", "netns", "add", "ada"], capture_output=True).returncode == 0
         command = [sys.executable, "examples/10_four_hosts.py", url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
@@ -486,7 +486,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
         assert "ended well: ['ada', 'barbara', 'frances']" in done.stdout, done.stdout + done.stderr
         assert "evaluated by all: True" in done.stdout
         assert "could not be renewed" in done.stderr
-        assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+        assert rows(server.url(namespace="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
         # One that the example has not made is still there, and of its own nothing is.
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         assert "ada" in left.split()
@@ -526,8 +526,8 @@ def test_fifty_workers_that_start_at_once_make_one_schema_and_seed_once(url):
     assert rows(url, "SELECT count(*) FROM evaluations") == [(100,)]
 
 
-def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
-    one, other = postgres.url(space=f"{space}a"), postgres.url(space=f"{space}b")
+def test_spaces_of_one_database_know_nothing_of_each_other(postgres, namespace):
+    one, other = postgres.url(namespace=f"{namespace}a"), postgres.url(namespace=f"{namespace}b")
     assert speval(lambda args: args, [1, 2], one).completed == 2
     assert speval(lambda args: -args, [1, 2, 3], other).recorded == 3
     assert [e["result"] for e in load_evals(one)] == [1, 2]
@@ -535,7 +535,7 @@ def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
 
 
 def test_reading_what_is_not_there_makes_nothing(postgres, url):
-    with pytest.raises(DatabaseMissingError, match="there is no such database"):
+    with pytest.raises(DatabaseMissingError, match="this database does not exist"):
         load_evals(url)
     with psycopg.connect(postgres.url()) as connection:
         assert connection.execute("SELECT to_regnamespace(%s)", (PostgresUrl.parse(url).schema,)).fetchone() == (None,)
@@ -557,7 +557,7 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {schema} CREATE TABLE meta (key text, value text)")
-        with pytest.raises(ForeignDatabaseError, match="of something else"):
+        with pytest.raises(ForeignDatabaseError, match="of another program"):
             speval(abs, [1], url)
         tables = connection.execute(
             "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(%s)", (schema,)
@@ -565,21 +565,21 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
         assert tables == (1,)
 
 
-def test_a_database_that_can_not_hold_every_text_is_refused(postgres, space):
+def test_a_database_that_can_not_hold_every_text_is_refused(postgres, namespace):
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {space} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+        connection.execute(f"CREATE DATABASE {namespace} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(DatabaseError, match="its encoding is LATIN1"):
-        speval(abs, [1], postgres.url(space))
+        speval(abs, [1], postgres.url(namespace))
 
 
-def test_a_user_needs_no_more_than_the_documented_privileges(postgres, space, url):
-    schema, role = PostgresUrl.parse(url).schema, f"{space}_role"
+def test_a_user_needs_no_more_than_the_documented_privileges(postgres, namespace, url):
+    schema, role = PostgresUrl.parse(url).schema, f"{namespace}_role"
     speval(abs, [1, 2], url)
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         connection.execute(f"CREATE ROLE {role} LOGIN")
     limited = url.replace("postgres@", f"{role}@")
-    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md says which privileges are needed"):
+    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md lists the required privileges"):
         load_evals(limited)
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
@@ -633,10 +633,10 @@ async def test_large_results_go_in_pieces_of_one_transaction(url, stores, monkey
     monkeypatch.setattr("speval.stores.postgres.store._MOST_TEXT", 1000)
     store = await stores(url, range(20))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=20)).claims
+    claims = (await store.record(Record(worker, idle=20))).claims
     stale = claims[7]._replace(attempt=9)
     ended = [done(c, f'"{"x" * 400}"') for c in [*claims[:7], stale, *claims[7:], claims[0]]]
-    recorded = await store.record(worker, ended, idle=1)
+    recorded = await store.record(Record(worker, ended, idle=1))
     assert (recorded.refused, recorded.open) == ([stale, claims[0]], False)
     assert (await store.summary()).completed == 20
 
@@ -699,7 +699,7 @@ def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
         "postgresql://u:se#same@h/db",
         "postgresql://u:se:same@h:x/db",
         "postgresql://u:same@[h/db",
-        "postgresql://u:same@h/db?space=No Space",
+        "postgresql://u:same@h/db?namespace=No Name",
     ):
         with pytest.raises(OptionError) as caught:
             speval(abs, [1], url)

@@ -17,7 +17,7 @@ from speval.model import Outcome
 from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.copying import copy
 
 from .conftest import rows, signed
@@ -127,7 +127,7 @@ def test_one_damaged_evaluation_is_left_out_and_named_and_the_others_are_there(s
     good = load_evals(db)
     assert len(good) == 9
     assert all(e in truth for e in good)
-    assert "1 evaluation is damaged and left out" in caplog.text
+    assert "skipped: 1 evaluation is damaged" in caplog.text
     with make_control(db) as control:
         assert list(control.evaluations()) == good
         assert any(finding.is_error for finding in control.check().findings)
@@ -213,8 +213,8 @@ async def large(db, count, size):
     list(space.fill(range(count)))
     await store.seed(space, "error")
     worker = await store.register(30)
-    for claim in (await store.record(worker, idle=count)).claims:
-        await store.record(worker, [Ended(claim, Outcome(None, f'"{"x" * size}"', None, 1.0, 1.0), False)])
+    for claim in (await store.record(Record(worker, idle=count))).claims:
+        await store.record(Record(worker, [Ended(claim, Outcome(None, f'"{"x" * size}"', None, 1.0, 1.0), False)]))
     await store.leave(worker)
     space.close()
     return store

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import random
 import sqlite3
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from ...errors import DatabaseError, DatabaseLockedError, ForeignDatabaseError, NewerSchemaError, SpevalError, StoreClosedError
 from ...model import Durability
+from ...pauses import pauses
 from .connect import Stillness, connected, stillness
 from .contents import GuardedConnection, check_contents, guarded
 from .errors import BUSY, code_of, permission, shown_path, translated
@@ -296,7 +296,7 @@ class SqliteFile:
         """Execute a statement that may find the database locked."""
         # SQLite's own busy handler lets some wait for seconds while others go first many hundred times. Short random
         # pauses are fair and hardly slower; they grow once it is plain that somebody keeps the lock for long.
-        started = time.monotonic()
+        started, waits = time.monotonic(), pauses(0.001, 0.05, growth=1.01, spread=1.0)
         while True:
             try:
                 return self.connection.execute(statement)
@@ -309,7 +309,7 @@ class SqliteFile:
                 if waited >= _SILENCE and patience >= _PATIENCE and not self._is_waiting:
                     self._is_waiting = True
                     logger.warning("%s: waiting for a lock of another program; `fuser %s` finds it", self.shown, self.shown)
-                if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
+                if self._given_up.wait(next(waits)):
                     raise DatabaseLockedError(self.shown, waited) from error
 
     def _connect(self, mode: str) -> GuardedConnection:
