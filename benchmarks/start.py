@@ -104,8 +104,9 @@ def interpreter(code: str) -> Figures:
 def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
     compileall.compile_dir(ROOT / "speval", quiet=1)  # as pip does where it installs a package
     calls = ("first_result", "one_call", "bare_sqlite")
-    interpreters = {name: partial(interpreter, code) for name, code in _CODES.items()}
-    return by_turns(rounds * 3, interpreters | {name: partial(measured, f"benchmarks.start:{name}") for name in calls})
+    work: dict[str, Callable[[], Figures]] = {name: partial(interpreter, code) for name, code in _CODES.items()}
+    work |= {name: partial(measured, f"benchmarks.start:{name}") for name in calls}
+    return by_turns(rounds * 3, work)
 
 
 def tables(found: Figures) -> dict[str, str]:
