@@ -44,7 +44,7 @@ def needs(package: str, is_there: bool, reason: str) -> pytest.MarkDecorator:
 WAIT = 60.0  # seconds a condition may take on a busy machine before a test fails
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT) -> Any:
+def wait_for(condition: Callable[..., Any], what: str = "", within: float = WAIT) -> Any:
     """Return the condition's value as soon as it is true."""
     deadline = time.monotonic() + within
     while True:
@@ -59,9 +59,9 @@ def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT)
 def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Return what a query brings, as anybody with the sqlite3 shell, or psql, would see it."""
     if isinstance(db, str):
-        with psycopg.connect(server_url(db)) as connection:
-            connection.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
-            return connection.execute(sql.replace("?", "%s"), parameters or None).fetchall()
+        with psycopg.connect(server_url(db)) as server:
+            server.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
+            return server.execute(sql.replace("?", "%s"), parameters or None).fetchall()
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True, timeout=10)
     try:
         return connection.execute(sql, parameters).fetchall()

@@ -10,7 +10,7 @@ import pytest
 from speval import aio
 from speval.clock import Clock
 from speval.errors import DatabaseMissingError, InProgressError, OptionError, UnknownNameError
-from speval.model import Claim, Outcome, Settings
+from speval.model import Cause, Claim, Error, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
 from speval.stores.base import Control, Ended, Record, Store
@@ -101,8 +101,8 @@ def done(claim: Claim, result="1", duration=0.25) -> Ended:
     return Ended(claim, Outcome(None, result, None, 5.0, duration), False)
 
 
-def broken(claim: Claim, cause="exception", again=False, message="boom") -> Ended:
-    error = {"cause": cause, "type": "ValueError", "message": message, "traceback": "Traceback: boom"}
+def broken(claim: Claim, cause: Cause = "exception", again=False, message="boom") -> Ended:
+    error: Error = {"cause": cause, "type": "ValueError", "message": message, "traceback": "Traceback: boom"}
     return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ NAMES = ["7", "07", "a\0b\x10", "tab\tline\n\\N", "é\U0001f600", "failed", "tri
 
 
 def ended(claim, cause=None, again=False) -> Ended:
-    error = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
+    error: Any = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
     return Ended(claim, Outcome(cause, None if cause else f'"\\u0000 {claim.id} \\\\"', error, 5.5, 0.25), again)
 
 

@@ -281,7 +281,7 @@ def test_the_file_says_whose_it_is(db):
 
 UNPRIVILEGED = """
 import os, sys, json
-import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
+import speval.aio, speval.portal, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
 import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:

@@ -36,7 +36,7 @@ _CSV_END = "\r\n"  # csv quotes fields with these characters, so a lone "\r" can
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes
 
 
-@click.command(short_help="Write evaluations as CSV, JSON lines or Parquet.")
+@click.command()
 @database
 @click.option(
     "--format", "-f", "format_", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the file's name, or csv]"

@@ -25,7 +25,7 @@ from .params import as_json, database, filters, named, opened
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 
 
-@click.command(short_help="Count evaluations and list workers.")
+@click.command()
 @database
 @click.option("--exit-code", is_flag=True, help="Exit with 1 unless every evaluation is completed.")
 @as_json
@@ -90,7 +90,7 @@ def progress_text(seen: Overview) -> list[Cell]:
     return parts
 
 
-@click.command(short_help="List evaluations.")
+@click.command()
 @database
 @filters
 @click.option("--limit", "-n", type=click.IntRange(min=0), help="The maximum number to list. [default: all]")
@@ -134,7 +134,7 @@ def _row(e: Evaluation) -> tuple[Cell, ...]:
     )
 
 
-@click.command(short_help="Show one evaluation with all its attempts.")
+@click.command()
 @database
 @named(many=False)
 @as_json
@@ -186,7 +186,7 @@ def _attempt(attempt: Attempt) -> None:
             line("    ", (part, STYLES["failed"]))
 
 
-@click.command(short_help="Print the best completed evaluations.")
+@click.command()
 @database
 @click.argument("key", default="result")
 @click.option("--min", "order", flag_value="min", help="The smallest values are the best.")
@@ -232,7 +232,7 @@ def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> in
     return 0
 
 
-@click.command(short_help="Find problems of a database.")
+@click.command()
 @database
 @click.option("--quick", is_flag=True, help="Don't read the whole database to find damage.")
 @as_json

@@ -15,7 +15,7 @@ from .params import DB, as_json, database, database_name, opened
 __all__ = ["compact", "salvage"]
 
 
-@click.command(short_help="Return unused disk space to the system.")
+@click.command()
 @database
 @as_json
 def compact(db: str, as_json: bool) -> None:
@@ -31,7 +31,7 @@ def compact(db: str, as_json: bool) -> None:
         line(f"{done.before:,} bytes before, {done.after:,} now; {counted(done.workers, 'worker')} deleted")
 
 
-@click.command(short_help="Copy everything readable out of a damaged file.")
+@click.command()
 @database
 @click.argument("target", type=DB, metavar="NEW")
 @as_json

@@ -18,7 +18,7 @@ from .params import DB, as_json, cause, database, database_name, filters, named,
 __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 
 
-@click.command(short_help="Make evaluations pending again.")
+@click.command()
 @database
 @named(many=True)
 @click.option(
@@ -40,7 +40,7 @@ def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, 
         line(f"{counted(count)} pending again")
 
 
-@click.command(short_help="Stop all workers from claiming evaluations.")
+@click.command()
 @database
 def pause(db: str) -> None:
     """Stop all workers from claiming evaluations. Running evaluations continue; the workers wait for `speval resume`."""
@@ -50,7 +50,7 @@ def pause(db: str) -> None:
     line(f"paused; {counted(seen.in_progress)} still in progress, {seen.pending} pending until `speval resume`")
 
 
-@click.command(short_help="Let workers claim evaluations again.")
+@click.command()
 @database
 def resume(db: str) -> None:
     """Let workers claim evaluations again after `speval pause`."""
@@ -63,7 +63,7 @@ def resume(db: str) -> None:
 _SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
 
 
-@click.command("set", short_help="Set the concurrency of all workers.")
+@click.command("set")
 @database
 @_SETTING
 @click.argument("value", type=click.IntRange(1, MOST_CONCURRENCY), metavar="N")
@@ -74,7 +74,7 @@ def set_(db: str, setting: str, value: int) -> None:
     line(f"{setting} set to {value} for every worker")
 
 
-@click.command(short_help="Return to the concurrency of each call.")
+@click.command()
 @database
 @_SETTING
 def unset(db: str, setting: str) -> None:
@@ -84,7 +84,7 @@ def unset(db: str, setting: str) -> None:
     line(f"{setting} not set; each worker uses the value of its call")
 
 
-@click.command(short_help="Delete evaluations.")
+@click.command()
 @database
 @named(many=True)
 @filters
@@ -120,7 +120,7 @@ def drop(
         line(f"{counted(dropped)} dropped")
 
 
-@click.command(short_help="Copy a database to another one.")
+@click.command()
 @database
 @click.argument("target", type=DB, metavar="TARGET")
 @as_json
