@@ -1,7 +1,7 @@
 """The command group with all subcommands.
 
-Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module, which is imported
-when that subcommand runs, shows its help or is completed; the help of the group and the completion of a name import none.
+Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module, imported only when
+that subcommand runs, prints its help or is completed. The help of the group and the completion of a name import no such module.
 """
 
 from __future__ import annotations
