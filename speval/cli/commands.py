@@ -1,7 +1,7 @@
 """The command group with all subcommands.
 
-Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module, imported only when
-that subcommand runs, prints its help or is completed. The help of the group and the completion of a name import no such module.
+Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module. It is imported
+only when that subcommand runs, prints its help or is completed, and not for the help of the group.
 """
 
 from __future__ import annotations
