@@ -48,7 +48,10 @@ def cluster():
             yield client
 
 
-@pytest.fixture(params=["process pool", "loky", "dask", "thread pool"])
+one_cluster = pytest.mark.xdist_group("cluster")  # which takes seconds to start
+
+
+@pytest.fixture(params=["process pool", "loky", pytest.param("dask", marks=one_cluster), "thread pool"])
 def pool(request):
     if request.param == "dask":
         yield request.getfixturevalue("cluster").get_executor()
@@ -141,6 +144,7 @@ def test_a_pool_that_breaks_ends_the_run_and_the_next_one_goes_on(make, db):
     assert (summary.completed, summary.recorded) == (30, 30 - done)
 
 
+@one_cluster
 def test_a_dask_worker_that_dies_loses_nothing(cluster, db, tmp_path):
     first = str(tmp_path / "first")
 
@@ -327,6 +331,7 @@ def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_n
     assert speval(function, range(10), db).completed == 8
 
 
+@one_cluster
 def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()

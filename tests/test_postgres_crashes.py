@@ -203,7 +203,14 @@ def faults_after(kill: Kill, count: int, copies: int) -> list[str]:
     return [f"killed {kill.side} {kill.label} (step {kill.point}): {fault}" for fault in faults]
 
 
-@pytest.mark.parametrize(("executor", "concurrency", "count"), [("coroutine", 4, 12), ("process", 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("executor", "concurrency", "count"),
+    [
+        ("coroutine", 4, 6),
+        *(pytest.param("coroutine", 4, 12, marks=pytest.mark.slow), pytest.param("process", 2, 4, marks=pytest.mark.slow)),
+    ],
+    ids=str,
+)
 def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(
     tmp_path, postgres, namespace, executor, concurrency, count
 ):
