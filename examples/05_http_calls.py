@@ -1,9 +1,9 @@
 """Make a thousand HTTP calls, a hundred at a time, and after a crash only those that have no answer yet.
 
 Shows:
-    An async function as the one to evaluate. ``concurrency`` says how many calls are under way at once, ``timeout`` how long
-    one may take, ``retry_on`` what is tried again and ``backoff`` after how many seconds. Answers are recorded as they come,
-    so ``kill -9`` costs only the calls that were under way.
+    An async function. ``concurrency`` is the number of calls at the same time, ``timeout`` the time limit of a call, ``retry_on``
+    the exceptions that are tried again, and ``backoff`` the seconds before that. Answers are recorded as they arrive, so
+    ``kill -9`` costs only the running calls.
 
 Run:
     $ pip install aiohttp

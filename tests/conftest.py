@@ -71,7 +71,7 @@ def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
 
 def server_url(url: str) -> str:
     """Return a URL without what only speval knows."""
-    return url.partition("?space=")[0]
+    return url.partition("?namespace=")[0]
 
 
 def exists(db: Path | str) -> bool:
@@ -86,7 +86,7 @@ def content(db: Path | str) -> object:
     """Return all that is in a database."""
     if isinstance(db, Path):
         return db.read_bytes()
-    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "unlisted")
     return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 
@@ -157,7 +157,7 @@ def db(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
+    """A PostgreSQL server for all tests that want one; each test uses another namespace."""
     server = Server()
     try:
         server.start()
@@ -166,13 +166,13 @@ def postgres() -> Iterator[Server]:
         server.close()
 
 
-_spaces = itertools.count(1)
+_namespaces = itertools.count(1)
 
 
 @pytest.fixture
-def space() -> str:
-    """The name of an eval space that no other test has."""
-    return f"test_{os.getpid()}_{next(_spaces)}"
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"test_{os.getpid()}_{next(_namespaces)}"
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def anywhere(request: pytest.FixtureRequest, db: Path) -> Path | str:
     """A database of each kind, as a user names it."""
     if request.param == "sqlite":
         return db
-    return str(request.getfixturevalue("postgres").url(space=request.getfixturevalue("space")))
+    return str(request.getfixturevalue("postgres").url(namespace=request.getfixturevalue("namespace")))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -196,7 +196,7 @@ def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iter
     if request.param == "sqlite":
         yield SqlitePlace(db, clock)
         return
-    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("space"), ServerClock())
+    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("namespace"), ServerClock())
     yield place
     place.close()
 

@@ -110,13 +110,13 @@ def test_cancelled_at_every_step_nothing_is_held(tmp_path, call):
 
 
 @pytest.mark.parametrize("call", ["coroutines", "threads", "as_completed", "load_evals"])
-async def test_cancelled_at_any_moment_of_its_talk_with_a_server_nothing_is_held(postgres, space, call):
-    url = postgres.url(space=space)
+async def test_cancelled_at_any_moment_of_its_talk_with_a_server_nothing_is_held(postgres, namespace, call):
+    url = postgres.url(namespace=namespace)
     if call == "load_evals":
         await aio.speval(quick, range(3000), url, concurrency=100)
     for number in range(24):
         if number % 3 == 0 and call != "load_evals":
-            url = postgres.url(space=f"{space}_{number}")  # one that is yet to be made
+            url = postgres.url(namespace=f"{namespace}_{number}")  # one that is yet to be made
         task = asyncio.create_task(CALLS[call](url))
         await asyncio.sleep(random.uniform(0, 0.08))
         task.cancel()

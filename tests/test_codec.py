@@ -109,17 +109,17 @@ def test_encoded_text_fits_on_a_line_and_into_utf8():
         (numpy.ma.array([1, 2], mask=[False, True]), "would lose its mask"),
         (numpy.ma.masked, "would lose its mask"),
         (numpy.longdouble("0.1"), "longdouble is none of"),
-        (numpy.array([{1: "a", "1": "b"}], dtype=object), "two of its keys are '1'"),
+        (numpy.array([{1: "a", "1": "b"}], dtype=object), "two dict keys become the same string '1'"),
         (numpy.array([{"x": numpy.datetime64(1, "ns")}], dtype=object), "would lose its unit"),
         ("a \ud83d\ude00", "surrogate pair"),
         ({(1, 2): 3}, "dict key of type tuple"),
-        ({1: "a", "1": "b"}, "two of its keys are '1'"),
-        ({"x": {numpy.int64(1): "a", "1": "b"}}, "two of its keys are '1'"),
+        ({1: "a", "1": "b"}, "two dict keys become the same string '1'"),
+        ({"x": {numpy.int64(1): "a", "1": "b"}}, "two dict keys become the same string '1'"),
         (circular(), "contains itself"),
-        (nested(200), "nested too deeply, more than 200 levels"),
-        (nested(100_000), "nested too deeply"),
-        ({"x": nested(199)}, "nested too deeply"),
-        (numpy.array([nested(199), 0], dtype=object), "nested too deeply"),
+        (nested(200), "nested more than 200 levels deep"),
+        (nested(100_000), "nested more than"),
+        ({"x": nested(199)}, "nested more than"),
+        (numpy.array([nested(199), 0], dtype=object), "nested more than"),
         pytest.param(10**5000, "digits", id="too many digits"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_has_no_json_form_is_refused_by_name(value, problem):
 
 @pytest.mark.parametrize("depth", [265, 500, 990, 100_000])
 def test_what_is_stored_deeper_than_anything_that_is_written_is_refused_on_every_python(depth):
-    with pytest.raises(ValueError, match="nested too deeply"):
+    with pytest.raises(ValueError, match="nested"):
         read("[" * depth + "]" * depth)
 
 

@@ -164,29 +164,29 @@ def test_run_hands_its_options_on(here, call):
     ("arguments", "told"),
     [
         (["run", "tune:train", "runs.db"], "Missing option '--space'"),
-        (["run", "nowhere:train", "runs.db", "--space", "grid:a=1"], "nowhere can't be imported: No module named 'nowhere'"),
-        (["run", "nowhere.py:train", "runs.db", "--space", "grid:a=1"], "nowhere.py is not there"),
+        (["run", "nowhere:train", "runs.db", "--space", "grid:a=1"], "can't import nowhere: No module named 'nowhere'"),
+        (["run", "nowhere.py:train", "runs.db", "--space", "grid:a=1"], "nowhere.py does not exist"),
         (["run", "tune:trian", "runs.db", "--space", "grid:a=1"], "tune has no 'trian'"),
-        (["run", "tune:numbers", "runs.db", "--space", "grid:a=1"], "tune:numbers is no function"),
-        (["run", "tune", "runs.db", "--space", "grid:a=1"], "'tune' is no function; write module:name or file.py:name"),
+        (["run", "tune:numbers", "runs.db", "--space", "grid:a=1"], "tune:numbers is not a function"),
+        (["run", "tune", "runs.db", "--space", "grid:a=1"], "'tune' does not name a function; write module:name"),
         (["run", "broken.py:f", "runs.db", "--space", "grid:a=1"], "NameError: name 'nope' is not defined"),
         (["run", "odd.py:f", "runs.db", "--space", "grid:a=1"], "SyntaxError"),
-        (["run", "eager.py:f", "runs.db", "--space", "grid:a=1"], 'put that under if __name__ == "__main__"'),
-        (["run", "json.py:f", "runs.db", "--space", "grid:a=1"], "there is another module 'json'"),
-        (["run", "tune:train", "runs.db", "--space", "no.csv"], "no.csv is not there"),
-        (["run", "tune:train", "runs.db", "--space", "bad.jsonl"], "bad.jsonl:2: it is no JSON"),
-        (["run", "tune:train", "runs.db", "--space", "bad.csv"], "bad.csv:3: it has not as many values"),
+        (["run", "eager.py:f", "runs.db", "--space", "grid:a=1"], 'move the call under if __name__ == "__main__"'),
+        (["run", "json.py:f", "runs.db", "--space", "grid:a=1"], "another module is named 'json'"),
+        (["run", "tune:train", "runs.db", "--space", "no.csv"], "no.csv does not exist"),
+        (["run", "tune:train", "runs.db", "--space", "bad.jsonl"], "bad.jsonl:2: invalid JSON"),
+        (["run", "tune:train", "runs.db", "--space", "bad.csv"], "bad.csv:3: the number of values differs"),
         (
             ["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "id"],
-            "same.csv:3: another evaluation is named 'x'",
+            "same.csv:3: another evaluation already has the name 'x'",
         ),
-        (["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "no"], "same.csv:2: it has no 'no'"),
-        (["run", "tune:train", "runs.db", "--space", "grid:lr"], "'lr' is not like lr=0.1,0.01"),
-        (["run", "tune:train", "runs.db", "--space", "grid:a=1;a=2"], "'a' is twice in it"),
-        (["run", "tune:train", "runs.db", "--space", "what"], "name a .jsonl or .csv file, grid:"),
-        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "-j", "0"], "concurrency=0 can't be used"),
+        (["run", "tune:train", "runs.db", "--space", "same.csv", "--name", "no"], "--name no: the args have no key 'no'"),
+        (["run", "tune:train", "runs.db", "--space", "grid:lr"], "expected KEY=VALUE,VALUE instead of 'lr'"),
+        (["run", "tune:train", "runs.db", "--space", "grid:a=1;a=2"], "'a' appears twice"),
+        (["run", "tune:train", "runs.db", "--space", "what"], "expected a .jsonl or .csv file, grid:"),
+        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "-j", "0"], "invalid concurrency=0"),
         (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--max-failures", "x"], "'x' is neither a count"),
-        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--retry-on", "Nope"], "'Nope' is no exception"),
+        (["run", "tune:train", "runs.db", "--space", "grid:a=1", "--retry-on", "Nope"], "'Nope' does not name an exception"),
         (["run", "tune:train", ".", "--space", "grid:a=1"], "is a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -308,11 +308,11 @@ def test_best_without_a_key_goes_by_results_that_are_numbers(here, call):
 
 
 def test_best_names_the_keys_there_are(filled, call):
-    assert "there are result.loss, result.text" in complaint(call("best", "runs.db", "--min", code=2))
-    assert "there are result.loss, result.text" in complaint(call("best", "runs.db", "lss", "--min", code=2))
+    assert "the columns are result.loss, result.text" in complaint(call("best", "runs.db", "--min", code=2))
+    assert "the columns are result.loss, result.text" in complaint(call("best", "runs.db", "lss", "--min", code=2))
     assert "--min or --max" in complaint(call("best", "runs.db", "loss", code=2))
     speval(boom, {"c": "bad"}, filled.with_name("none.db"), progress=False)
-    assert "nothing is completed yet" in complaint(call("best", "none.db", "loss", "--min", code=2))
+    assert "no evaluation is completed yet" in complaint(call("best", "none.db", "loss", "--min", code=2))
 
 
 # export
@@ -344,7 +344,7 @@ def test_export_writes_files_by_their_suffix_completely_or_not_at_all(here, call
     call("export", "runs.db", "-o", "out.csv", "--status", "completed")
     assert len((here / "out.csv").read_text().splitlines()) == 3
     assert "nowhere/out.csv" in complaint(call("export", "runs.db", "-o", "nowhere/out.csv", code=2))
-    assert "no such database" in complaint(call("export", "no.db", "-o", "none.csv", code=2))
+    assert "this database does not exist" in complaint(call("export", "no.db", "-o", "none.csv", code=2))
     assert not list(here.glob("*none*")) + list(here.glob(".*"))
 
 
@@ -406,10 +406,10 @@ def test_export_writes_parquet_with_types(here, call):
 
 
 def test_retry_puts_back_what_is_chosen(filled, call):
-    assert lines(call("retry", "runs.db")) == ["1 evaluation put back"]
-    assert lines(call("retry", "runs.db")) == ["0 evaluations put back"]
+    assert lines(call("retry", "runs.db")) == ["1 evaluation pending again"]
+    assert lines(call("retry", "runs.db")) == ["0 evaluations pending again"]
     assert json.loads(call("retry", "runs.db", "--status", "completed", "a", "--json").stdout) == {"retried": 1}
-    assert lines(call("retry", "runs.db", "-s", "completed", "--match", "*old*")) == ["1 evaluation put back"]
+    assert lines(call("retry", "runs.db", "-s", "completed", "--match", "*old*")) == ["1 evaluation pending again"]
     assert "no evaluation is named 'nobody'" in complaint(call("retry", "runs.db", "nobody", code=2))
     assert {e["status"] for e in load_evals(filled)} == {"pending"}
 
@@ -448,10 +448,10 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
 
 
 def test_drop_asks_before_it_forgets(filled, call, terminal):
-    assert "say --yes" in complaint(call("drop", "runs.db", "a", code=2))
-    assert "name what to drop" in complaint(call("drop", "runs.db", code=2))
+    assert "pass --yes" in complaint(call("drop", "runs.db", "a", code=2))
+    assert "name the evaluations to drop" in complaint(call("drop", "runs.db", code=2))
     seen = terminal(COMMAND, "drop", "runs.db", "a", "c")
-    seen.wait_for(r"Drop 2 evaluations with all that is recorded of them\? \[y/N\]")
+    seen.wait_for(r"Delete 2 evaluations with all attempts and results\? \[y/N\]")
     seen.type("n\r")
     assert seen.end() == 130
     assert len(load_evals(filled)) == 3
@@ -471,7 +471,7 @@ def test_drop_asks_before_it_forgets(filled, call, terminal):
 def test_doctor_has_facts_and_exits_with_1_when_something_is_broken(filled, call):
     told = call("doctor", "runs.db").stdout
     assert "integrity     ok" in told
-    assert "nothing to complain about" in told
+    assert "no problems found" in told
     seen = json.loads(call("doctor", "runs.db", "--json", "--quick").stdout)
     assert (seen["facts"]["evaluations"], seen["findings"]) == (3, [])
     call("pause", "runs.db")
@@ -618,10 +618,10 @@ def test_a_pipe_that_is_closed_early_is_no_traceback(tmp_path, arguments):
 )  # fmt: skip
 def test_a_database_that_is_missing_or_foreign_is_named_and_left_alone(tmp_path, call, arguments):
     name, *rest = arguments
-    assert "no.db: there is no such database" in complaint(call(name, "no.db", *rest, code=2))
+    assert "no.db: this database does not exist" in complaint(call(name, "no.db", *rest, code=2))
     assert not (tmp_path / "no.db").exists()
     (tmp_path / "notes.txt").write_text("some notes of mine " * 100)
-    assert "notes.txt: not a database of speval" in complaint(call(name, "notes.txt", *rest, code=2))
+    assert "notes.txt: this is not a speval database" in complaint(call(name, "notes.txt", *rest, code=2))
     assert (tmp_path / "notes.txt").read_text().startswith("some notes of mine")
     assert "Missing argument 'DB'" in complaint(call(name, code=2))
 
@@ -667,7 +667,7 @@ def test_whatever_a_stranger_has_written_is_shown_or_refused_by_name(filled, cap
 
 
 def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, call, postgres, terminal):
-    url = postgres.url(space="command", password="sesame")
+    url = postgres.url(namespace="command", password="sesame")
     call("run", "tune:train", url, "--space", "grid:lr=0.1,0.2;depth=2,8", code=1)
     assert lines(call("status", url))[0] == "4 evaluations: 2 completed, 2 failed (2 exception)"
     assert lines(call("ls", url, "--names", "--match", "*depth=2")) == ["lr=0.1;depth=2", "lr=0.2;depth=2"]
@@ -680,7 +680,7 @@ def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, c
     assert "paused, concurrency set to 3" in call("status", url).stdout
     call("resume", url)
     assert lines(call("drop", url, "--cause", "exception", "-y")) == ["2 evaluations dropped"]
-    assert lines(call("retry", url, "-s", "completed", "lr=0.1;depth=2")) == ["1 evaluation put back"]
+    assert lines(call("retry", url, "-s", "completed", "lr=0.1;depth=2")) == ["1 evaluation pending again"]
     call("run", "tune:train", url, "--space", "grid:lr=0.1,0.2;depth=2")
     seen = terminal(COMMAND, "watch", url, columns=140)
     assert seen.end() == 0

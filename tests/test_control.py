@@ -557,7 +557,7 @@ async def test_dead_workers_a_pause_and_what_nobody_holds_are_pointed_out(databa
     findings = control.check().findings
     assert not any(finding.is_error for finding in findings)
     told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in findings)
-    assert "shows no sign of life" in told
+    assert "has not renewed its lease" in told
     assert "holds 2 evaluations" in told
     assert "`speval resume`" in told
 

@@ -392,13 +392,13 @@ def test_the_architecture_page_knows_every_table_and_column(tmp_path):
         assert [cells[0].strip("`") for cells in rows] == expected, name
 
 
-def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgres, space):
-    speval(abs, [1], postgres.url(space=space), executor="thread")
+def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgres, namespace):
+    speval(abs, [1], postgres.url(namespace=namespace), executor="thread")
     with psycopg.connect(postgres.url()) as connection:
         found = connection.execute(
             "SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position) FROM information_schema.columns"
             " WHERE table_schema = %s AND table_name <> 'evals' GROUP BY 1",
-            (f"speval_{space}",),
+            (f"speval_{namespace}",),
         ).fetchall()
     rows = table(ROOT / "docs" / "architecture.md", "## The PostgreSQL database")
     assert {name.strip("`"): re.findall(r"`(\w+)`", columns) for name, columns, _ in rows} == dict(found)

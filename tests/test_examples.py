@@ -127,7 +127,7 @@ def test_retrieving_before_anything_was_stored_names_the_missing_database(exampl
     process = examples.start("02_retrieve_results", db)
     _, err = process.communicate(timeout=WITHIN)
     assert process.returncode == 1
-    assert f"DatabaseMissingError: {db.name}: there is no such database" in err
+    assert f"DatabaseMissingError: {db.name}: this database does not exist" in err
     assert not db.exists()
 
 

@@ -131,7 +131,7 @@ def test_a_pool_that_breaks_ends_the_run_and_the_next_one_goes_on(make, db):
         return args
 
     pool = make()
-    with pytest.raises(ExecutorError, match="takes no more calls"):
+    with pytest.raises(ExecutorError, match="accepts no more calls"):
         speval(function, range(30), db, executor=pool, backoff=0)
     pool.shutdown()
     assert rows(db, "SELECT count(*) FROM attempts WHERE outcome = 'crash'")[0][0] >= 1
@@ -196,7 +196,7 @@ print(len([e for e in evaluations if e["status"] == "completed"]), {e["status"] 
 
 def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiting_for_ever(scripts: Scripts):
     done = scripts.run(LOSES_ITS_SCHEDULER)
-    assert "executor=ClientExecutor takes no more calls" in done.stdout, done.stderr
+    assert "executor=ClientExecutor accepts no more calls" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1].startswith("5 {"), done.stdout
     assert "'in_progress'" not in done.stdout
 

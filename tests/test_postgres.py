@@ -58,8 +58,8 @@ async def until(condition):
 
 
 @pytest.fixture
-def url(postgres, space) -> str:
-    return postgres.url(space=space)
+def url(postgres, namespace) -> str:
+    return postgres.url(namespace=namespace)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def proxy(postgres):
 
 
 @pytest.fixture
-def through(proxy, postgres, space) -> str:
+def through(proxy, postgres, namespace) -> str:
     """The URL of a database behind the proxy."""
-    return proxy.url(postgres, space)
+    return proxy.url(postgres, namespace)
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def assert_all_done(copies, url, count, folder, twice):
 
 
 def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, scripts, tmp_path):
-    url = scripts.database = own.url(space="crash")
+    url = scripts.database = own.url(namespace="crash")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "800", "5") for _ in range(3)]
     for part in (100, 250):
@@ -349,7 +349,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, s
 
 
 def test_a_server_that_stands_still_for_longer_than_a_lease_costs_no_worker_its_life(own, scripts, tmp_path):
-    url = scripts.database = own.url(space="still")
+    url = scripts.database = own.url(namespace="still")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "600", "1") for _ in range(3)]
     wait_for(lambda: ended(url) >= 60)
@@ -378,10 +378,10 @@ def test_terminated_backends_cost_nothing(url, scripts, tmp_path):
 
 
 def test_a_network_that_is_gone_for_longer_than_a_lease_stops_one_worker_and_it_goes_on_after(
-    postgres, proxy, space, scripts, tmp_path
+    postgres, proxy, namespace, scripts, tmp_path
 ):
-    url = postgres.url(space=space)
-    scripts.database = proxy.url(postgres, space)
+    url = postgres.url(namespace=namespace)
+    scripts.database = proxy.url(postgres, namespace)
     log = (tmp_path / "log").open("w+")
     cut_off = scripts.start(scripts.write(COUNTED), "600", "1", stderr=log)
     wait_for(lambda: ended(url) >= 20)
@@ -419,7 +419,7 @@ def test_a_full_disk_is_waited_for(own, tmp_path, caplog):
 
         async def run():
             running = asyncio.create_task(aio.speval(function, range(200), url, concurrency=4))
-            await until(lambda: "disk is full" in caplog.text)
+            await until(lambda: "disk of the server is full" in caplog.text)
             ballast.unlink()
             return await running
 
@@ -452,7 +452,7 @@ def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scr
     )
     pooler = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stderr=subprocess.PIPE, **own.owner)
     try:
-        url = scripts.database = own.url(space="pooled").replace(str(own.port), str(port))
+        url = scripts.database = own.url(namespace="pooled").replace(str(own.port), str(port))
         script = scripts.write(COUNTED)
         copies = [scripts.start(script, "1000", "5") for _ in range(6)]
         assert_all_done(copies, url, 1000, tmp_path, twice=0)
@@ -478,7 +478,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
     try:
         server.trust("10.91.0.0/24")
         server.start()
-        url = server.url(space="hosts").replace("127.0.0.1", "10.91.0.1")
+        url = server.url(namespace="hosts").replace("127.0.0.1", "10.91.0.1")
         is_ours = subprocess.run(["ip", "netns", "add", "ada"], capture_output=True).returncode == 0
         command = [sys.executable, "examples/10_four_hosts.py", url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
@@ -486,7 +486,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
         assert "ended well: ['ada', 'barbara', 'frances']" in done.stdout, done.stdout + done.stderr
         assert "evaluated by all: True" in done.stdout
         assert "could not be renewed" in done.stderr
-        assert rows(server.url(space="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
+        assert rows(server.url(namespace="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
         # One that the example has not made is still there, and of its own nothing is.
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         assert "ada" in left.split()
@@ -526,8 +526,8 @@ def test_fifty_workers_that_start_at_once_make_one_schema_and_seed_once(url):
     assert rows(url, "SELECT count(*) FROM evaluations") == [(100,)]
 
 
-def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
-    one, other = postgres.url(space=f"{space}a"), postgres.url(space=f"{space}b")
+def test_spaces_of_one_database_know_nothing_of_each_other(postgres, namespace):
+    one, other = postgres.url(namespace=f"{namespace}a"), postgres.url(namespace=f"{namespace}b")
     assert speval(lambda args: args, [1, 2], one).completed == 2
     assert speval(lambda args: -args, [1, 2, 3], other).recorded == 3
     assert [e["result"] for e in load_evals(one)] == [1, 2]
@@ -535,7 +535,7 @@ def test_spaces_of_one_database_know_nothing_of_each_other(postgres, space):
 
 
 def test_reading_what_is_not_there_makes_nothing(postgres, url):
-    with pytest.raises(DatabaseMissingError, match="there is no such database"):
+    with pytest.raises(DatabaseMissingError, match="this database does not exist"):
         load_evals(url)
     with psycopg.connect(postgres.url()) as connection:
         assert connection.execute("SELECT to_regnamespace(%s)", (PostgresUrl.parse(url).schema,)).fetchone() == (None,)
@@ -557,7 +557,7 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {schema} CREATE TABLE meta (key text, value text)")
-        with pytest.raises(ForeignDatabaseError, match="of something else"):
+        with pytest.raises(ForeignDatabaseError, match="of another program"):
             speval(abs, [1], url)
         tables = connection.execute(
             "SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace(%s)", (schema,)
@@ -565,21 +565,21 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
         assert tables == (1,)
 
 
-def test_a_database_that_can_not_hold_every_text_is_refused(postgres, space):
+def test_a_database_that_can_not_hold_every_text_is_refused(postgres, namespace):
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {space} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+        connection.execute(f"CREATE DATABASE {namespace} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(DatabaseError, match="its encoding is LATIN1"):
-        speval(abs, [1], postgres.url(space))
+        speval(abs, [1], postgres.url(namespace))
 
 
-def test_a_user_needs_no_more_than_the_documented_privileges(postgres, space, url):
-    schema, role = PostgresUrl.parse(url).schema, f"{space}_role"
+def test_a_user_needs_no_more_than_the_documented_privileges(postgres, namespace, url):
+    schema, role = PostgresUrl.parse(url).schema, f"{namespace}_role"
     speval(abs, [1, 2], url)
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
         connection.execute(f"CREATE ROLE {role} LOGIN")
     limited = url.replace("postgres@", f"{role}@")
-    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md says which privileges are needed"):
+    with pytest.raises(DatabaseError, match=r"permission denied.*docs/postgres\.md lists the required privileges"):
         load_evals(limited)
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
@@ -699,7 +699,7 @@ def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
         "postgresql://u:se#same@h/db",
         "postgresql://u:se:same@h:x/db",
         "postgresql://u:same@[h/db",
-        "postgresql://u:same@h/db?space=No Space",
+        "postgresql://u:same@h/db?namespace=No Name",
     ):
         with pytest.raises(OptionError) as caught:
             speval(abs, [1], url)

@@ -696,9 +696,7 @@ def test_what_can_not_be_pickled_is_refused_by_name_before_anything_is_claimed(d
         with lock:
             return args
 
-    with pytest.raises(
-        FunctionError, match=r"function can't run in processes of its own: its variable 'lock' is a lock"
-    ) as caught:
+    with pytest.raises(FunctionError, match=r"function can't run in worker processes: its variable 'lock' is a lock") as caught:
         speval(function, [1], db, executor="process")
     assert "executor='thread'" in str(caught.value)
     assert not db.exists()

@@ -127,7 +127,7 @@ def test_one_damaged_evaluation_is_left_out_and_named_and_the_others_are_there(s
     good = load_evals(db)
     assert len(good) == 9
     assert all(e in truth for e in good)
-    assert "1 evaluation is damaged and left out" in caplog.text
+    assert "skipped: 1 evaluation is damaged" in caplog.text
     with make_control(db) as control:
         assert list(control.evaluations()) == good
         assert any(finding.is_error for finding in control.check().findings)

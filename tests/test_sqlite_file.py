@@ -187,7 +187,7 @@ FOREIGN = [
 async def test_a_foreign_file_is_refused_and_left_byte_for_byte(db, make, call):
     make(db)
     before = everything(db)
-    with pytest.raises(ForeignDatabaseError, match=r"runs\.db: not a database of speval but"):
+    with pytest.raises(ForeignDatabaseError, match=r"runs\.db: this is not a speval database but"):
         await (aio.speval(double, [1], db) if call == "speval" else getattr(aio, call)(db))
     assert everything(db) == before
 
@@ -281,7 +281,7 @@ def test_the_file_says_whose_it_is(db):
 
 UNPRIVILEGED = """
 import os, sys, json
-import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
+import speval.aio, speval.portal, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
 import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:
@@ -401,7 +401,7 @@ def test_a_lock_that_stays_is_an_error_that_names_the_file(db):
     blocker.execute("BEGIN IMMEDIATE")
     file = SqliteFile(db, "write", patience=0.05)
     try:
-        with pytest.raises(DatabaseLockedError, match=r"runs\.db: locked by another program"):
+        with pytest.raises(DatabaseLockedError, match=r"runs\.db: another program has locked the database"):
             file.write(lambda c: c.execute("DELETE FROM meta"))
         assert file.read(lambda c: c.execute("SELECT count(*) > 0 FROM meta").fetchone()) == (1,)  # readers don't wait
         blocker.execute("ROLLBACK")
@@ -485,7 +485,10 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
         connection.close()
         signed(path)
         assert await aio.load_evals(path) == []
-        with make_control(path) as control, pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* is no JSON"):
+        with (
+            make_control(path) as control,
+            pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* are not JSON"),
+        ):
             control.evaluation("victim")
         connection = sqlite3.connect(path)
         connection.execute("UPDATE evaluations SET args = ?", (value,))
