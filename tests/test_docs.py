@@ -28,7 +28,8 @@ from speval.model import Cause, Status
 from .postgres_server import Server
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 REPOSITORY = re.compile(r"https://github\.com/speval/speval/(?:blob|tree)/main/")
 WAIT = 60.0  # seconds one block may take on a busy machine
 
