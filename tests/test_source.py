@@ -320,13 +320,8 @@ def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db
 
 
 def test_a_function_that_returns_nothing_to_iterate_over_is_refused(db):
-<<<<<<< HEAD
-    with pytest.raises(OptionError, match="has to be a generator"):
-        speval(abs, lambda ended: 5, db)  # type: ignore[arg-type,return-value]
-=======
     with pytest.raises(OptionError, match="must be a generator function"):
-        speval(abs, lambda ended: 5, db)
->>>>>>> words
+        speval(abs, lambda ended: 5, db)  # type: ignore[arg-type,return-value]
 
 
 def test_a_share_of_nobody_knows_how_many_is_refused_before_anything_is_made(db):
