@@ -437,7 +437,7 @@ def test_a_hard_limit_that_is_lowered_between_two_calls_keeps_no_worker_from_sta
 
 LAST_THREAD = """
 import os, resource, shutil, sys, tempfile
-import speval.portal, speval.executors.thread, speval.stores.sqlite.store, speval.stores.sqlite.lease
+import speval.aio, speval.portal, speval.executors.thread, speval.stores.sqlite.store, speval.stores.sqlite.lease
 from speval import SystemLimitError, speval
 
 folder = tempfile.mkdtemp(dir="/tmp")  # one that the other user can reach
