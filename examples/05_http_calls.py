@@ -11,7 +11,7 @@ Run:
     $ python examples/05_http_calls.py & sleep 3; kill -9 $!
     $ python examples/05_http_calls.py
 
-    The database is the first argument, by default 05_http_calls.db in the current folder; delete it to begin anew. The second
+    The database is the first argument, by default 05_http_calls.db in the current folder; delete it to start again. The second
     argument is the server's address. Leave the server running, it counts the requests.
 
 Prints:
