@@ -7,11 +7,13 @@ import itertools
 import os
 import pty
 import re
+import shutil
 import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -21,6 +23,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pyte
 import pytest
@@ -33,6 +36,19 @@ from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
 
+# A commit waits for the disk. No test cuts the power, so memory serves as well where the system offers enough of it.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where tmp_path is
+    tempfile.tempdir = str(MEMORY)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run more workers than there are cores: many tests wait for a lease, a backoff or a process."""
+    given = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(given) if given else 2 * (psutil.cpu_count() or 1)
+
+
 REQUIRED = frozenset(filter(None, os.environ.get("SPEVAL_REQUIRE", "").split(",")))  # packages whose tests must not be skipped
 
 
@@ -44,7 +60,7 @@ def needs(package: str, is_there: bool, reason: str) -> pytest.MarkDecorator:
 WAIT = 60.0  # seconds a condition may take on a busy machine before a test fails
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT) -> Any:
+def wait_for(condition: Callable[..., Any], what: str = "", within: float = WAIT) -> Any:
     """Return the condition's value as soon as it is true."""
     deadline = time.monotonic() + within
     while True:
@@ -59,9 +75,9 @@ def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT)
 def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Return what a query brings, as anybody with the sqlite3 shell, or psql, would see it."""
     if isinstance(db, str):
-        with psycopg.connect(server_url(db)) as connection:
-            connection.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
-            return connection.execute(sql.replace("?", "%s"), parameters or None).fetchall()
+        with psycopg.connect(server_url(db)) as server:
+            server.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
+            return server.execute(sql.replace("?", "%s"), parameters or None).fetchall()
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True, timeout=10)
     try:
         return connection.execute(sql, parameters).fetchall()
@@ -71,7 +87,7 @@ def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
 
 def server_url(url: str) -> str:
     """Return a URL without what only speval knows."""
-    return url.partition("?space=")[0]
+    return url.partition("?namespace=")[0]
 
 
 def exists(db: Path | str) -> bool:
@@ -86,7 +102,7 @@ def content(db: Path | str) -> object:
     """Return all that is in a database."""
     if isinstance(db, Path):
         return db.read_bytes()
-    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "unlisted")
     return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 
@@ -95,8 +111,8 @@ def signed(db: Path) -> None:
     with closing(sqlite3.connect(db, timeout=10)) as connection, connection:
         for id, name, args in connection.execute("SELECT id, name, args FROM evaluations").fetchall():
             connection.execute("UPDATE evaluations SET crc = ? WHERE id = ?", (of_evaluation(id, name, args), id))
-        for *row, _ in connection.execute("SELECT * FROM attempts").fetchall():
-            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row), row[0]))
+        for row in connection.execute("SELECT * FROM attempts").fetchall():
+            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row[:12]), row[0]))
 
 
 class MovableClock(Clock):
@@ -157,8 +173,8 @@ def db(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
-    server = Server()
+    """A PostgreSQL server for all tests that want one; each test uses another namespace."""
+    server = Server(fsync="off")
     try:
         server.start()
         yield server
@@ -166,13 +182,13 @@ def postgres() -> Iterator[Server]:
         server.close()
 
 
-_spaces = itertools.count(1)
+_namespaces = itertools.count(1)
 
 
 @pytest.fixture
-def space() -> str:
-    """The name of an eval space that no other test has."""
-    return f"test_{os.getpid()}_{next(_spaces)}"
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"test_{os.getpid()}_{next(_namespaces)}"
 
 
 @pytest.fixture
@@ -185,7 +201,7 @@ def anywhere(request: pytest.FixtureRequest, db: Path) -> Path | str:
     """A database of each kind, as a user names it."""
     if request.param == "sqlite":
         return db
-    return str(request.getfixturevalue("postgres").url(space=request.getfixturevalue("space")))
+    return str(request.getfixturevalue("postgres").url(namespace=request.getfixturevalue("namespace")))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -196,7 +212,7 @@ def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iter
     if request.param == "sqlite":
         yield SqlitePlace(db, clock)
         return
-    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("space"), ServerClock())
+    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("namespace"), ServerClock())
     yield place
     place.close()
 

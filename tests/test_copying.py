@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,13 @@ KINDS = ("sqlite", "postgres")
 
 
 @pytest.fixture
-def make(tmp_path, request, space):
+def make(tmp_path, request, namespace):
     """Return the argument of a database of a kind."""
 
     def make(kind, name="runs"):
         if kind == "sqlite":
             return tmp_path / f"{name}.db"
-        return request.getfixturevalue("postgres").url(space=f"{space}_{name}")
+        return request.getfixturevalue("postgres").url(namespace=f"{namespace}_{name}")
 
     return make
 
@@ -43,7 +44,7 @@ NAMES = ["7", "07", "a\0b\x10", "tab\tline\n\\N", "é\U0001f600", "failed", "tri
 
 
 def ended(claim, cause=None, again=False) -> Ended:
-    error = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
+    error: Any = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
     return Ended(claim, Outcome(cause, None if cause else f'"\\u0000 {claim.id} \\\\"', error, 5.5, 0.25), again)
 
 
@@ -135,7 +136,7 @@ async def test_a_target_with_evaluations_is_left_as_it_is(make, kind):
     await aio.speval(abs, [1, 2, 3], source, executor="thread")
     await aio.speval(abs, [7], target, executor="thread")
     before = content(target)
-    with pytest.raises(DatabaseNotEmptyError, match="has evaluations already"):
+    with pytest.raises(DatabaseNotEmptyError, match="already has evaluations"):
         await asyncio.to_thread(copy, source, target)
     assert content(target) == before
 

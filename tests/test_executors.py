@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ class Rig:
 
     def __init__(self, kind: str, pool: ProcessPoolExecutor | None = None) -> None:
         self.kind = kind
-        self.executor = pool or kind
+        self.executor: Any = pool or kind
         self.closers = []
 
     def slot(self, function: Callable, **options):
@@ -212,7 +213,7 @@ async def test_odd_exceptions_are_recorded_all_the_same(rig):
 
 
 class Liar(Exception):
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         raise RuntimeError("no class for you")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -261,8 +262,8 @@ def keeping():
 @pytest.fixture
 def lease(keeping, clock):
     """A lease of 30 s whose thread is not started: the test beats for it."""
-    told = []
-    lease = Lease(
+    told: list[object] = []
+    lease: Any = Lease(
         keeping,
         1,
         30.0,

@@ -309,7 +309,7 @@ async def test_retry_refuses_what_makes_no_sense(db):
 
 async def test_on_changed_error_names_how_many_and_the_first_few(db):
     await aio.speval(double, {"a": 1, "b": 2}, db)
-    with pytest.raises(ArgsChangedError, match="1 evaluation is stored with other args") as caught:
+    with pytest.raises(ArgsChangedError, match="1 evaluation has different args") as caught:
         await aio.speval(double, {"a": 1, "b": 3, "c": 4}, db)
     assert "'b': stored 2, now 3" in str(caught.value)
     assert [e["name"] for e in await aio.load_evals(db)] == ["a", "b"]
@@ -544,7 +544,7 @@ async def test_a_wrong_option_is_refused_by_name_before_anything_is_made(db, opt
 
 async def test_what_is_no_function_is_refused(db):
     with pytest.raises(OptionError, match="func='print'"):
-        await aio.speval("print", [1], db)
+        await aio.speval("print", [1], db)  # type: ignore[arg-type]
     assert not exists(db)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from speval.engine.lease import Lease
 from speval.errors import ArgsChangedError, StoreClosedError, UnknownNameError
-from speval.model import Claim, Outcome
+from speval.model import Cause, Claim, Error, Evaluation, Outcome
 from speval.spaces.eager import Space
 from speval.stores.base import Ended, Record, Store
 
@@ -25,8 +25,8 @@ def done(claim: Claim, result="1") -> Ended:
     return Ended(claim, Outcome(None, result, None, 5.0, 0.25), False)
 
 
-def broken(claim: Claim, cause="exception", again=False) -> Ended:
-    error = {"cause": cause, "type": "ValueError", "message": "boom", "traceback": "Traceback: boom"}
+def broken(claim: Claim, cause: Cause = "exception", again=False) -> Ended:
+    error: Error = {"cause": cause, "type": "ValueError", "message": "boom", "traceback": "Traceback: boom"}
     return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
 
 
@@ -70,7 +70,7 @@ class Database:
         for space in self.spaces:
             space.close()
 
-    async def all(self) -> dict[str, dict]:
+    async def all(self) -> dict[str, Evaluation]:
         _, evaluations = await self.stores[0].load(None, 0, 100_000)
         return {e["name"]: e for e in evaluations}
 
@@ -133,7 +133,7 @@ async def test_changed_args_are_an_error_that_shows_the_first_few_and_changes_no
         await database.seed(store, {f"e{i}": {"x": i * 2} for i in range(12)})
     assert caught.value.count == 9
     assert caught.value.examples == [(f"e{i}", f'{{"x":{i}}}', f'{{"x":{i * 2}}}') for i in (1, 2, 3)]
-    assert "9 evaluations are stored with other args" in str(caught.value)
+    assert "9 evaluations have different args" in str(caught.value)
     assert '\'e1\': stored {"x":1}, now {"x":2}' in str(caught.value)
     assert [e["args"] for e in (await database.all()).values()] == [{"x": i} for i in range(10)]
 

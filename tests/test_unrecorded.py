@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -71,7 +72,7 @@ class Locked:
 
     def __init__(self, db) -> None:
         if isinstance(db, str):
-            self._connection = psycopg.connect(server_url(db))
+            self._connection: Any = psycopg.connect(server_url(db))
             self._connection.execute(f"LOCK TABLE {PostgresUrl.parse(db).schema}.running IN ACCESS EXCLUSIVE MODE")
         else:
             self._connection = sqlite3.connect(db, isolation_level=None, timeout=30)
@@ -216,7 +217,7 @@ TRUNCATED = "TRUNCATE {0}.evaluations, {0}.queue, {0}.running, {0}.attempts"
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("DROP SCHEMA {0} CASCADE", "was changed or dropped while in use"),
+        ("DROP SCHEMA {0} CASCADE", "the schema was changed or dropped while in use"),
         (TRUNCATED, "holds 0 of the 100 evaluations"),
         ("TRUNCATE {0}.attempts", "holds [0-9]+ of the 100 evaluations"),
         ("DELETE FROM {0}.queue WHERE id > 50; DELETE FROM {0}.evaluations WHERE id > 50", "of the 100 evaluations"),
@@ -227,7 +228,7 @@ async def test_a_schema_that_others_drop_or_empty_ends_the_run_and_what_was_comp
     postgres, space, tmp_path, monkeypatch, sql, message
 ):
     monkeypatch.chdir(tmp_path)
-    url = postgres.url(space=space)
+    url = postgres.url(namespace=space)
     gone = sql.format(PostgresUrl.parse(url).schema)
 
     async def function(args):

@@ -1,7 +1,7 @@
-"""Stores: where evaluations live.
+"""Stores: databases of evaluations.
 
-Owns the contract (``base``) and its implementations, and the choice between them. Invariant: nothing above this package
-knows any SQL, and a store's module is imported only when a database of its kind is used.
+Owns the contract (``base``), its implementations, and the choice between them. Invariant: no module above this package
+contains SQL, and the module of a store is imported only when a database of its kind is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["make_archive", "make_control", "make_salvage", "make_store"]
 def make_store(
     db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
-    """Return a store for a checked database, not opened yet."""
+    """Return a store for a validated database; it is not open yet."""
     if isinstance(db, PostgresUrl):
         from .postgres.store import PostgresStore
 
@@ -32,10 +32,10 @@ def make_store(
 
 
 def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None = None) -> Control:
-    """Return what people at a terminal look at a checked database with, opened.
+    """Open a validated database for users: to read it, or to change it.
 
     Raises:
-        DatabaseError: it is not there, or can't be used.
+        DatabaseError: the database does not exist, or can't be used.
     """
     if isinstance(db, PostgresUrl):
         from .postgres.control import PostgresControl
@@ -47,10 +47,10 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
 
 
 def make_salvage(path: Path) -> Archive:
-    """Return what a damaged file is read with, as far as it can be.
+    """Return an archive that reads the intact rows of a damaged file.
 
     Raises:
-        DatabaseError: nothing of it can be read.
+        DatabaseError: the file can't be read at all.
     """
     from .sqlite.salvage import SqliteSalvage
 
@@ -58,10 +58,10 @@ def make_salvage(path: Path) -> Archive:
 
 
 def make_archive(db: Database, mode: StoreMode) -> Archive:
-    """Return what a checked database is read or filled as a whole with, opened.
+    """Open a validated database, to read or to fill it as a whole.
 
     Raises:
-        DatabaseError: it is not there and was to be read, or can't be used.
+        DatabaseError: the database can't be used, or does not exist and the mode is not "create".
     """
     if isinstance(db, PostgresUrl):
         from .postgres.archive import PostgresArchive
