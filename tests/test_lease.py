@@ -424,7 +424,7 @@ def test_something_unforeseen_does_not_end_its_thread(keeping, clock, caplog):
     lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print, on_broken=print)
     clock.now += 11
     lease.start()
-    wait_for(lambda: "something unforeseen" in caplog.text)
+    wait_for(lambda: "goes on after an unexpected error" in caplog.text)
     keeping.answer = True
     wait_for(lambda: keeping.renewed)
     lease.stop()
