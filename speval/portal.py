@@ -165,7 +165,7 @@ class Call(Generic[T]):
         """
         if self._process != os.getpid():
             problem = f"it began in process {self._process}, and this process is a fork of that one"
-            raise SpevalError(f"this call of as_completed can't be used here: {problem}; call it again in this process")
+            raise SpevalError(f"this call can't be used here: {problem}; call as_completed again in this process")
         self.asker = threading.get_ident()
         future: Future[Any] = Future()
         self._asked.append(future)

@@ -215,7 +215,7 @@ async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:
     await asyncio.wait({task}, timeout=GRACE)
     if not task.done():
         logger.warning(
-            "evaluation %r refuses to be cancelled: it is left behind, runs on in the event loop, and what it returns is dropped",
+            "evaluation %r refuses to be cancelled: it is left behind in the event loop, and what it returns is dropped",
             evaluation.name,
         )
         task.add_done_callback(_retrieve)
