@@ -120,6 +120,12 @@ class GuardedConnection(sqlite3.Connection):
         self._most = max(self._most, _size(self.path))
         self.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(_LONGEST - 1, _MIB + self._most))
 
+    def raise_caught(self) -> None:
+        """Raise what a signal handler raised while a statement ran, such as the KeyboardInterrupt of a Ctrl-C, if it did."""
+        caught, self._caught = self._caught, None
+        if caught is not None:
+            raise caught
+
     def reason(self) -> BaseException:
         """Return why a statement was ended from outside of it: the exception of a signal, or an error that says it."""
         caught, self._caught = self._caught, None

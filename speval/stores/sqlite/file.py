@@ -212,8 +212,10 @@ class SqliteFile:
 
     def checkpoint(self) -> None:
         """Move what is in the -wal into the file, as far as that keeps nobody waiting."""
-        with suppress(sqlite3.Error):
+        try:
             self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error:
+            self.connection.raise_caught()
 
     def close(self) -> None:
         """Close the connection; calling it again does nothing."""

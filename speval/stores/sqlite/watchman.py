@@ -71,6 +71,8 @@ class Watchman:
             try:
                 path = self._copy(connection)
             except (OSError, sqlite3.Error) as error:
+                if isinstance(connection, GuardedConnection):
+                    connection.raise_caught()
                 return f"what was recorded could not be saved: {error}"
             else:
                 self._rescued = f"all that was recorded is in {path}: rename it and start again"
