@@ -1,8 +1,8 @@
 """Fit a line to noisy points, by a grid and by a random search.
 
 Shows:
-    Both searches are eval spaces made by plain Python. Their evaluations have different names, so one database holds both. Every
-    copy of the script must create the same points and the same arguments, so the random numbers start from a fixed seed.
+    Both searches are eval spaces made by plain Python. Their evaluations have different names, so one database holds both.
+    Every copy of the script must create the same points and the same arguments, so the random numbers start from a fixed seed.
 
 Run:
     $ python examples/03_fit_line.py

@@ -145,8 +145,8 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
 
     Returns:
         A frame in eval-space order: ``name``, ``status``, ``args.*``, ``result.*``, ``attempts``, ``started``, ``duration``,
-        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are not a dict are one
-        column, ``args`` or ``result``. With polars, a column whose values have no common type contains JSON text.
+        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are not a dict are
+        one column, ``args`` or ``result``. With polars, a column whose values have no common type contains JSON text.
 
     Raises:
         MissingExtraError: the library is not installed.

@@ -7,11 +7,13 @@ import itertools
 import os
 import pty
 import re
+import shutil
 import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -21,6 +23,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pyte
 import pytest
@@ -32,6 +35,19 @@ from speval.url import PostgresUrl
 from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
+
+# A commit waits for the disk. No test cuts the power, so memory serves as well where the system offers enough of it.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where tmp_path is
+    tempfile.tempdir = str(MEMORY)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run more workers than there are cores: many tests wait for a lease, a backoff or a process."""
+    given = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(given) if given else 2 * (psutil.cpu_count() or 1)
+
 
 REQUIRED = frozenset(filter(None, os.environ.get("SPEVAL_REQUIRE", "").split(",")))  # packages whose tests must not be skipped
 
@@ -95,8 +111,8 @@ def signed(db: Path) -> None:
     with closing(sqlite3.connect(db, timeout=10)) as connection, connection:
         for id, name, args in connection.execute("SELECT id, name, args FROM evaluations").fetchall():
             connection.execute("UPDATE evaluations SET crc = ? WHERE id = ?", (of_evaluation(id, name, args), id))
-        for *row, _ in connection.execute("SELECT * FROM attempts").fetchall():
-            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row), row[0]))
+        for row in connection.execute("SELECT * FROM attempts").fetchall():
+            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row[:12]), row[0]))
 
 
 class MovableClock(Clock):
@@ -158,7 +174,7 @@ def db(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
     """A PostgreSQL server for all tests that want one; each test uses another namespace."""
-    server = Server()
+    server = Server(fsync="off")
     try:
         server.start()
         yield server

@@ -47,7 +47,51 @@ PLAIN = {
 WORDS = re.compile("|".join(rf"(?P<p{n}>\b(?:{pattern})\b)" for n, pattern in enumerate(PLAIN)), re.IGNORECASE)
 
 # Not in plain words yet. Take a file out when its texts are.
-TODO: set[str] = set()
+TODO: set[str] = {
+    "speval/aio.py",
+    "speval/engine/failures.py",
+    "speval/engine/feeder.py",
+    "speval/engine/lease.py",
+    "speval/engine/side_files.py",
+    "speval/engine/worker.py",
+    "speval/executors/__init__.py",
+    "speval/executors/batch.py",
+    "speval/executors/call.py",
+    "speval/executors/coroutine.py",
+    "speval/executors/foreign/beginnings.py",
+    "speval/executors/foreign/call.py",
+    "speval/executors/foreign/executor.py",
+    "speval/executors/importable.py",
+    "speval/executors/pickler.py",
+    "speval/executors/process/executor.py",
+    "speval/executors/process/serve.py",
+    "speval/executors/process/worker.py",
+    "speval/open_calls.py",
+    "speval/portal.py",
+    "speval/stores/base.py",
+    "speval/stores/postgres/control.py",
+    "speval/stores/sqlite/archive.py",
+    "speval/stores/sqlite/checksum.py",
+    "speval/stores/sqlite/compact.py",
+    "speval/stores/sqlite/connect.py",
+    "speval/stores/sqlite/contents.py",
+    "speval/stores/sqlite/control.py",
+    "speval/stores/sqlite/damage.py",
+    "speval/stores/sqlite/file.py",
+    "speval/stores/sqlite/guard.py",
+    "speval/stores/sqlite/lease.py",
+    "speval/stores/sqlite/mount.py",
+    "speval/stores/sqlite/pair.py",
+    "speval/stores/sqlite/rows.py",
+    "speval/stores/sqlite/salvage.py",
+    "speval/stores/sqlite/schema.sql",
+    "speval/stores/sqlite/seed.py",
+    "speval/stores/sqlite/store.py",
+    "speval/stores/sqlite/wal.py",
+    "speval/stores/sqlite/watchman.py",
+    "speval/sync.py",
+    "speval/threads.py",
+}
 
 
 def name(path: Path) -> str:

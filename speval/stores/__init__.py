@@ -32,10 +32,10 @@ def make_store(
 
 
 def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None = None) -> Control:
-    """Return what people at a terminal look at a checked database with, opened.
+    """Open a validated database for users: to read it, or to change it.
 
     Raises:
-        DatabaseError: it is not there, or can't be used.
+        DatabaseError: the database does not exist, or can't be used.
     """
     if isinstance(db, PostgresUrl):
         from .postgres.control import PostgresControl
