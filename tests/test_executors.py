@@ -260,7 +260,7 @@ async def test_a_result_without_a_json_form_is_this_evaluations_failure(rig):
     slot = rig.slot(lambda args: object() if args else "fine")
     outcome = await slot.call("17", "1", None)
     assert outcome.cause == "unserializable"
-    assert "the result of evaluation '17' can't be written as JSON: object is none of" in outcome.error["message"]
+    assert "the result of evaluation '17' can't be written as JSON: object is not supported" in outcome.error["message"]
     assert not outcome.again
     assert (await slot.call("18", "0", None)).result == '"fine"'
 

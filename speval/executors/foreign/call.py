@@ -1,7 +1,7 @@
-"""What runs in somebody else's executor, in a process of its own.
+"""The code that runs in the processes of a pool.
 
-Owns the functions that are loaded there. Invariant: a call runs the function it was submitted with, whatever other calls this
-process serves at the same time; and one that can't tell its beginning, as it was asked to, does not run at all.
+Owns the functions that are loaded there. Invariant: a call runs the function it was submitted with, also when this process
+serves other calls at the same time. A call that can't report its start, although it was asked to, does not run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..call import evaluate
 
 __all__ = ["NEEDS_PAYLOAD", "NOT_TOLD", "call_loaded"]
 
-NEEDS_PAYLOAD = "payload"  # this process has not got the function
-NOT_TOLD = "not told"  # nobody could be told that the call begins
-_MOST_LOADED = 4  # functions, the last ones used; each may hold much memory
+NEEDS_PAYLOAD = "payload"  # this process does not have the function
+NOT_TOLD = "not told"  # the start of the call could not be reported
+_MOST_LOADED = 4  # the number of recently used functions to keep; each may use much memory
 
 _loaded: dict[bytes, Any] = {}
 _lock = threading.Lock()
@@ -31,15 +31,15 @@ def call_loaded(
     """Call a function.
 
     Args:
-        digest: Which function.
-        payload: The function itself; None, where this process is thought to have it.
-        token: The call's own; it makes no two calls equal.
-        channel: Where to tell that the call begins.
+        digest: The digest of the function.
+        payload: The pickled function, or None if this process should have it.
+        token: A unique key of the call, so that calls are never equal.
+        channel: The address for the report that the call starts.
         name: The evaluation's name.
         args: Its args as JSON.
 
     Returns:
-        How it ended, or one of the words above, and then the function has not been called.
+        The result, or one of the constants above if the function was not called.
     """
     loaded = _load(digest, payload)
     if loaded is None:
@@ -53,13 +53,13 @@ def call_loaded(
 def _load(digest: bytes, payload: bytes | None) -> Any:
     loaded = _used(digest, None)
     if loaded is None and payload is not None:
-        # Not under the lock, since it runs the user's code, and so does the end of what is dropped.
+        # Not under the lock: loading and deleting functions run code of the user.
         loaded = _used(digest, pickle.loads(payload))
     return loaded
 
 
 def _used(digest: bytes, new: Any) -> Any:
-    """Return the function of a digest as the last one used; when there is none yet, the new one."""
+    """Return the function of a digest and mark it as recently used; if it is missing, add and return the new one."""
     dropped = []
     with _lock:
         loaded = _loaded.pop(digest, new)
@@ -71,14 +71,14 @@ def _used(digest: bytes, new: Any) -> Any:
 
 
 def _tell(kind: str, where: str, token: str) -> bool:
-    """Tell that a call begins; False if it can't be done."""
+    """Report that a call starts; return whether this succeeded."""
     try:
         if kind == "dask":
             from distributed import get_worker
 
             get_worker().log_event(where, token)
             return True
-        # It fails when nothing reads it: then the run is over, and this call has been given up.
+        # Opening fails without a reader: then the run is over, and this call was abandoned.
         fd = os.open(where, os.O_WRONLY | os.O_NONBLOCK)
         try:
             return os.write(fd, token.encode()) == len(token)
