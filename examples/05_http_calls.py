@@ -2,8 +2,8 @@
 
 Shows:
     An async function. ``concurrency`` is the number of calls at the same time, ``timeout`` the time limit of a call,
-    ``retry_on`` the exceptions that are tried again, and ``backoff`` the seconds before that. Answers are recorded as they
-    arrive, so ``kill -9`` costs only the running calls.
+    ``retry_on`` the exceptions that are tried again, and ``backoff`` the seconds before that. Answers are recorded as
+    they arrive, so ``kill -9`` costs only the running calls.
 
 Run:
     $ pip install aiohttp

@@ -111,8 +111,8 @@ def signed(db: Path) -> None:
     with closing(sqlite3.connect(db, timeout=10)) as connection, connection:
         for id, name, args in connection.execute("SELECT id, name, args FROM evaluations").fetchall():
             connection.execute("UPDATE evaluations SET crc = ? WHERE id = ?", (of_evaluation(id, name, args), id))
-        for *row, _ in connection.execute("SELECT * FROM attempts").fetchall():
-            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row), row[0]))
+        for row in connection.execute("SELECT * FROM attempts").fetchall():
+            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row[:12]), row[0]))
 
 
 class MovableClock(Clock):

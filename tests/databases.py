@@ -71,7 +71,7 @@ class Place(ABC):
 
 class SqlitePlace(Place):
     control_module = "speval.stores.sqlite.control"
-    state_tables = ("states", "attempts")
+    state_tables = ("fresh", "claimed", "queue", "running", "attempts")
 
     def __init__(self, path: Path, clock: MovableClock) -> None:
         self.argument = self.path = path

@@ -15,6 +15,7 @@ import anyio
 import pytest
 
 from speval import ArgsChangedError, aio, as_completed, speval
+from speval.stores.sqlite.states import STATES
 
 from .conftest import exists, open_files, our_threads, rows, wait_for
 from .test_process import children
@@ -36,8 +37,9 @@ def assert_nothing_held(db):
     connection.execute("BEGIN IMMEDIATE")  # raises at once if anybody holds the lock
     connection.execute("ROLLBACK")
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    if "states" in tables:
-        assert connection.execute("SELECT count(*) FROM states WHERE worker IS NOT NULL OR status IN (1, 4)").fetchone() == (0,)
+    if "evaluations" in tables:
+        held = f"SELECT count(*) FROM {STATES} WHERE worker IS NOT NULL OR status IN (1, 4)"
+        assert connection.execute(held).fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM workers WHERE ended_at IS NULL").fetchone() == (0,)
     connection.close()
 

@@ -649,7 +649,7 @@ def test_untrusted_content_is_shown_or_refused_by_name(filled, capsys, monkeypat
     commands += [["doctor", "--json"], ["best", "loss", "--min"], ["export", "-f", "jsonl"], ["watch"], ["watch", "--json"]]
     hostile = ["x\x1b[31m", b"\xff\xfe", None, 2**62, math.inf]
     connection = sqlite3.connect(filled)
-    tables = ("evaluations", "states", "attempts", "workers", "meta")
+    tables = ("evaluations", "fresh", "claimed", "queue", "running", "attempts", "workers", "meta")
     columns = [(table, row[1]) for table in tables for row in connection.execute(f"PRAGMA table_info({table})")]
     connection.close()
     whole = filled.read_bytes()

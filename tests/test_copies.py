@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from speval import load_evals, speval
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, exists, rows, wait_for
 
@@ -41,7 +42,7 @@ def start(scripts: Scripts, copies: int, seconds: float, count: int, lease: floa
 
 def held_by(db) -> str:
     """Return the query for what is held: process numbers and names."""
-    states = "running" if isinstance(db, str) else "states"
+    states = "running" if isinstance(db, str) else STATES
     return f"SELECT w.pid, e.name FROM {states} s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
 
 

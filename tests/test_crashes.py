@@ -13,6 +13,7 @@ from contextlib import closing
 import pytest
 
 from speval import load_evals, speval
+from speval.stores.sqlite.states import HOMES
 
 from .conftest import Scripts, signed, wait_for
 from .crashes import (
@@ -78,7 +79,7 @@ def test_killed_at_any_chunk_while_seeding_thirty_thousand_the_next_start_seeds_
     kills = kill_at_each_step(tmp_path, Scenario(30_000, points=points, only="commit of fill"))
     assert {kill.label for kill in kills} == {"commit of fill"}
     assert [(kill.side, kill.point) for kill in kills] == [(side, point) for side in ("before", "after") for point in points]
-    stored = [rows(kill.db, "SELECT count(*) FROM states") for kill in kills]
+    stored = [rows(kill.db, HOMES) for kill in kills]
     assert stored == [[((kill.point - (kill.side == "before")) * 10_000,)] for kill in kills]
     assert [fault for kill in kills for fault in faults_after(kill, 30_000)] == []
 
@@ -110,10 +111,10 @@ def test_the_checks_notice_a_second_execution_a_changed_result_and_a_second_reco
     with closing(sqlite3.connect(one.db)) as connection:
         connection.execute("UPDATE attempts SET result = replace(result, '64', '65') WHERE evaluation = 9")
         connection.execute(
-            "INSERT INTO attempts (seq, evaluation, attempt, worker, ended_at, outcome, result) "
-            "SELECT seq + 100, 3, 2, worker, 0, outcome, result FROM attempts LIMIT 1"
+            "INSERT INTO attempts (seq, evaluation, attempt, worker, ended_at, outcome, result, final, released, suspect) "
+            "SELECT seq + 100, 3, 2, worker, 0, outcome, result, 0, 0, 0 FROM attempts LIMIT 1"
         )
-        connection.execute("UPDATE states SET worker = (SELECT id FROM workers) WHERE id = 5")
+        connection.execute("INSERT INTO claimed VALUES (5, 5, (SELECT id FROM workers), 0, 0.0)")
         connection.commit()
     signed(one.db)
     one.check()

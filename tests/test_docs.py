@@ -29,7 +29,8 @@ from .conftest import Terminal
 from .postgres_server import Server
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.

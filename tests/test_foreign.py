@@ -21,6 +21,7 @@ from speval.clock import Clock
 from speval.executors import make_executor
 from speval.executors.foreign import call as foreign_call
 from speval.options import Options
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows
 
@@ -138,7 +139,7 @@ def test_a_pool_that_breaks_ends_the_run_and_the_next_one_goes_on(make, db):
         speval(function, range(30), db, executor=pool, backoff=0)
     pool.shutdown()
     assert rows(db, "SELECT count(*) FROM attempts WHERE outcome = 'crash'")[0][0] >= 1
-    assert rows(db, "SELECT count(*) FROM states WHERE worker IS NOT NULL") == [(0,)]
+    assert rows(db, f"SELECT count(*) FROM {STATES} WHERE worker IS NOT NULL") == [(0,)]
     done = len(load_evals(db, status="completed"))
     summary = speval(lambda args: args, range(30), db)
     assert (summary.completed, summary.recorded) == (30, 30 - done)

@@ -19,6 +19,7 @@ from speval.clock import Clock
 from speval.executors import make_executor
 from speval.model import Claim
 from speval.options import Options
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows, wait_for
 from .test_sync import terminal  # noqa: F401
@@ -387,7 +388,7 @@ async def test_a_function_that_can_not_be_loaded_ends_the_run_and_says_why(db):
     with pytest.raises(FunctionError, match="no such driver here"):
         await aio.speval(Unloadable(), [1], db, executor="process")
     assert {e["status"] for e in await aio.load_evals(db)} == {"pending"}
-    assert rows(db, "SELECT sum(attempt - released) FROM states") == [(0,)]
+    assert rows(db, f"SELECT sum(attempt - released) FROM {STATES}") == [(0,)]
 
 
 async def test_workers_that_die_before_they_are_ready_end_the_run_and_say_how(db):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from speval import ArgsChangedError, OptionError, SpaceError, UnserializableError, aio, as_completed, load_evals, speval
+from speval.stores.sqlite.states import STATES
 
 from .conftest import WAIT, rows, wait_for
 
@@ -137,7 +138,7 @@ async def test_an_exception_of_an_iterator_is_raised_after_recording_what_ended(
 
     with pytest.raises(LookupError, match="no more pages"):
         await aio.speval(double, breaks(), db)
-    assert rows(db, "SELECT count(*) FROM states WHERE status IN (1, 4)") == [(0,)]
+    assert rows(db, f"SELECT count(*) FROM {STATES} WHERE status IN (1, 4)") == [(0,)]
     assert rows(db, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
     assert (await aio.speval(double, numbers(0), db)).pending == 0  # what was drawn is evaluated by whoever comes
 

@@ -26,6 +26,7 @@ from speval.errors import (
 from speval.stores import make_control
 from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.schema import APPLICATION_ID, SCHEMA
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows, signed
 
@@ -118,7 +119,7 @@ def test_an_old_copy_that_still_runs_cannot_write_any_more(db):
     old_database(db)
     SqliteFile(db, "write").close()
     # What it has in progress is free for others.
-    assert rows(db, "SELECT status FROM states ORDER BY id") == [(2,), (0,), (2,), (0,), (0,)]
+    assert rows(db, f"SELECT status FROM {STATES} ORDER BY id") == [(2,), (0,), (2,), (0,), (0,)]
     connection = sqlite3.connect(db)
     with pytest.raises(sqlite3.OperationalError, match="view"):
         connection.execute("UPDATE evals SET status = 'completed' WHERE name = '1'")
@@ -492,7 +493,8 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
             control.evaluation("victim")
         connection = sqlite3.connect(path)
         connection.execute("UPDATE evaluations SET args = ?", (value,))
-        connection.execute("UPDATE states SET status = 0, forgiven = 1")
+        connection.execute("UPDATE attempts SET final = 0")
+        connection.execute("INSERT INTO queue VALUES (1, 1, 0, 1, 0, 0.0)")
         connection.commit()
         connection.close()
         signed(path)
@@ -504,7 +506,7 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
 async def test_a_strangers_triggers_may_not_reach_outside_of_the_database(db):
     await aio.speval(double, range(3), db)
     with closing(sqlite3.connect(db)) as connection:
-        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON states BEGIN SELECT load_extension('x'); END")
+        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON attempts BEGIN SELECT load_extension('x'); END")
     with pytest.raises(DatabaseError, match=r"runs\.db: it has a trigger \('hostile'\)"):
         await aio.speval(double, range(5), db)
 
@@ -550,14 +552,16 @@ async def test_what_a_stranger_has_written_reaches_the_terminal_as_something_to_
         write(
             path,
             "UPDATE workers SET host = :it, ended_at = NULL, dead = 1",
-            "UPDATE states SET status = 1, worker = (SELECT id FROM workers)",
+            "DELETE FROM fresh",
+            "UPDATE attempts SET final = 0",
+            "INSERT INTO claimed VALUES (1, 1, (SELECT id FROM workers), 0, 0.0)",
         )
 
     dead(held := await make("held.db"))
     signed(held)
     texts.append(str((await aio.load_evals(held))[0]["worker"]))
     assert (await aio.speval(double, {"a": 1}, held, executor="coroutine")).completed == 1
-    write(held, "UPDATE states SET status = 3, last = 1", "UPDATE attempts SET outcome = :it")
+    write(held, "UPDATE attempts SET outcome = :it")
     texts.append(str(await aio.speval(double, {"a": 1}, held)))
     texts += [record.getMessage() for record in caplog.records]
     assert sum("owned" in text for text in texts) >= 8

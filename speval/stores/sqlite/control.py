@@ -40,8 +40,9 @@ from .damage import damage as damage_of
 from .errors import may_use
 from .file import SqliteFile
 from .mount import filesystem, is_network, kind_of_place
-from .rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
+from .rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_names, evaluation
 from .schema import SCHEMA
+from .states import STATES, STATUS_CODE, lift
 from .wal import blocked
 from .watchman import missing_log
 
@@ -55,38 +56,50 @@ _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
 _BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 
 # With a condition the first is counted row by row, so that it ends in a damaged file too.
-# Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
 _COUNTS = """
 SELECT
-    (SELECT count(*) FROM states WHERE id > -9e18),
-    (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
-        + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
-    (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
-    (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
+    (SELECT count(*) FROM evaluations WHERE id > -9e18),
+    (SELECT total(last - first + 1) FROM fresh) + (SELECT count(*) FROM queue) + (SELECT total(held) FROM running),
+    (SELECT total(last - first + 1) FROM claimed) + (SELECT total(NOT held) FROM running),
+    (SELECT count(*) FROM attempts INDEXED BY attempts_failed WHERE final AND outcome <> 'completed')
 """
 _CAUSES = """
-SELECT CAST(a.outcome AS TEXT), count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 GROUP BY 1
+SELECT CAST(outcome AS TEXT), count(*) FROM attempts INDEXED BY attempts_failed
+WHERE final AND outcome <> 'completed' GROUP BY 1
 """
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
 WHERE ended_at IS NULL ORDER BY started_at, id
 """
 # What is claimed ahead and has waited for long is under way: else it would have been given back.
-_IS_RUNNING = "(status = 1 AND (ahead <> 1 OR updated_at < :begun))"
+_IS_RUNNING = "(NOT held AND (NOT ahead OR updated_at < :begun))"
 _HOLDINGS = f"""
-SELECT worker, total({_IS_RUNNING}), total(status = 1), total(status = 4) FROM states INDEXED BY states_held
-WHERE status IN (1, 4) GROUP BY worker
+SELECT worker, total(running), total(in_progress), total(held) FROM (
+    SELECT worker, {_IS_RUNNING} AS running, NOT held AS in_progress, held FROM running
+    UNION ALL
+    SELECT worker, (NOT ahead OR updated_at < :begun) * (last - first + 1), last - first + 1, 0 FROM claimed
+)
+GROUP BY worker
 """
 _RUNS = f"""
-SELECT e.name, s.updated_at FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id
-WHERE status IN (1, 4) AND s.worker = :worker AND {_IS_RUNNING} ORDER BY s.updated_at, s.id LIMIT :limit
+SELECT name, updated_at FROM (
+    SELECT * FROM (
+        SELECT e.name, r.updated_at, r.id FROM running AS r JOIN evaluations AS e ON e.id = r.id
+        WHERE r.worker = :worker AND {_IS_RUNNING} ORDER BY r.updated_at, r.id LIMIT :limit
+    )
+    UNION ALL
+    SELECT * FROM (
+        SELECT e.name, c.updated_at, e.id FROM claimed AS c JOIN evaluations AS e ON e.id BETWEEN c.first AND c.last
+        WHERE c.worker = :worker AND (NOT c.ahead OR c.updated_at < :begun) ORDER BY c.updated_at, e.id LIMIT :limit
+    )
+)
+ORDER BY updated_at, id LIMIT :limit
 """
 _FAILURES = """
-SELECT e.name, a.outcome, a.error_type, a.error_message, s.attempt - s.released, a.ended_at, w.id, w.host, w.pid
-FROM states AS s INDEXED BY states_failed
-JOIN evaluations AS e ON e.id = s.id JOIN attempts AS a ON a.seq = s.last LEFT JOIN workers AS w ON w.id = a.worker
-WHERE s.status = 3 ORDER BY s.last DESC LIMIT ?
+SELECT e.name, a.outcome, a.error_type, a.error_message, a.attempt - a.released, a.ended_at, w.id, w.host, w.pid
+FROM attempts AS a INDEXED BY attempts_failed
+JOIN evaluations AS e ON e.id = a.evaluation LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.final AND a.outcome <> 'completed' ORDER BY a.seq DESC LIMIT ?
 """
 _MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 _LAST_UPTO = "SELECT max(seq) FROM attempts WHERE seq <= ?"  # from one to the next that is there, however far apart they are
@@ -96,32 +109,31 @@ _EARLIER_ATTEMPT = "SELECT ended_at FROM attempts WHERE seq <= ? ORDER BY seq DE
 # Names with a NUL, which GLOB takes for their end, are looked at one by one.
 _PAGED = f"""
 SELECT {COLUMNS} {FROM}
-WHERE s.id > :after AND s.id <= :upto AND (:any OR s.status IN (SELECT value FROM json_each(:codes)))
+WHERE e.id > :after AND e.id <= :upto AND (:any OR {STATUS_CODE} IN (SELECT value FROM json_each(:codes)))
     AND (:pattern IS NULL OR CAST(e.name AS TEXT) GLOB :pattern OR instr(CAST(e.name AS BLOB), x'00'))
-    AND (:cause IS NULL OR (s.status = 3 AND a.outcome = :cause))
-ORDER BY s.id
+    AND (:cause IS NULL OR a.outcome = :cause)
+ORDER BY e.id
 """
 _ONE = f"SELECT {COLUMNS} {FROM} WHERE e.name = ?"
-_NEXT_ID = "SELECT min(id) FROM states WHERE id > ?"
+_NEXT_ID = "SELECT min(id) FROM evaluations WHERE id > ?"
 
-_STANDING = """
-SELECT s.id, s.status, s.attempt, s.attempt - s.released, s.last, s.updated_at, w.id, w.host, w.pid
-FROM evaluations AS e JOIN states AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
+_STANDING = f"""
+SELECT s.id, s.status, s.attempt, s.updated_at, w.id, w.host, w.pid
+FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
 """
-# There is no index by evaluation, which would cost every worker; from the last one backwards, they are soon found.
 _ATTEMPTS = f"""
-SELECT {ATTEMPT}, w.id, w.host, w.pid
-FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
-WHERE a.seq > :after AND a.seq <= :upto AND a.evaluation = :id ORDER BY a.seq DESC
+SELECT {ATTEMPT}, w.id, w.host, w.pid FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.evaluation = :id AND a.final
+UNION ALL
+SELECT {ATTEMPT}, w.id, w.host, w.pid FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.evaluation = :id AND NOT a.final
 """
 
-_NAMED = "SELECT e.id, s.status FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id WHERE e.name = ?"
-_WITH_STATUS = "SELECT id FROM states WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"
-_DROP_STATES = "DELETE FROM states WHERE id IN (SELECT value FROM json_each(?)) AND status <> 1"
-_DROP_EVALUATIONS = """
-DELETE FROM evaluations
-WHERE id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = evaluations.id)
+_NAMED = f"SELECT e.id, s.status FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id WHERE e.name = ?"
+_WITH_STATUS = f"""
+SELECT id FROM {STATES} WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?
 """
+_DROP_EVALUATIONS = "DELETE FROM evaluations WHERE id IN (SELECT value FROM json_each(?))"
 _NOBODYS = """
 SELECT seq FROM attempts AS a
 WHERE seq > ? AND seq <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = a.evaluation)
@@ -135,17 +147,13 @@ UPDATE attempts SET result = NULL, error_type = NULL, error_message = NULL, erro
 WHERE seq IN (SELECT value FROM json_each(?))
 """
 
-_STATELESS = "SELECT count(*) FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = e.id)"
-_NAMELESS = "SELECT count(*) FROM states AS s WHERE NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = s.id)"
-_ANSWERLESS = """
-SELECT count(*) FROM states AS s
-WHERE s.status IN (2, 3) AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.seq = s.last AND a.evaluation = s.id)
-"""
-_AMISS = ((_STATELESS, "without a status"), (_NAMELESS, "without a name"), (_ANSWERLESS, "without their attempt"))
+_AMISS = (
+    (f"SELECT count(*) FROM {STATES} WHERE status IS NULL", "without a status"),
+    (f"SELECT count(*) FROM {STATES} WHERE status = -1", "with several"),
+)
 _ORPHANED = """
-SELECT count(*) FROM states AS s INDEXED BY states_held
-WHERE status IN (1, 4) AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = s.worker AND w.ended_at IS NULL)
-"""
+SELECT (SELECT total(last - first + 1) FROM claimed WHERE {0}) + (SELECT count(*) FROM running WHERE {0})
+""".format("NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = worker AND w.ended_at IS NULL)")
 
 
 class SqliteControl(Control):
@@ -272,7 +280,7 @@ class SqliteControl(Control):
         if seen == after:
             seen = upto
         if is_all:
-            check_states(c, db, self.damaged, after, seen)
+            check_names(c, db, self.damaged, after, seen)
         return None if first is None else seen, found
 
     def evaluation(self, name: str) -> Evaluation:
@@ -285,33 +293,21 @@ class SqliteControl(Control):
         return self._file.read(find)
 
     def attempts(self, name: str) -> list[Attempt]:
-        id, count, upto, found = self._file.read(self._standing, name)
-        while len(found) < count and upto is not None:
-            upto, more = self._file.read(self._attempts, id, name, upto)
-            found += more
-        return sorted(found, key=lambda attempt: attempt.number)
+        return self._file.read(self._attempts, name)
 
-    def _standing(self, c: sqlite3.Connection, name: str) -> tuple[int, int, int | None, list[Attempt]]:
-        """Return an evaluation's id, how many attempts it has had, where to look for them first, and the one under way."""
+    def _attempts(self, c: sqlite3.Connection, name: str) -> list[Attempt]:
         row = c.execute(_STANDING, (name_to_key(name),)).fetchone()
         if row is None:
             raise UnknownNameError(self._file.shown, [name])
-        id, code, latest, count, last, updated_at, *worker = row
-        under_way = [Attempt(int(latest), _label(worker), updated_at, None, None, None, None, None)] if code == 1 else []
-        return id, int(count), None if last is None else int(last), under_way
-
-    def _attempts(self, c: sqlite3.Connection, id: int, name: str, upto: int) -> tuple[int | None, list[Attempt]]:
-        """Return where to look further, None at the beginning, and the attempts found in one span of rows."""
-        after = upto - _SPAN
-        (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
-        found = []
-        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}).fetchall():
+        id, code, latest, updated_at, *worker = row
+        found = [Attempt(int(latest), _label(worker), updated_at, None, None, None, None, None)] if code == 1 else []
+        for row in c.execute(_ATTEMPTS, {"id": id}).fetchall():
             check_attempt(self._file.shown, name, row[:12], row[12])
             _, _, number, _, started_at, duration, ended_at, outcome, result, type_, message, traceback, _, *worker = row
             value = None if result is None else decoded(self._file.shown, name, result)
             error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)
             found.append(Attempt(int(number), _label(worker), started_at, ended_at, duration, outcome, value, error))
-        return earlier, found
+        return sorted(found, key=lambda attempt: attempt.number)
 
     # Steering
 
@@ -441,11 +437,7 @@ class SqliteControl(Control):
             problem = f"its journal mode is {journal}, and the copies agreed on {stored}"
             findings.append(Finding(problem, "stop all copies and start again", True))
         fix = "go back to a copy of the file, or start a new one"
-        for sql, what in (
-            (_STATELESS, "without a status"),
-            (_NAMELESS, "without a name"),
-            (_ANSWERLESS, "without their attempt"),
-        ):
+        for sql, what in _AMISS:
             (count,) = c.execute(sql).fetchone()
             if count:
                 findings.append(Finding(f"{counted(count)} {what}", fix, True))
@@ -457,9 +449,8 @@ class SqliteControl(Control):
 
 
 def _drop(c: sqlite3.Connection, ids: Sequence[int]) -> int:
-    listed = json.dumps(ids)
-    c.execute(_DROP_STATES, (listed,))
-    count: int = c.execute(_DROP_EVALUATIONS, (listed,)).rowcount
+    lift(c, ids)
+    count: int = c.execute(_DROP_EVALUATIONS, (json.dumps(ids),)).rowcount
     c.execute("DELETE FROM meta WHERE key = 'space'")  # the digest speaks of all that was there
     return count
 

@@ -277,7 +277,7 @@ class SqliteFile:
             return work(connection, *args, **kwargs)
         except SpevalError:
             raise
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError) as error:
             problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
             raise DatabaseError(self.shown, problem) from error
 
