@@ -50,7 +50,7 @@ async def test_a_file_with_a_second_name_is_refused_by_either_before_anything_is
     other = db.with_name("other.db")
     os.link(db, other)
     for name in (db, other):
-        await refused(name, rf"{name.name}: has 2 names \(hard links\).*remove the others")
+        await refused(name, rf"{name.name}: the file has 2 names \(hard links\).*remove the others")
     other.unlink()
     assert (await aio.speval(double, [1, 2], db)).completed == 2
 
@@ -98,7 +98,7 @@ async def test_a_file_that_is_mounted_by_itself_is_refused(db, mounted):
     (inside / "runs.db").touch()
     mounted("--bind", db, inside / "runs.db")
     assert is_mount_point(inside / "runs.db")
-    await refused(inside / "runs.db", r"runs\.db: is mounted by itself.*mount its folder in place of the file")
+    await refused(inside / "runs.db", r"runs\.db: the file is mounted without its folder.*mount its folder instead of the file")
     assert (await aio.speval(double, [1, 2, 3], db)).completed == 3
 
 
@@ -292,7 +292,7 @@ for call in (lambda: speval.speval(abs, [1], "runs.db"), lambda: speval.load_eva
 @pytest.mark.parametrize(
     ("lacks", "told"),
     [
-        ("version", "its SQLite is 3.34.1, and speval needs 3.35 or later; use a Python that brings a newer one"),
+        ("version", "its SQLite is 3.34.1, and speval needs 3.35 or later; use a Python that includes a newer one"),
         ("threads", "was built without threads; use a Python"),
         ("json", "was built without JSON functions; use a Python"),
     ],
@@ -368,8 +368,8 @@ def test_a_fork_of_a_process_that_has_a_database_open_gets_a_clear_error_and_doe
     done = scripts.run(FORKED)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert "runs.db: was opened by process" in lines[0]
-    assert all("DatabaseError runs.db: was open in process" in line for line in lines[1:3]), lines
+    assert "runs.db: process " in lines[0]
+    assert all("DatabaseError runs.db: the file was open in process" in line for line in lines[1:3]), lines
     assert all("'spawn'" in line for line in lines[:3])
     assert lines[3:] == ["in the fork: 2", "3", "in the fork: 3"]
 
