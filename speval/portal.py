@@ -91,7 +91,7 @@ class Future(Generic[T]):
 
 
 class Call(Generic[T]):
-    """One call: a coroutine in an event loop of its own, in a thread of its own.
+    """One call: a coroutine in a new event loop in a new thread.
 
     It is new, begun, and over, or never begun at all. ``stop`` asks it to end, ``close`` waits for that. Use it like this,
     since an interrupt may come between any two steps, and the second ``close`` does what it kept the first one from doing::
@@ -186,7 +186,7 @@ class Call(Generic[T]):
                 raise SystemExit from None  # the interpreter exits, and this thread ends without a word
             raise
         except SpevalError as error:
-            # The way through two threads is of no use to whoever reads the traceback, and the message says it all.
+            # Frames of two threads would not help the reader of the traceback; the message is sufficient.
             raise error.with_traceback(None)  # noqa: B904 - it keeps the cause it has
         except BaseException:
             if not future.done():
@@ -313,8 +313,8 @@ class Call(Generic[T]):
 def _complete(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> BaseException | None:
     """Run the loop until the task is done, past what would end other loops, and return what the task has raised.
 
-    SystemExit and KeyboardInterrupt in a task or a callback come out of the loop. It can go on after that, and nobody but the
-    function we evaluate can have started them: they are its failures, and must not end the run.
+    SystemExit and KeyboardInterrupt in a task or a callback leave the loop, which can continue afterwards. Only the evaluated
+    function can have started that task: they are its failures, and must not end the run.
     """
     while not task.done():
         try:
