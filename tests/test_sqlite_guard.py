@@ -70,7 +70,7 @@ async def test_a_second_name_given_under_a_run_is_told_and_lets_no_copy_in(db, c
             await aio.load_evals(name)
 
     assert (await aio.speval(function, range(200), db, concurrency=1)).completed == 200
-    assert caplog.text.count("has got a second name (a hard link)") == 1
+    assert caplog.text.count("has a second name (a hard link)") == 1
     assert rows(other, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -248,7 +248,9 @@ async def test_where_others_use_the_write_ahead_log_a_copy_that_must_not_says_so
     try:
         monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "fakeowner")
         monkeypatch.setattr("speval.stores.sqlite.file._PATIENCE", 0.05)
-        with pytest.raises(DatabaseError, match="others use its write-ahead log, which is lost on fakeowner; stop them first"):
+        with pytest.raises(
+            DatabaseError, match="other workers use its write-ahead log, which loses data on fakeowner; stop them first"
+        ):
             await aio.speval(double, [1], db)
     finally:
         other.close()
@@ -406,7 +408,7 @@ async def test_a_copy_that_starts_waits_for_a_lock_as_long_as_one_that_runs_and_
         blocker.execute("PRAGMA locking_mode = EXCLUSIVE")
         blocker.execute("BEGIN EXCLUSIVE")
         running = asyncio.create_task(aio.speval(double, [1, 2], db))
-        while "waiting for a lock of another program; `fuser" not in caplog.text:
+        while "waiting for a lock of another program; find it with `fuser" not in caplog.text:
             assert not running.done()
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")

@@ -1,6 +1,6 @@
 """Failures that are alike, told a few times and then counted.
 
-Owns what the log says of evaluations that fail. Invariant: every failure is either told in a line of its own or counted in one.
+Owns the log lines about failed evaluations. Invariant: every failure has a separate log line or is counted in one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Drawing from an eval space that does not exist yet.
+"""Polls a lazy space.
 
-Owns the task that asks the space for evaluations. Invariant: it never asks for more than the slots would take, so what a
-space yields last it yields knowing nearly all that has ended.
+Owns the task that polls the space. Invariant: it never polls for more than the slots can take, so an adaptive space yields
+its last items with nearly all results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Feeder:
 
     def ask(self, idle: int, ahead: int) -> None:
         """Say how many evaluations the slots would take at once, and how many besides."""
-        # One that looks at what has ended is asked as late as can be, and for one at a time.
+        # Adaptive spaces are polled one item at a time.
         self._wanted = min(idle, 1) if self._source.looks_back else idle + ahead
         self._asked.set()
 
@@ -101,7 +101,7 @@ class Feeder:
             asyncio.get_running_loop().call_soon(self._on_drawn)  # when the task is done
 
     async def _ended(self) -> list[Evaluation]:
-        """Return what has ended since the last call, whoever has recorded it."""
+        """Return the evaluations that ended since the last call, recorded by any worker."""
         found: list[Evaluation] = []
         while True:
             self._cursor, page = await self._store.ended_since(self._cursor, _PAGE)

@@ -130,7 +130,7 @@ class Lease:
         try:
             alive = self._keeping.renew(worker, patience=max(left, self._tick))
         except SpevalError as error:
-            # Having to wait is no death: there is time to try again until the lease is nearly over.
+            # A locked database is not fatal: there is time to retry until the lease has nearly expired.
             self._note(error)
             if self._clock.monotonic() - self._proven >= self._doubt_after:
                 self._doubt(True, error)

@@ -1,7 +1,7 @@
 """A connection to an untrusted SQLite file.
 
 Owns the limits on what such a file can do. Invariant: before a row is read, each table that speval reads is known to be a
-plain table of its own schema, without triggers. A statement that a crafted file makes endless ends with an error, or with the
+plain table of speval's schema, without triggers. A statement that a crafted file makes endless ends with an error, or with the
 exception of a signal.
 """
 
