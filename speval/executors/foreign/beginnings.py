@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TOKEN", "Channel", "open_channel"]
+__all__ = ["KEY_LENGTH", "Channel", "open_channel"]
 
-TOKEN = 16  # characters: the length of the unique key of a call
+KEY_LENGTH = 16  # characters: the length of the unique key of a call
 
 
 class Channel:
@@ -55,9 +55,9 @@ class _Fifo(Channel):
 
     def _read(self) -> None:
         with suppress(BlockingIOError):
-            data = os.read(self._fd, TOKEN * 1024)  # each key was written in one write, so it is complete
-            for start in range(0, len(data), TOKEN):
-                self._report(data[start : start + TOKEN].decode(errors="replace"))
+            data = os.read(self._fd, KEY_LENGTH * 1024)  # each key was written in one write, so it is complete
+            for start in range(0, len(data), KEY_LENGTH):
+                self._report(data[start : start + KEY_LENGTH].decode(errors="replace"))
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)

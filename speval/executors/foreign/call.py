@@ -26,14 +26,14 @@ _lock = threading.Lock()
 
 
 def call_loaded(
-    digest: bytes, payload: bytes | None, token: str, channel: tuple[str, str] | None, name: str, args: str
+    digest: bytes, payload: bytes | None, key: str, channel: tuple[str, str] | None, name: str, args: str
 ) -> Result | str:
     """Call a function.
 
     Args:
         digest: The digest of the function.
         payload: The pickled function, or None if this process should have it.
-        token: A unique key of the call, so that calls are never equal.
+        key: A unique key of the call, so that calls are never equal.
         channel: The address for the report that the call starts.
         name: The evaluation's name.
         args: Its args as JSON.
@@ -44,7 +44,7 @@ def call_loaded(
     loaded = _load(digest, payload)
     if loaded is None:
         return NEEDS_PAYLOAD
-    if channel is not None and not _tell(*channel, token):
+    if channel is not None and not _tell(*channel, key):
         return NOT_TOLD
     function, retry_on = loaded
     return evaluate(function, name, args, retry_on, Clock())
@@ -70,18 +70,18 @@ def _used(digest: bytes, new: Any) -> Any:
     return loaded
 
 
-def _tell(kind: str, where: str, token: str) -> bool:
+def _tell(kind: str, where: str, key: str) -> bool:
     """Report that a call starts; return whether this succeeded."""
     try:
         if kind == "dask":
             from distributed import get_worker
 
-            get_worker().log_event(where, token)
+            get_worker().log_event(where, key)
             return True
         # Opening fails without a reader: then the run is over, and this call was abandoned.
         fd = os.open(where, os.O_WRONLY | os.O_NONBLOCK)
         try:
-            return os.write(fd, token.encode()) == len(token)
+            return os.write(fd, key.encode()) == len(key)
         finally:
             os.close(fd)
     except Exception:

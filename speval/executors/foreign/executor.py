@@ -23,7 +23,7 @@ from ...model import Claim, Function, Outcome, Result, RetryOn, counted
 from ...pauses import pauses
 from ..base import Executor, Slot, Work, as_outcome, timed_out
 from ..call import evaluate, outcome
-from .beginnings import TOKEN, Channel, open_channel
+from .beginnings import KEY_LENGTH, Channel, open_channel
 from .call import NEEDS_PAYLOAD, NOT_TOLD, call_loaded
 
 __all__ = ["ForeignExecutor"]
@@ -87,20 +87,20 @@ class ForeignExecutor(Executor):
             ExecutorError: the pool accepts no more calls.
         """
         future: Future[Any]
-        token = secrets.token_hex(TOKEN // 2)
+        key = secrets.token_hex(KEY_LENGTH // 2)
         try:
             if self._is_here:
                 future = self.pool.submit(self._call_here, begun and _told(begun), name, args)
             else:
-                address = self._listen(token, begun) if begun is not None else None
+                address = self._listen(key, begun) if begun is not None else None
                 payload = self._payload if whole else None
                 # Positional and never equal: Dask interprets many keywords, and computes equal calls only once, so another
                 # attempt would not run.
-                future = self.pool.submit(call_loaded, self._digest, payload, token, address, name, args)
+                future = self.pool.submit(call_loaded, self._digest, payload, key, address, name, args)
         except Exception as error:
-            self._waiting.pop(token, None)
+            self._waiting.pop(key, None)
             raise ExecutorError(type(self.pool).__qualname__, f"{type(error).__name__}: {error}") from error
-        future.add_done_callback(_told(lambda: self._waiting.pop(token, None)))
+        future.add_done_callback(_told(lambda: self._waiting.pop(key, None)))
         return future
 
     def _call_here(self, begun: Callable[[], object] | None, name: str, args: str) -> Result:
@@ -109,18 +109,18 @@ class ForeignExecutor(Executor):
             begun()
         return evaluate(self._function, name, args, self._retry_on, self.clock)
 
-    def _listen(self, token: str, begun: Callable[[], object]) -> tuple[str, str] | None:
+    def _listen(self, key: str, begun: Callable[[], object]) -> tuple[str, str] | None:
         """Request a report of the start of a call, and return the address for it."""
         if self._channel is None and self.tells_beginnings:
             self._channel = open_channel(self.pool, self._hear)
             self.tells_beginnings = self._channel is not None
         if self._channel is None:
             return None
-        self._waiting[token] = begun
+        self._waiting[key] = begun
         return self._channel.address
 
-    def _hear(self, token: str) -> None:
-        begun = self._waiting.pop(token, None)
+    def _hear(self, key: str) -> None:
+        begun = self._waiting.pop(key, None)
         if begun is not None:
             begun()
 

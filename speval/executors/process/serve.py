@@ -37,13 +37,13 @@ _SIGKILL = 9
 _HIGH = 200  # the lowest number for our descriptors: above those that a program usually has
 
 
-def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd: int, open_files: int = 0) -> None:
+def serve(tag: str, calls_fd: int, starts_fd: int, lifeline_fd: int, payload_fd: int, open_files: int = 0) -> None:
     """Load the function when the parent requests it, then run calls until the parent closes the socket.
 
     Args:
         tag: The start and the end of each message, in hexadecimal digits.
         calls_fd: The socket.
-        tokens_fd: The pipe with a start byte for each call.
+        starts_fd: The pipe with a start byte for each call.
         lifeline_fd: The pipe that closes when the parent dies.
         payload_fd: The file with the function.
         open_files: The soft limit of open files of the user, if the parent has raised its limit; otherwise 0.
@@ -53,7 +53,7 @@ def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd:
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files if hard < 0 else min(open_files, hard), hard))
-    calls_fd, tokens_fd, lifeline_fd = (_out_of_the_way(fd) for fd in (calls_fd, tokens_fd, lifeline_fd))
+    calls_fd, starts_fd, lifeline_fd = (_out_of_the_way(fd) for fd in (calls_fd, starts_fd, lifeline_fd))
     os.set_inheritable(payload_fd, False)
     os.set_blocking(calls_fd, True)
     _die_with_the_parent(lifeline_fd)
@@ -76,10 +76,10 @@ def serve(tag: str, calls_fd: int, tokens_fd: int, lifeline_fd: int, payload_fd:
         calls.send(("broken", "".join(traceback.format_exception(error))))
         return
     calls.send(("ready", os.getpid()))
-    _make_calls(calls, tokens_fd, lambda name, args: _evaluate(function, name, args, retry_on, clock))
+    _make_calls(calls, starts_fd, lambda name, args: _evaluate(function, name, args, retry_on, clock))
 
 
-def _make_calls(calls: _Channel, tokens_fd: int, call: Callable[[str, str], Any]) -> None:
+def _make_calls(calls: _Channel, starts_fd: int, call: Callable[[str, str], Any]) -> None:
     """Run calls until the parent closes the socket."""
     while (batch := calls.receive()) is not None:
         left = len(batch)
@@ -87,7 +87,7 @@ def _make_calls(calls: _Channel, tokens_fd: int, call: Callable[[str, str], Any]
             # A pipe holds a start byte for each call. This process reads it to start the call, or the parent reads it to take
             # the call back. The kernel gives each byte to one of them.
             try:
-                os.read(tokens_fd, 1)
+                os.read(starts_fd, 1)
             except BlockingIOError:
                 break  # the rest has been taken back
             left -= 1

@@ -37,7 +37,7 @@ _SCRIPT = Path(__file__).with_name("main.py")
 _START_WITHIN = 300.0  # seconds for importing what the function needs
 _DIE_WITHIN = 5.0  # seconds to wait for a killed process; a system call to a disk or a driver may delay its end
 _GROUP_WITHIN = 0.3  # seconds to wait for the rest of its group
-_MOST_TOKENS = 4096
+_MOST_STARTS = 4096
 _END_WITHIN = 8.0  # seconds for the exit handlers of an idle worker process; a stopped run has more in total
 _SAY_AFTER = 1.0  # seconds until this is logged
 _TAG = 8  # bytes
@@ -60,11 +60,11 @@ class WorkerProcess:
             # Override socket.setdefaulttimeout(). os.set_blocking, because a patched socket module may ignore setblocking().
             ours.setblocking(False)
             os.set_blocking(theirs.fileno(), True)
-            tokens, self._tokens_in, lifeline, self._lifeline = pipes
-            os.set_blocking(tokens, False)
+            starts, self._starts_in, lifeline, self._lifeline = pipes
+            os.set_blocking(starts, False)
             # Data that the function writes to the channel by mistake lacks this tag.
             self._tag = os.urandom(_TAG)
-            self._popen = self._started((theirs.fileno(), tokens, lifeline, payload), outputs)
+            self._popen = self._started((theirs.fileno(), starts, lifeline, payload), outputs)
         except BaseException:
             ours.close()
             for fd in pipes:
@@ -74,7 +74,7 @@ class WorkerProcess:
             theirs.close()
         os.close(lifeline)
         self._group = Group(self._popen.pid)
-        self._tokens = tokens
+        self._starts = starts
         self._socket = ours
         self._received = bytearray()
         self.garbled = False  # whether the channel contained data that a worker process does not send
@@ -110,7 +110,7 @@ class WorkerProcess:
         """Close the descriptors in a forked child: the worker process belongs to the parent."""
         if not self._is_closed:
             self._is_closed = True
-            fds = [self._tokens, self._tokens_in, self._lifeline, self._socket.detach()]
+            fds = [self._starts, self._starts_in, self._lifeline, self._socket.detach()]
             for fd in fds if self._pidfd < 0 else [*fds, self._pidfd]:
                 with suppress(OSError):
                     os.close(fd)
@@ -156,7 +156,7 @@ class WorkerProcess:
 
     def send(self, calls: list[tuple[str, str]]) -> None:
         """Send calls, which run one after the other; data that the socket can't take now is sent later."""
-        os.write(self._tokens_in, bytes(len(calls)))
+        os.write(self._starts_in, bytes(len(calls)))
         frame = memoryview(self._frame(calls))
         try:
             frame = frame[self._socket.send(frame) :]
@@ -174,7 +174,7 @@ class WorkerProcess:
     def take_back(self, most: int) -> int:
         """Take back up to ``most`` calls that have not started, the last ones first; return how many."""
         try:
-            return len(os.read(self._tokens, most)) if most > 0 else 0
+            return len(os.read(self._starts, most)) if most > 0 else 0
         except BlockingIOError:
             return 0
 
@@ -311,7 +311,7 @@ class WorkerProcess:
         finally:
             if not self._is_closed:
                 self.receive()  # messages that it had sent before
-                self.unstarted = self.take_back(_MOST_TOKENS)
+                self.unstarted = self.take_back(_MOST_STARTS)
                 self._close()
 
     async def end(self) -> None:
@@ -345,7 +345,7 @@ class WorkerProcess:
                 self._loop.remove_writer(self._socket)
             self._loop.remove_reader(self._socket)
             self._socket.close()
-            for fd in (self._tokens, self._tokens_in, self._lifeline):
+            for fd in (self._starts, self._starts_in, self._lifeline):
                 os.close(fd)
 
 
