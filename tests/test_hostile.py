@@ -56,7 +56,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh(whole, tmp_path) -> Callable[..., Path]:
-    """Return what makes a hostile file, alone in a folder of its own."""
+    """Return what creates a malicious file, alone in a new folder."""
     made = []
 
     def make(change) -> Path:

@@ -52,7 +52,6 @@ TODO: set[str] = {
     "speval/stores/base.py",
     "speval/stores/postgres/control.py",
     "speval/stores/sqlite/control.py",
-    "speval/stores/sqlite/file.py",
     "speval/sync.py",
 }
 

@@ -318,7 +318,7 @@ class SqliteFile:
 
     def _check_mount(self) -> None:
         """Check that file locks work, on a filesystem that may be shared."""
-        with suppress(OSError):  # the folder does not exist yet
+        with suppress(OSError):  # the folder is missing
             self._kind = filesystem(self.path.parent)
             if is_network(self._kind):
                 check_locks(self.path, self.shown, str(self._kind))
