@@ -6,6 +6,7 @@ Owns the names users import. Invariant: importing it is quick and starts nothing
 from __future__ import annotations
 
 from . import aio
+from .database import Database
 from .errors import (
     ArgsChangedError,
     CalledInWorkerError,
@@ -35,6 +36,7 @@ from .sync import as_completed, load_evals, retry, speval
 __all__ = [
     "ArgsChangedError",
     "CalledInWorkerError",
+    "Database",
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",

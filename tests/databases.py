@@ -12,10 +12,10 @@ from typing import Any
 
 import psycopg
 
-from speval.options import Database as Argument
-from speval.options import checked_database
+from speval.options import Location, checked_database
 from speval.stores import make_control, make_store
-from speval.stores.base import Control, Store
+from speval.stores.base import Store
+from speval.stores.control import Control
 from speval.stores.postgres.trust import sources
 from speval.url import PostgresUrl
 
@@ -32,7 +32,7 @@ class Place(ABC):
     clock: MovableClock
 
     @property
-    def checked(self) -> Argument:
+    def checked(self) -> Location:
         return checked_database(self.argument)
 
     def store(self, mode="create", clock: MovableClock | None = None) -> Store:

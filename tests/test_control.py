@@ -13,7 +13,8 @@ from speval.errors import DatabaseMissingError, InProgressError, OptionError, Un
 from speval.model import Claim, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
-from speval.stores.base import Control, Ended, Store
+from speval.stores.base import Ended, Store
+from speval.stores.control import Control
 
 from .databases import Place, SqlitePlace
 
@@ -264,7 +265,7 @@ async def test_a_pattern_knows_two_signs_and_no_others(database):
 
 
 async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, monkeypatch):
-    monkeypatch.setattr(f"{database.place.control_module}._PAGE", 3, raising=False)
+    monkeypatch.setattr("speval.stores.control._PAGE", 3)
     monkeypatch.setattr(f"{database.place.control_module}._SPAN", 5, raising=False)
     store, worker = await database.worker(range(30))
     control = database.control()
@@ -319,12 +320,23 @@ async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
         control.attempts("nobody")
 
 
+async def test_filters_by_status_stop_at_pages_and_go_on(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.control._PAGE", 2)
+    store, worker = await database.worker(range(10))
+    claims = await claimed(store, worker, 5)
+    await store.record(worker, [done(c) for c in claims[:3]])
+    control = database.control()
+    assert names(control.evaluations(status="completed")) == ["0", "1", "2"]
+    assert names(control.evaluations(status="completed", limit=2)) == ["0", "1"]
+    assert [len(names(control.evaluations(status=s))) for s in ("pending", "in_progress", "failed")] == [5, 2, 0]
+
+
 async def test_attempts_before_a_retry_are_told_too(database):
     store, worker = await database.worker(["a"])
     for again in range(3):
         (claim,) = await claimed(store, worker, 1)
         await store.record(worker, [broken(claim, message=f"boom {again}")])
-        assert await store.retry(None, "failed") == 1
+        assert database.control("write").retry() == 1
     assert [a.error["message"] for a in database.control().attempts("0")] == ["boom 0", "boom 1", "boom 2"]
 
 

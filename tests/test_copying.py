@@ -60,8 +60,8 @@ async def fill(db):
     await store.record(worker, [*done, ended(claims["failed"], "exception"), ended(claims["tried"], "timeout", again=True)])
     await store.record(worker, due=[claims["tried"]])
     await store.record(worker, [ended(claims["held"], "timeout", again=True)])
-    assert await store.retry(["7"], "completed") == 1
     with make_control(checked_database(db), "write") as control:
+        assert control.retry(["7"], status="completed") == 1
         control.set_concurrency(3)
     return store, space
 

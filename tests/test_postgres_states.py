@@ -217,6 +217,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         await store.seed(space, "error")
         worker = await store.register(30)
         await store.record(worker, idle=1)
+        control = make_control(PostgresUrl.parse(url), "write")
         with psycopg.connect(server_url(url)) as connection:
             schema = PostgresUrl.parse(url).schema
             connection.execute(f"UPDATE {schema}.meta SET value = CASE key WHEN 'schema' THEN '2' ELSE '7.1' END "
@@ -224,7 +225,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         keeping = store.lease_keeping()
         for write in (
             store.record(worker, idle=1),
-            store.retry(None, "failed"),
+            asyncio.to_thread(control.retry),
             store.register(30),
             store.leave(worker),
             store.extend([("x", "1")], "error"),
@@ -233,6 +234,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         ):
             with pytest.raises(NewerSchemaError, match=r"has schema 2.*pip install 'speval>=7\.1'"):
                 await write
+        control.close()
         space.close()
     finally:
         await store.close()

@@ -7,19 +7,21 @@ knows any SQL, and a store's module is imported only when a database of its kind
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 from ..clock import Clock
 from ..model import Durability
-from ..options import Database
+from ..options import Location
 from ..url import PostgresUrl
 from .archive import Archive
-from .base import Control, ControlMode, Store, StoreMode
+from .base import Store, StoreMode
+from .control import Control, ControlMode
 
 __all__ = ["make_archive", "make_control", "make_salvage", "make_store"]
 
 
 def make_store(
-    db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
+    db: Location, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
     """Return a store for a checked database, not opened yet."""
     if isinstance(db, PostgresUrl):
@@ -31,8 +33,16 @@ def make_store(
     return SqliteStore(db, mode, durability, clock)
 
 
-def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None = None) -> Control:
-    """Return what people at a terminal look at a checked database with, opened.
+def make_control(
+    db: Location, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
+) -> Control:
+    """Return what people use a checked database with, opened.
+
+    Args:
+        db: The database, which must be there.
+        mode: ``read`` changes nothing; ``write`` is for what changes something.
+        clock: Where the time comes from.
+        given_up: Set by others to end all waiting, that for the database to open included.
 
     Raises:
         DatabaseError: it is not there, or can't be used.
@@ -40,10 +50,10 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     if isinstance(db, PostgresUrl):
         from .postgres.control import PostgresControl
 
-        return PostgresControl(db, mode, clock)
+        return PostgresControl(db, mode, clock, given_up)
     from .sqlite.control import SqliteControl
 
-    return SqliteControl(db, mode, clock)
+    return SqliteControl(db, mode, clock, given_up)
 
 
 def make_salvage(path: Path) -> Archive:
@@ -57,7 +67,7 @@ def make_salvage(path: Path) -> Archive:
     return SqliteSalvage(path)
 
 
-def make_archive(db: Database, mode: StoreMode) -> Archive:
+def make_archive(db: Location, mode: StoreMode) -> Archive:
     """Return what a checked database is read or filled as a whole with, opened.
 
     Raises:

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import NamedTuple
 
 from ..errors import DatabaseNotEmptyError, EvaluationDamagedError, OptionError
-from ..options import checked_database
+from ..options import Location, checked_database
 from ..url import PostgresUrl
 from . import make_archive, make_salvage
 from .archive import Counts
@@ -26,7 +26,7 @@ class Salvaged(NamedTuple):
     lost_count: int
 
 
-def copy(source: str | PathLike[str], target: str | PathLike[str]) -> Counts:
+def copy(source: str | PathLike[str] | Location, target: str | PathLike[str]) -> Counts:
     """Copy all of a database to an empty one: evaluations, how they stand, their attempts, and the settings.
 
     Workers may go on with the source meanwhile: what is copied is one moment of it. What they hold then is pending in the

@@ -13,12 +13,14 @@ import resource
 import sqlite3
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError
+from ...errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError, SpevalError
 
 __all__ = ["BUSY", "SIDE_FILES", "code_of", "is_unreadable", "may_use", "name_problem", "permission", "shown_path"]
-__all__ += ["translated", "translated_os"]
+__all__ += ["translated", "translated_os", "understood"]
 
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 SIDE_FILES = ("-journal", "-wal", "-shm")
@@ -41,6 +43,18 @@ def shown_path(path: Path) -> str:
 def may_use(path: Path, mode: int) -> bool:
     """Tell what ``os.access`` does, by the rights that this process has now."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+@contextmanager
+def understood(shown: str) -> Iterator[None]:
+    """Read values inside; where they make no sense, the file is damaged in a way that SQLite does not notice."""
+    try:
+        yield
+    except SpevalError:
+        raise
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
+        raise DatabaseError(shown, problem) from error
 
 
 def code_of(error: sqlite3.Error) -> int:

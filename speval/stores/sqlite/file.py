@@ -24,7 +24,7 @@ from ...errors import DatabaseError, DatabaseLockedError, ForeignDatabaseError, 
 from ...model import Durability
 from .connect import Stillness, connected, stillness
 from .contents import GuardedConnection, check_contents, guarded
-from .errors import BUSY, code_of, permission, shown_path, translated
+from .errors import BUSY, code_of, permission, shown_path, translated, understood
 from .fork import Owner
 from .guard import check_file, check_journal, check_library, check_path
 from .mount import Freshness, check_locks, filesystem, is_network
@@ -42,6 +42,9 @@ T = TypeVar("T")
 _PATIENCE = 60.0  # seconds to wait for the lock of another program
 _SHORT = 0.2  # seconds to wait for it with what the next commit can do as well
 _SILENCE = 3.0  # seconds of waiting for it before that is said
+
+_IN_PROGRESS_0_1 = "SELECT rowid FROM evals WHERE status = 'in_progress'"
+_AS_IN_PROGRESS = "UPDATE states SET status = 1, attempt = 1 WHERE id = ?"
 
 
 class SqliteFile:
@@ -177,7 +180,9 @@ class SqliteFile:
                 self.connection.close()
                 self.owner.leave()
                 self.connection, self._still = copy, still
+                in_progress = copy.execute(_IN_PROGRESS_0_1).fetchall() if self.is_0_1 else []
                 migrate(copy)
+                copy.executemany(_AS_IN_PROGRESS, in_progress)  # which only migrating the file itself takes back
 
     def look_after(self) -> None:
         """See that the name still leads to the file that is open, before a look that may be one of many.
@@ -258,28 +263,13 @@ class SqliteFile:
                     problem = f"its filesystem ({self.network}) shows this machine old data, without what others have written"
                     fix = "mount it without caches (direct_io, timeouts of 0), or use a PostgreSQL database"
                     raise DatabaseError(self.shown, f"{problem}; {fix}; nothing was written")
-                result = self._understanding(work, connection, *args, **kwargs)
+                with understood(self.shown):
+                    result = work(connection, *args, **kwargs)
                 self._patiently(patience, "COMMIT")
                 return result
             finally:
                 if connection.in_transaction:
                     connection.rollback()
-
-    def _understanding(
-        self,
-        work: Callable[Concatenate[sqlite3.Connection, P], T],
-        connection: sqlite3.Connection,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Run ``work``; where what it reads makes no sense, the file is damaged in a way that SQLite does not notice."""
-        try:
-            return work(connection, *args, **kwargs)
-        except SpevalError:
-            raise
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
-            raise DatabaseError(self.shown, problem) from error
 
     def _look_after_the_file(self) -> None:
         """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""

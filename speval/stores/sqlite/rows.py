@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from sys import getsizeof
 from typing import Any
 
 from ...errors import DatabaseError, EvaluationDamagedError
@@ -26,7 +27,6 @@ __all__ = [
     "check_evaluation",
     "check_states",
     "evaluation",
-    "shown_0_1",
 ]
 
 # Of states (s), evaluations (e), attempts (a) and workers (w).
@@ -43,7 +43,6 @@ LEFT JOIN workers AS w ON w.id = CASE s.status WHEN 1 THEN s.worker WHEN 2 THEN 
 """
 
 _TEXTS = (7, 17, 20)  # the places of args, result and traceback
-_TEXTS_0_1 = (4, 6)
 
 _COUNTS = """
 SELECT (SELECT count(*) FROM states WHERE id > :after AND id <= :upto),
@@ -83,11 +82,6 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     return shown_evaluation(db, values)
 
 
-def shown_0_1(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of a database of speval 0.1.1 stands for, which has no checksums."""
-    return shown_evaluation(db, row[1:])
-
-
 def check_evaluation(db: str, id: int, name: object, args: Any, crc: int | None) -> None:
     """Check a row of ``evaluations``.
 
@@ -121,7 +115,7 @@ def check_states(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, u
             damaged.add(EvaluationDamagedError(db, str(name), "its status is gone"))
 
 
-def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0_1: bool = False) -> Iterator[tuple[Any, ...]]:
+def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iterator[tuple[Any, ...]]:
     """Yield rows until there are enough of them, or enough text in them.
 
     Args:
@@ -129,12 +123,10 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
         cursor: Where they come from; closed at the end, as an open one keeps a transaction from ending.
         limit: How many at most.
         place: Of the column that has to ascend, and by which the next page begins.
-        is_0_1: Whether they are rows of a database of speval 0.1.1.
 
     Raises:
         DatabaseError: it does not ascend, so a page would begin at the wrong place.
     """
-    texts = _TEXTS_0_1 if is_0_1 else _TEXTS
     count = size = 0
     last = None
     try:
@@ -145,9 +137,9 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
             last = row[place]
             yield row
             count += 1
-            for text in texts:
+            for text in _TEXTS:
                 if type(row[text]) is str:
-                    size += len(row[text])
+                    size += getsizeof(row[text])
             if count == limit or size > PAGE_SIZE:
                 return
     finally:

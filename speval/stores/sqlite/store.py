@@ -33,19 +33,18 @@ from ...errors import (
     EvaluationDamagedError,
     StoreClosedError,
     SystemLimitError,
-    UnknownNameError,
 )
 from ...host import this_process
-from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Status, Summary
-from ...spaces.eager import Key, Space, name_to_key
+from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Summary
+from ...spaces.eager import Key, Space
 from ..base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
-from ..rows import CODES, STATUS, Damaged, settings_of
+from ..rows import STATUS, Damaged, settings_of
 from . import seed as seeding
 from .checksum import of_attempt, of_evaluation
 from .file import SqliteFile, shown_path
 from .late import take_in
 from .lease import SqliteLeaseKeeping
-from .rows import COLUMNS, FROM, bounded, check_evaluation, check_states, evaluation, shown_0_1
+from .rows import COLUMNS, bounded, check_evaluation, evaluation
 from .watchman import missing_log
 
 __all__ = ["SqliteStore"]
@@ -120,21 +119,6 @@ INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen
 VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
 """
 
-_LOAD = f"""
-SELECT {COLUMNS} {FROM}
-WHERE s.id > ? AND s.status IN (SELECT value FROM json_each(?)) ORDER BY s.id
-"""
-# Of a status that none is, it is damaged, whatever is wanted.
-_LOAD_ALL = f"SELECT {COLUMNS} {FROM} WHERE s.id > ? ORDER BY s.id"
-_LOAD_0_1 = """
-SELECT rowid, name, CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END, updated,
-    coalesce(args, 'null'), status <> 'pending', CASE status WHEN 'completed' THEN coalesce(result, 'null') END, NULL,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
-FROM evals
-WHERE rowid > ? AND CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END
-    IN (SELECT value FROM json_each(?))
-ORDER BY rowid
-"""
 _ENDED_SINCE = f"""
 SELECT {COLUMNS}
 FROM attempts AS a JOIN states AS s ON s.id = a.evaluation AND s.last = a.seq LEFT JOIN evaluations AS e ON e.id = s.id
@@ -152,13 +136,6 @@ SELECT coalesce(CAST(a.outcome AS TEXT), ''), count(*)
 FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
 WHERE s.status = 3 AND s.id <= :last AND s.id NOT IN strangers GROUP BY 1
 """
-
-_ID = "SELECT id FROM evaluations WHERE name = ?"
-_RETRY = """
-UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, updated_at = ?
-WHERE status IN (SELECT value FROM json_each(?))
-"""
-_RETRY_SOME = _RETRY + " AND id IN (SELECT value FROM json_each(?))"
 
 
 class _Connection(aiosqlite.Connection):
@@ -522,45 +499,6 @@ class SqliteStore(Store):
             return Summary(counts["pending"], counts["in_progress"], counts["completed"], counts["failed"], causes)
 
         return await self._read(count)
-
-    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        _, file = self._opened()
-        if file.is_empty:
-            return after, []
-        sql, shown = (_LOAD_0_1, shown_0_1) if file.is_0_1 else (_LOAD if status else _LOAD_ALL, evaluation)
-
-        def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
-            found: list[Evaluation] = []
-            seen, count = after, 1
-            while count and not found:
-                begun, count = seen, 0
-                cursor = c.execute(sql, (seen,) if sql is _LOAD_ALL else (seen, CODES[status]))
-                for row in bounded(self._shown, cursor, limit, is_0_1=file.is_0_1):
-                    count += 1
-                    seen = row[0]
-                    try:
-                        found.append(shown(self._shown, row))
-                    except EvaluationDamagedError as error:
-                        self.damaged.add(error)
-                if sql is _LOAD_ALL:
-                    check_states(c, self._shown, self.damaged, begun, seen if count else _ALL)
-            return seen, found
-
-        return await self._read(fetch)
-
-    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
-        def put_back(c: sqlite3.Connection) -> int:
-            now = self._clock.wall()
-            if names is None:
-                return c.execute(_RETRY, (now, CODES[status])).rowcount
-            # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
-            ids = {name: c.execute(_ID, (name_to_key(name),)).fetchone() for name in names}
-            unknown = [name for name, row in ids.items() if row is None]
-            if unknown:
-                raise UnknownNameError(self._shown, unknown)
-            return c.execute(_RETRY_SOME, (now, CODES[status], json.dumps([id for (id,) in ids.values()]))).rowcount
-
-        return await self._write(put_back)
 
 
 def _for_rows(c: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]], at_once: tuple[int, ...] = _AT_ONCE) -> int:
