@@ -23,6 +23,8 @@ from .stores.copying import copy
 
 __all__ = ["Database"]
 
+_parents: list[Control | None] = []  # connections that a forked child has dropped: closing one would disturb its parent
+
 
 class Database:
     """A database of evaluations, to look into and to steer while workers use it or when they have ended.
@@ -61,9 +63,13 @@ class Database:
         self.close()
 
     def __del__(self) -> None:
-        if self._reading is not None and self._pid == os.getpid():  # a fork leaves its parent's connections alone
-            warnings.warn(f"unclosed {self!r}; use it in a with statement, or close() it", ResourceWarning, 2, source=self)
-            self.close()
+        if self._reading is None:
+            return
+        if self._pid != os.getpid():
+            _parents.extend((self._reading, self._writing))
+            return
+        warnings.warn(f"unclosed {self!r}; use it in a with statement, or close() it", ResourceWarning, 2, source=self)
+        self.close()
 
     def close(self) -> None:
         """Close its connections; calling it again does nothing."""
