@@ -60,7 +60,8 @@ def on_page(page: str, tables: dict[str, str], about: str) -> str:
     """Return the page with its tables, and what they were measured on, replaced."""
     for name, text in {"machine": about, **tables}.items():
         mark, end = f"<!-- {name} -->", "<!-- end -->"
-        page = re.sub(f"{mark}.*?{end}", lambda _, new=f"{mark}\n{text}\n{end}": new, page, flags=re.DOTALL)
+        new = f"{mark}\n{text}\n{end}".replace("\\", r"\\")  # nothing in it stands for a group
+        page = re.sub(f"{mark}.*?{end}", new, page, flags=re.DOTALL)
     return page
 
 

@@ -259,7 +259,7 @@ class Candidate(NamedTuple):
 
     prepare: Callable[[str, int, int], Run]
     is_durable: bool
-    count: int
+    count: int  # type: ignore[assignment]
     slots: int = 1
     is_old: bool = False
     is_script: bool = False

@@ -31,7 +31,12 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
         for copies in COPIES:
             key = f"{name}|{work}|{copies}"
             counts[key] = max(20, int(count * share))
-            given = {"candidate": name, "work": work, "count": counts[key], "python": pythons.get(name, pythons[""])}
+            given: dict[str, Any] = {
+                "candidate": name,
+                "work": work,
+                "count": counts[key],
+                "python": pythons.get(name, pythons[""]),
+            }
             entries[key] = partial(measured, "benchmarks.candidates:ready", copies=copies, **given)
     figures = by_turns(min(rounds, 3), entries)
     rates = {key: {"per_second": per_second(counts[key], one), **one} for key, one in figures.items()}

@@ -3,6 +3,7 @@
 Owns the tables ``peers``, ``work`` and ``sleeps``. Invariant: all take turns, and each is measured as one started process.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from .candidates import AT_ONCE, CANDIDATES, COROUTINES, GATHER, LIMIT
@@ -28,7 +29,7 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
     """Measure all candidates with all kinds of work; ``pythons`` has the interpreter of those with their own."""
     found: Figures = {}
     for work in ("nothing", "sleep", "sleep_50ms", "compute"):
-        entries = {}
+        entries: dict[str, Callable[[], Figures]] = {}
         for name in (COROUTINES, GATHER) if work == "sleep_50ms" else CANDIDATES:
             count = count_of(name, work, share)
             given = pythons.get(name, pythons[""])

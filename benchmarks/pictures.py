@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,7 +46,7 @@ COMMAND = [sys.executable, "-m", "speval", "run", "train.py:train", "runs.db", "
 def watched(folder: Path) -> Overview:
     """Return what is to be seen when most of a search is done."""
     (folder / "train.py").write_text(TRAIN)
-    quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     copies = []
     try:
         for concurrency in ("4", "4", "8"):

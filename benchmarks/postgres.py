@@ -13,6 +13,8 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import psycopg
 
@@ -118,7 +120,7 @@ class PgQueuer:
         return lambda: asyncio.run(run())
 
 
-CANDIDATES = {OURS: Speval, PROCRASTINATE: Procrastinate, PGQUEUER: PgQueuer}
+CANDIDATES: dict[str, Callable[[str], Any]] = {OURS: Speval, PROCRASTINATE: Procrastinate, PGQUEUER: PgQueuer}
 
 
 def work(candidate: str, url: str, count: int) -> None:
@@ -141,7 +143,7 @@ def measure(server: Server, candidate: str, count: int, workers: int, number: in
     if is_old:
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT txid_current()")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     processes = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(workers)]
     for process in processes:
         assert process.stdout.readline() == "ready\n"

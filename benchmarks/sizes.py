@@ -46,9 +46,8 @@ def whole(count: int, executor: str, copies: int, copy: int) -> Callable[[], Fig
     def run() -> Figures:
         before, started = peak(), time.perf_counter()
         given: Any = {"concurrency": 100} if executor == "coroutine" else {}
-        speval(
-            note_async if executor == "coroutine" else note, range(count), "runs.db", executor=executor, progress=False, **given
-        )
+        given["executor"] = executor
+        speval(note_async if executor == "coroutine" else note, range(count), "runs.db", progress=False, **given)
         return {"memory": peak() - before, "first": ended[0] - started, "span": ended[1] - ended[0]}
 
     return run
@@ -103,7 +102,8 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
                 file.unlink()
             return measured(f"{here}:whole", folder=done, count=big, executor=executor)
 
-        small, large = {}, {}
+        small: dict[str, Callable[[], Figures]] = {}
+        large: dict[str, Callable[[], Figures]] = {}
         for executor in ("coroutine", "thread"):
             for count in (1, 1_000, big // 10):
                 one = partial(measured, f"{here}:whole", count=count, executor=executor)
@@ -112,9 +112,9 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
         by_round = [by_turns(_SMALL, small) | by_turns(1, large) for _ in range(min(rounds, 3))]
         whole_spaces = {key: medians([one[key] for one in by_round]) for key in small | large}
         for key, figures in whole_spaces.items():
-            executor, count = key.split("|")
+            executor, _, size = key.partition("|")
             # What a call with one evaluation takes is the price of a call.
-            figures["each"] = 1e6 * (figures["seconds"] - whole_spaces[f"{executor}|1"]["seconds"]) / int(count)
+            figures["each"] = 1e6 * (figures["seconds"] - whole_spaces[f"{executor}|1"]["seconds"]) / int(size)
 
         def put_back_and_do() -> Figures:
             measured(f"{here}:put_back", folder=done, count=big)
@@ -122,8 +122,8 @@ def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
 
         few = partial(measured, f"{here}:whole", count=big // _LEFT, executor="coroutine")
         last = by_turns(min(rounds, 3), {"alone": few, "last": put_back_and_do})
-        for one in last.values():
-            one["each"] = 1e6 * one["span"] / (big // _LEFT - 1)
+        for figures in last.values():
+            figures["each"] = 1e6 * figures["span"] / (big // _LEFT - 1)
         measured(f"{here}:put_back", folder=done, count=big)
         moments = by_turns(
             min(rounds, 3),

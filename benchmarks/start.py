@@ -16,7 +16,7 @@ from .harness import ROOT, Figures, by_turns, measured, table
 _IMPORT = "import time; started = time.perf_counter(); import speval; print(time.perf_counter() - started)"
 
 
-def first_result(copies: int, copy: int) -> Callable[[], None]:
+def first_result(copies: int, copy: int) -> Callable[[], Figures]:
     """Prepare to make a process executor and to get one result from it."""
     from speval.clock import Clock
     from speval.executors import make_executor

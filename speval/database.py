@@ -219,6 +219,8 @@ class Database:
         Raises:
             OptionError: it is no whole number from 1 to 1,000,000.
         """
+        if concurrency is None:  # which would take it back
+            raise OptionError("concurrency", "None", "a whole number; unset('concurrency') takes it back")
         self._steering.set_concurrency(concurrency)
 
     def unset(self, setting: Literal["concurrency"]) -> None:

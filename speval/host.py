@@ -34,10 +34,29 @@ class Process:
     start: str
 
 
+_this: Process | None = None  # found out once, since every call of speval asks
+
+
 def this_process() -> Process:
     """Return the process that calls."""
+    global _this
     pid = os.getpid()
-    return Process(socket.gethostname(), pid, _machine(), _stat(pid)[1])
+    if _this is not None and _this.pid == pid:
+        return _this
+    found = Process(socket.gethostname(), pid, _machine(), _stat(pid)[1])
+    if found.machine and found.start:  # else what could not be read may be readable the next time
+        _this = found
+    return found
+
+
+def _forget() -> None:
+    """Forget which process this is: a forked child may have its parent's number, in a PID namespace of its own."""
+    global _this
+    _this = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def is_gone(process: Process, machine: str) -> bool:

@@ -1,7 +1,8 @@
 """speval for code that blocks: the same four calls as ``speval.aio``; what evaluates runs in an event loop of its own.
 
 Owns the public names; ``portal`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
-gives back what it holds.
+gives back what it holds. A program that makes no call does not import the event loop: a call imports it, in the calling thread
+and before anything begins.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import aclosing, suppress
 from os import PathLike
 from types import TracebackType
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from . import aio
 from . import open_calls as calls
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
 from .options import ExecutorOption, Location, Options, checked_database, checked_retry, checked_status
-from .portal import Call, Future
-from .spaces.eager import Space
-from .spaces.lazy import Source, is_source
-from .stores import make_control
+
+if TYPE_CHECKING:
+    from .portal import Call
+    from .spaces.eager import Space
+    from .spaces.lazy import Source
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
 
@@ -113,6 +114,8 @@ def speval(
         durability=durability,
         progress=progress,
     )
+    from . import aio
+
     space = _encoded(eval_space)
     return _called(lambda: aio.evaluated(func, space, db, options), space)
 
@@ -183,6 +186,8 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
     """
     location = checked_database(db)
     checked_status(status, (None, *get_args(Status)))
+    from .stores import make_control
+
     with make_control(location) as control:
         return list(control.evaluations(status=status))
 
@@ -205,12 +210,16 @@ def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status
         DatabaseError: the database can't be used.
     """
     location, chosen = checked_retry(db, names, status)
+    from .stores import make_control
+
     with make_control(location, "write") as control:
         return control.retry(chosen, status=status)
 
 
 def _called(main: Callable[[], Coroutine[Any, Any, T]], space: Space | Source | None = None) -> T:
     """Run a coroutine and return what it returns; it closes the space once it has begun."""
+    from .portal import Call, Future
+
     call = Call(main, Future())
     try:
         try:
@@ -266,6 +275,9 @@ class _Completed(Generator[Evaluation, None, None]):
             self._ready.extend(batch)
 
     def _begin(self) -> None:
+        from . import aio
+        from .portal import Call, Future
+
         func, eval_space, db, options = self._make
         self._space = space = _encoded(eval_space)
         calls.watch_collections()
@@ -325,6 +337,9 @@ class _Completed(Generator[Evaluation, None, None]):
 
 def _encoded(eval_space: EvalSpace) -> Space | Source:
     """Encode a space in the calling thread, whose generators may depend on it."""
+    from .spaces.eager import Space
+    from .spaces.lazy import Source, is_source
+
     if is_source(eval_space):
         return Source(eval_space)  # type: ignore[arg-type]
     space = Space()

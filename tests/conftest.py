@@ -7,11 +7,13 @@ import itertools
 import os
 import pty
 import re
+import shutil
 import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
 import threading
@@ -44,7 +46,7 @@ def needs(package: str, is_there: bool, reason: str) -> pytest.MarkDecorator:
 WAIT = 60.0  # seconds a condition may take on a busy machine before a test fails
 
 
-def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT) -> Any:
+def wait_for(condition: Callable[..., Any], what: str = "", within: float = WAIT) -> Any:
     """Return the condition's value as soon as it is true."""
     deadline = time.monotonic() + within
     while True:
@@ -59,9 +61,9 @@ def wait_for(condition: Callable[[], Any], what: str = "", within: float = WAIT)
 def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
     """Return what a query brings, as anybody with the sqlite3 shell, or psql, would see it."""
     if isinstance(db, str):
-        with psycopg.connect(server_url(db)) as connection:
-            connection.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
-            return connection.execute(sql.replace("?", "%s"), parameters or None).fetchall()
+        with psycopg.connect(server_url(db)) as server:
+            server.execute(f"SET search_path = {PostgresUrl.parse(db).schema}")
+            return server.execute(sql.replace("?", "%s"), parameters or None).fetchall()
     connection = sqlite3.connect(f"file:{db}?mode=ro", uri=True, timeout=10)
     try:
         return connection.execute(sql, parameters).fetchall()
@@ -153,6 +155,16 @@ class Scripts:
 @pytest.fixture
 def db(tmp_path: Path) -> Path:
     return tmp_path / "runs.db"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

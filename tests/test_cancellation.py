@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import closing, suppress
+from typing import Any
 
 import anyio
 import pytest
@@ -81,7 +82,7 @@ async def follow(db):
         await asyncio.sleep(0)
 
 
-CALLS = {
+CALLS: dict[str, Any] = {
     "coroutines": lambda db: aio.speval(quick, range(30), db, concurrency=4),
     "threads": lambda db: aio.speval(abs, range(30), db, concurrency=4, executor="thread"),
     "processes": lambda db: aio.speval(abs, range(10), db, concurrency=2, executor="process"),

@@ -13,6 +13,9 @@ from speval import codec
 from speval.codec import decode, encode, read, same
 from speval.errors import UnserializableError
 
+Point = namedtuple("Point", "x y")
+Color = IntEnum("Color", ["red", "green"])
+
 
 class Shade(str, Enum):  # noqa: UP042 - calls itself Shade.DARK
     DARK = "dark"
@@ -50,8 +53,8 @@ def nested(depth):
         ({1: "a", 2.5: "b"}, {"1": "a", "2.5": "b"}),
         ({None: 1, False: 2}, {"null": 1, "false": 2}),
         (OrderedDict(z=1, a=(1,)), {"z": 1, "a": [1]}),
-        (namedtuple("Point", "x y")(1, 2), [1, 2]),
-        (IntEnum("Color", "red green").green, 2),
+        (Point(1, 2), [1, 2]),
+        (Color.green, 2),
         (numpy.float64(0.5), 0.5),
         (numpy.float32(0.5), 0.5),
         (numpy.int64(7), 7),
@@ -103,7 +106,7 @@ def test_encoded_text_fits_on_a_line_and_into_utf8():
         ({"x": [{numpy.datetime64(1, "ns"): 1}]}, "datetime64[ns] would lose its unit"),
         (numpy.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), "would lose its fields"),
         (numpy.void(b"abc"), "would lose its fields"),
-        (numpy.ma.array([1, 2], mask=[0, 1]), "would lose its mask"),
+        (numpy.ma.array([1, 2], mask=[False, True]), "would lose its mask"),
         (numpy.ma.masked, "would lose its mask"),
         (numpy.longdouble("0.1"), "longdouble is none of"),
         (numpy.array([{1: "a", "1": "b"}], dtype=object), "two of its keys are '1'"),

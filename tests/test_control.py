@@ -10,10 +10,10 @@ import pytest
 from speval import aio
 from speval.clock import Clock
 from speval.errors import DatabaseMissingError, InProgressError, OptionError, UnknownNameError
-from speval.model import Claim, Outcome, Settings
+from speval.model import Cause, Claim, Error, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
-from speval.stores.base import Ended, Store
+from speval.stores.base import Ended, Record, Store
 from speval.stores.control import Control
 
 from .databases import Place, SqlitePlace
@@ -102,13 +102,13 @@ def done(claim: Claim, result="1", duration=0.25) -> Ended:
     return Ended(claim, Outcome(None, result, None, 5.0, duration), False)
 
 
-def broken(claim: Claim, cause="exception", again=False, message="boom") -> Ended:
-    error = {"cause": cause, "type": "ValueError", "message": message, "traceback": "Traceback: boom"}
+def broken(claim: Claim, cause: Cause = "exception", again=False, message="boom") -> Ended:
+    error: Error = {"cause": cause, "type": "ValueError", "message": message, "traceback": "Traceback: boom"}
     return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
 
 
 async def claimed(store, worker, count) -> list[Claim]:
-    return (await store.record(worker, idle=count)).claims
+    return (await store.record(Record(worker, idle=count))).claims
 
 
 def names(evaluations) -> list[str]:
@@ -122,7 +122,7 @@ async def test_an_overview_counts_everything_whatever_the_spaces_of_the_workers(
     store, worker = await database.worker(range(6))
     await database.open({"of another space": 1})
     a, b, c, _ = await claimed(store, worker, 4)
-    await store.record(worker, [done(a), broken(b), broken(c, "timeout")])
+    await store.record(Record(worker, [done(a), broken(b), broken(c, "timeout")]))
     seen = database.control().overview()
     assert (seen.pending, seen.in_progress, seen.completed, seen.failed) == (3, 1, 1, 2)
     assert (seen.total, seen.open) == (7, 4)
@@ -148,7 +148,7 @@ async def test_an_overview_says_who_runs_what_the_longest_first(database):
 
 async def test_what_is_claimed_ahead_runs_only_when_it_is_too_old_to_be_waiting(database):
     store, worker = await database.worker(range(20))
-    await store.record(worker, idle=2, ahead=5)
+    await store.record(Record(worker, idle=2, ahead=5))
     control = database.control()
     (seen,) = control.overview().workers
     assert (seen.running, seen.ahead, len(seen.runs)) == (2, 5, 2)
@@ -160,7 +160,7 @@ async def test_what_is_claimed_ahead_runs_only_when_it_is_too_old_to_be_waiting(
 async def test_what_is_held_for_its_backoff_is_pending_and_told_apart(database):
     store, worker = await database.worker(range(2))
     (claim,) = await claimed(store, worker, 1)
-    await store.record(worker, [broken(claim, again=True)])
+    await store.record(Record(worker, [broken(claim, again=True)]))
     seen = database.control().overview()
     assert (seen.pending, seen.failed, seen.workers[0].held, seen.workers[0].running) == (2, 0, 1, 0)
 
@@ -197,7 +197,7 @@ async def test_the_last_failures_come_first_in_short(database):
     claims = await claimed(store, worker, 7)
     for claim in claims:
         database.clock.wall_now += 1
-        await store.record(worker, [broken(claim, message=f"boom {claim.name}")])
+        await store.record(Record(worker, [broken(claim, message=f"boom {claim.name}")]))
     seen = database.control().overview(failures=3).failures
     assert [f.name for f in seen] == ["6", "5", "4"]
     first = seen[0]
@@ -212,7 +212,7 @@ async def test_a_rate_is_taken_over_the_last_minute_or_the_last_ten_attempts(dat
     assert control.overview().rate is None
     for _ in range(120):  # two a second for a minute
         database.clock.wall_now += 0.5
-        await store.record(worker, [done(claim) for claim in await claimed(store, worker, 1)])
+        await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 1)]))
     assert control.overview().rate == pytest.approx(2.0, rel=0.05)
     database.clock.wall_now += 300
     assert control.overview().rate == pytest.approx(10 / 305, rel=0.1)
@@ -222,14 +222,14 @@ async def test_a_rate_is_taken_over_the_last_minute_or_the_last_ten_attempts(dat
 
 async def test_a_rate_says_nothing_of_earlier_runs(database):
     store, worker = await database.worker(range(50))
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 20)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 20)]))
     await store.leave(worker)
     database.clock.wall_now += 3600
     worker = await store.register(10.0)
     control = database.control()
     assert control.overview().rate is None
     database.clock.wall_now += 4
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 2)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 2)]))
     assert control.overview().rate == pytest.approx(0.5)
 
 
@@ -240,7 +240,7 @@ async def test_evaluations_come_in_order_filtered_and_limited(database):
     space = {f"lr={i % 3} seed={i}": {"i": i} for i in range(12)}
     store, worker = await database.worker(space)
     a, b, c, d = await claimed(store, worker, 4)
-    await store.record(worker, [done(a), broken(b), broken(c, "timeout")])
+    await store.record(Record(worker, [done(a), broken(b), broken(c, "timeout")]))
     control = database.control()
     assert names(control.evaluations()) == list(space)
     assert names(control.evaluations(limit=2)) == list(space)[:2]
@@ -270,9 +270,9 @@ async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, mon
     store, worker = await database.worker(range(30))
     control = database.control()
     seen = control.evaluations(status="completed")
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 8)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 8)]))
     assert [next(seen)["name"] for _ in range(3)] == ["0", "1", "2"]
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 22)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 22)]))
     assert names(seen) == [str(i) for i in range(3, 30)]
 
 
@@ -298,11 +298,11 @@ async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 12)
     first = claims[0]
-    await store.record(worker, [broken(first, "timeout", again=True)])
-    await store.record(worker, [done(claim) for claim in claims[1:]])
-    await store.record(worker, due=[first])
+    await store.record(Record(worker, [broken(first, "timeout", again=True)]))
+    await store.record(Record(worker, [done(claim) for claim in claims[1:]]))
+    await store.record(Record(worker, due=[first]))
     (second,) = await claimed(store, worker, 1)
-    await store.record(worker, released=[second])
+    await store.record(Record(worker, released=[second]))
     (third,) = await claimed(store, worker, 1)
     database.clock.wall_now += 5
     control = database.control()
@@ -312,7 +312,7 @@ async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
     assert one.error == {"cause": "timeout", "type": "ValueError", "message": "boom", "traceback": "Traceback: boom"}
     assert (two.number, two.outcome, two.worker, two.ended_at, two.error) == (3, None, label, None, None)
     assert two.started_at == database.clock.wall_now - 5
-    await store.record(worker, [done(third, '{"loss":0.5}')])
+    await store.record(Record(worker, [done(third, '{"loss":0.5}')]))
     last = control.attempts("0")[-1]
     assert (last.number, last.outcome, last.result, last.error) == (3, "completed", {"loss": 0.5}, None)
     assert last.ended_at == database.clock.wall_now
@@ -335,7 +335,7 @@ async def test_attempts_before_a_retry_are_told_too(database):
     store, worker = await database.worker(["a"])
     for again in range(3):
         (claim,) = await claimed(store, worker, 1)
-        await store.record(worker, [broken(claim, message=f"boom {again}")])
+        await store.record(Record(worker, [broken(claim, message=f"boom {again}")]))
         assert database.control("write").retry() == 1
     assert [a.error["message"] for a in database.control().attempts("0")] == ["boom 0", "boom 1", "boom 2"]
 
@@ -345,7 +345,7 @@ async def test_attempts_before_a_retry_are_told_too(database):
 
 async def test_looking_changes_nothing_and_needs_no_more_than_to_read(file):
     store, worker = await file.worker(range(5))
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 3)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 3)]))
     await store.close()
     before = file.bytes()
     file.path.chmod(0o400)
@@ -369,7 +369,7 @@ async def test_looking_waits_for_nobody_and_nobody_waits_for_it(file):
         assert file.control().overview().pending == 5
     seen = file.control().evaluations()
     next(seen)
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 1)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 1)]))
 
 
 async def test_what_is_not_there_is_an_error_and_is_not_made(database):
@@ -448,7 +448,7 @@ async def test_a_concurrency_below_one_is_refused(database):
 
 async def test_dropped_evaluations_are_gone_with_their_attempts(database):
     store, worker = await database.worker({"a": 1, "b": 2, "c": 3, "17": 4})
-    await store.record(worker, [done(claim, json.dumps(claim.name)) for claim in await claimed(store, worker, 4)])
+    await store.record(Record(worker, [done(claim, json.dumps(claim.name)) for claim in await claimed(store, worker, 4)]))
     control = database.control("write")
     assert control.drop(["a", "17"]) == 2
     assert names(control.evaluations()) == ["b", "c"]
@@ -463,7 +463,7 @@ async def test_dropping_by_status_drops_those_of_that_status_alone(database, mon
     monkeypatch.setattr(f"{database.place.control_module}._CHUNK", 2, raising=False)
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 9)
-    await store.record(worker, [broken(claim) for claim in claims[:5]] + [done(claim) for claim in claims[5:8]])
+    await store.record(Record(worker, [broken(claim) for claim in claims[:5]] + [done(claim) for claim in claims[5:8]]))
     control = database.control("write")
     assert control.drop(status="failed") == 5
     assert names(control.evaluations()) == [str(i) for i in range(5, 12)]
@@ -491,7 +491,7 @@ async def test_what_is_in_progress_is_not_dropped_and_nothing_else_with_it(datab
 
 async def test_a_space_that_has_them_brings_dropped_evaluations_back_as_new_ones(database):
     store, worker = await database.worker(range(4))
-    await store.record(worker, [done(claim) for claim in await claimed(store, worker, 4)])
+    await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 4)]))
     assert database.control("write").drop(["1", "3"]) == 2
     store = await database.open(range(4))
     summary = await store.summary()
@@ -503,7 +503,7 @@ async def test_a_space_that_has_them_brings_dropped_evaluations_back_as_new_ones
 async def test_whoever_still_writes_about_a_dropped_evaluation_is_refused(database):
     store, worker = await database.worker({"a": 1, "b": 2})
     stale = await claimed(store, worker, 2)
-    await store.record(worker, [broken(stale[1], again=True)])
+    await store.record(Record(worker, [broken(stale[1], again=True)]))
     control = database.control("write")
     await store.leave(worker)  # as if all had been taken back from it while it goes on
     assert control.drop(["a", "b"]) == 2
@@ -512,10 +512,10 @@ async def test_whoever_still_writes_about_a_dropped_evaluation_is_refused(databa
     other = await store.register(10.0)
     fresh = await claimed(store, other, 2)
     assert not {claim.id for claim in fresh} & {claim.id for claim in stale}
-    assert (await store.record(worker, [done(stale[0], '"stale"')])).refused == [stale[0]]
-    await store.record(worker, due=[stale[1]], released=[stale[0]])
+    assert (await store.record(Record(worker, [done(stale[0], '"stale"')]))).refused == [stale[0]]
+    await store.record(Record(worker, due=[stale[1]], released=[stale[0]]))
     assert database.control().overview().in_progress == 2
-    assert (await store.record(other, [done(claim, '"fresh"') for claim in fresh])).refused == []
+    assert (await store.record(Record(other, [done(claim, '"fresh"') for claim in fresh]))).refused == []
     assert [e["result"] for e in control.evaluations()] == ["fresh", "fresh"]
 
 
@@ -532,15 +532,15 @@ async def test_an_id_is_never_given_again_also_when_the_last_one_was_dropped(dat
 async def test_who_follows_what_ends_misses_nothing_after_a_drop(database):
     store, worker = await database.worker(range(4))
     a, b, c, d = await claimed(store, worker, 4)
-    await store.record(worker, [done(a), done(b, '"secret"')])
+    await store.record(Record(worker, [done(a), done(b, '"secret"')]))
     cursor, seen = await store.ended_since(0, 100)
     assert [e["name"] for _, e in seen] == ["0", "1"]
     assert database.control("write").drop(["0", "1"]) == 2
     assert database.place.query("SELECT count(result) FROM attempts") == [(0,)]
-    await store.record(worker, [done(c)])
+    await store.record(Record(worker, [done(c)]))
     cursor, seen = await store.ended_since(cursor, 100)
     assert [e["name"] for _, e in seen] == ["2"]
-    await store.record(worker, [done(d)])
+    await store.record(Record(worker, [done(d)]))
     assert database.control("write").drop(["2"]) == 1
     _, seen = await store.ended_since(cursor, 100)
     assert [e["name"] for _, e in seen] == ["3"]

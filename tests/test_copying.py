@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from speval.model import Outcome, Settings
 from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.copying import copy
 
 from .conftest import content, exists, rows, signed
@@ -43,7 +44,7 @@ NAMES = ["7", "07", "a\0b\x10", "tab\tline\n\\N", "é\U0001f600", "failed", "tri
 
 
 def ended(claim, cause=None, again=False) -> Ended:
-    error = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
+    error: Any = None if cause is None else {"cause": cause, "type": "E\0", "message": "bo\tom\n\\", "traceback": "\x10"}
     return Ended(claim, Outcome(cause, None if cause else f'"\\u0000 {claim.id} \\\\"', error, 5.5, 0.25), again)
 
 
@@ -55,11 +56,13 @@ async def fill(db):
     list(space.fill({name: [name, float("nan"), {"b": 1, "a": "\\"}] for name in NAMES}))
     await store.seed(space, "error")
     worker = await store.register(30)
-    claims = {c.name: c for c in (await store.record(worker, idle=len(NAMES) - 1)).claims}
+    claims = {c.name: c for c in (await store.record(Record(worker, idle=len(NAMES) - 1))).claims}
     done = [ended(claims[name]) for name in NAMES[:5]]
-    await store.record(worker, [*done, ended(claims["failed"], "exception"), ended(claims["tried"], "timeout", again=True)])
-    await store.record(worker, due=[claims["tried"]])
-    await store.record(worker, [ended(claims["held"], "timeout", again=True)])
+    await store.record(
+        Record(worker, [*done, ended(claims["failed"], "exception"), ended(claims["tried"], "timeout", again=True)])
+    )
+    await store.record(Record(worker, due=[claims["tried"]]))
+    await store.record(Record(worker, [ended(claims["held"], "timeout", again=True)]))
     with make_control(checked_database(db), "write") as control:
         assert control.retry(["7"], status="completed") == 1
         control.set_concurrency(3)

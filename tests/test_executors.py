@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from speval.clock import Clock
 from speval.executors import make_executor
+from speval.executors.base import Work
 from speval.model import Claim
 from speval.options import Options
 
@@ -33,7 +35,7 @@ class Rig:
 
     def __init__(self, kind: str, pool: ProcessPoolExecutor | None = None) -> None:
         self.kind = kind
-        self.executor = pool or kind
+        self.executor: Any = pool or kind
         self.closers = []
 
     def slot(self, function: Callable, **options):
@@ -64,6 +66,23 @@ class Rig:
     async def close(self) -> None:
         for close in self.closers:
             await close()
+
+
+class Noted(Work):
+    """Claims for a slot; notes results and what comes back, and hands out more."""
+
+    def __init__(self, claims, timeout, got, back, more):
+        self.claims, self.timeout = claims, timeout
+        self._got, self._back, self._more = got, back, more
+
+    def ended(self, claim, outcome):
+        self._got.append((claim, outcome.result))
+
+    def give_back(self, claims):
+        self._back += claims
+
+    def more(self):
+        return self._more.popleft() if self._more else None
 
 
 def in_coroutine(function):
@@ -194,7 +213,7 @@ async def test_odd_exceptions_are_recorded_all_the_same(rig):
 
 
 class Liar(Exception):
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         raise RuntimeError("no class for you")
 
@@ -297,8 +316,7 @@ async def test_results_come_in_the_order_of_the_calls(rig):
     batch, left = claims[:40], deque(claims[40:])
     while batch:
         back = []  # where the machine is busy, some of a batch come back
-        take = lambda claim, outcome: got.append((claim, outcome.result))  # noqa: E731
-        await slot.run(batch, 60, take, back.extend, lambda: left.popleft() if left else None)
+        await slot.run(Noted(batch, 60, got, back, left))
         batch = back
     assert got == [(claim, claim.args) for claim in claims[: len(got)]]
     assert len(got) == len(claims) - len(left) >= 40
@@ -369,16 +387,17 @@ async def test_a_slot_of_coroutines_goes_on_with_more_and_stops_with_the_one_tha
         return args
 
     started, got = asyncio.Event(), []
-    more = [Claim(i, 1, 1, str(i), f'"{args}"', 1) for i, args in ((2, "quick"), (3, "endless"), (4, "never"))]
+    more = deque(Claim(i, 1, 1, str(i), f'"{args}"', 1) for i, args in ((2, "quick"), (3, "endless"), (4, "never")))
     slot = make_rig("coroutine").slot(function)
-    take = lambda claim, outcome: got.append((claim.id, outcome.result))  # noqa: E731
     first = Claim(1, 1, 1, "1", '"first"', 1)
-    running = asyncio.create_task(slot.run([first], None, take, pytest.fail, lambda: more.pop(0) if more else None))
+    back = []
+    running = asyncio.create_task(slot.run(Noted([first], None, got, back, more)))
     await started.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert got == [(1, '"first"'), (2, '"quick"')]
+    assert [(claim.id, result) for claim, result in got] == [(1, '"first"'), (2, '"quick"')]
+    assert back == []
     assert [claim.id for claim in more] == [4]
 
 

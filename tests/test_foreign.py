@@ -11,6 +11,7 @@ import time
 import warnings
 from concurrent.futures import Executor as FutureExecutor
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
 
 import numpy
 import pytest
@@ -219,7 +220,7 @@ def test_what_waits_for_its_turn_in_a_pool_is_not_timed_out(pool, db, tmp_path):
 
 async def test_a_process_that_can_not_tell_the_beginning_of_a_call_makes_it_all_the_same(db):
     pool = make_process_pool()
-    executor = make_executor(abs, Options(executor=pool), Clock())
+    executor: Any = make_executor(abs, Options(executor=pool), Clock())
     slot = executor.slot(0)
     try:
         assert (await slot.call("17", "-1", 60)).result == "1"
@@ -259,7 +260,7 @@ class Threads(FutureExecutor):
     def __init__(self):
         self.pool = ThreadPoolExecutor(8)
 
-    def submit(self, function, *args):
+    def submit(self, function, /, *args, **_):
         return self.pool.submit(function, *args)
 
 
@@ -282,7 +283,7 @@ def test_two_runs_that_share_a_pool_get_the_answers_of_their_own_function(make, 
 class Counting(ProcessPoolExecutor):
     sent = 0
 
-    def submit(self, function, *args):
+    def submit(self, function, /, *args, **_):
         self.sent += sum(len(arg) for arg in args if isinstance(arg, bytes))
         return super().submit(function, *args)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from speval import aio
 from speval.errors import ForeignDatabaseError, SpevalError
 
-PROFILE = {
+PROFILE: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
     "database": None,
@@ -76,9 +77,9 @@ def damage(whole: bytes, how: str, places: list[tuple[float, int]], extra: bytes
     elif how == "header and garbage":
         data = data[:100] + extra
     elif how == "magic and garbage":
-        data = b"SQLite format 3\0" + extra
+        data = bytearray(b"SQLite format 3\0" + extra)
     else:
-        data = extra
+        data = bytearray(extra)
     return bytes(data)
 
 
@@ -234,7 +235,7 @@ class OddInitError(Exception):
 
 
 class UnlikeOthersError(Exception):
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         raise RuntimeError("not telling")
 
@@ -304,18 +305,18 @@ def with_itself(text):
 
 def with_notes(text):
     error = ValueError(text)
-    error.__notes__ = [text, 5, TextThatFailsError(ValueError(text))]
+    error.__notes__ = [text, 5, TextThatFailsError(ValueError(text))]  # type: ignore[list-item]
     return error
 
 
 def with_strange_notes(text):
     error = ValueError(text)
-    error.__notes__ = 17
+    error.__notes__ = 17  # type: ignore[assignment]
     return error
 
 
 def deep_group(text):
-    error = ValueError(text)
+    error: Exception = ValueError(text)
     for _ in range(200):
         error = ExceptionGroup(text or "group", [error])
     return error

@@ -12,7 +12,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fresh(whole, tmp_path) -> Iterator[Callable[..., Path]]:
+def fresh(whole, tmp_path) -> Callable[..., Path]:
     """Return what makes a hostile file, alone in a folder of its own."""
     made = []
 

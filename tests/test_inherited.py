@@ -16,7 +16,7 @@ import pytest
 from speval import aio, load_evals, speval
 from speval.executors.process.group import Group
 
-from .conftest import Scripts, wait_for
+from .conftest import WAIT, Scripts, wait_for
 from .test_process import children, is_alive
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -160,6 +160,28 @@ def test_where_no_more_threads_can_be_started_it_goes_on_with_those_there_are(sc
     assert "60 completed" in done.stdout, done.stderr
     assert done.stderr.count("fewer evaluations run at once than the 16 wanted: can't start new thread") == 1
     assert ended(db) == {("completed", 1): 60}
+
+
+async def test_slots_that_the_system_had_no_room_for_are_tried_again(db, monkeypatch):
+    monkeypatch.setattr("speval.engine.slots._ROOM_AGAIN", 0.05)
+    start, room, all_at_once = threading.Thread.start, 3, threading.Barrier(16)
+
+    def limited(thread):
+        others = [other for other in threading.enumerate() if other.name.startswith("speval slot")]
+        if thread.name.startswith("speval slot") and len(others) >= room:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def function(args):
+        nonlocal room
+        if args == 20:
+            room = 16
+        elif args > 20:
+            all_at_once.wait(WAIT)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    summary = await aio.speval(function, range(37), db, executor="thread", concurrency=16)
+    assert summary.completed == 37
 
 
 # What a function does to what it runs on
@@ -415,7 +437,7 @@ def test_a_hard_limit_that_is_lowered_between_two_calls_keeps_no_worker_from_sta
 
 LAST_THREAD = """
 import os, resource, shutil, sys, tempfile
-import speval.aio, speval.executors.thread, speval.stores.sqlite.store, speval.stores.sqlite.lease
+import speval.portal, speval.executors.thread, speval.stores.sqlite.store, speval.stores.sqlite.lease
 from speval import SystemLimitError, speval
 
 folder = tempfile.mkdtemp(dir="/tmp")  # one that the other user can reach

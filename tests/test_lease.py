@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from speval import speval
 from speval.engine.lease import Lease
-from speval.engine.worker import Worker
+from speval.engine.run import Run
 from speval.errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, StoreClosedError
 from speval.host import Process, is_gone, this_process
 from speval.stores.base import LeaseKeeping, Reclaimed
@@ -261,8 +262,8 @@ def keeping():
 @pytest.fixture
 def lease(keeping, clock):
     """A lease of 30 s whose thread is not started: the test beats for it."""
-    told = []
-    lease = Lease(
+    told: list[object] = []
+    lease: Any = Lease(
         keeping,
         1,
         30.0,
@@ -381,7 +382,7 @@ def test_a_worker_that_ends_its_row_has_lost_nothing(lease, keeping, clock):
 def test_at_a_normal_end_no_worker_is_said_to_be_declared_dead(anywhere, monkeypatch, caplog):
     # The row ends, and the lease thread renews once more before it is stopped.
     refused = threading.Event()
-    beat, leave = Lease._beat, Worker._leave
+    beat, leave = Lease._beat, Run._leave
 
     def one_more_beat(self):
         self._proven -= self._seconds
@@ -402,7 +403,7 @@ def test_at_a_normal_end_no_worker_is_said_to_be_declared_dead(anywhere, monkeyp
         self._store.leave = leave_and_wait
         await leave(self)
 
-    monkeypatch.setattr(Worker, "_leave", leave_slowly)
+    monkeypatch.setattr(Run, "_leave", leave_slowly)
     assert speval(lambda x: x, range(2), anywhere, executor="thread", progress=False).completed == 2
     assert refused.is_set()
     assert "declared dead" not in caplog.text

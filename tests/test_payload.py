@@ -11,6 +11,7 @@ import sys
 import unittest.mock
 import zipapp
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -551,7 +552,7 @@ def test_a_callable_with_odd_attributes_ends(db, make, executor):
 
 
 def test_partials_in_a_circle_are_refused_or_fail(db):
-    circle = functools.partial(len)
+    circle: Any = functools.partial(len)
     circle.__setstate__((circle, (), {}, {}))
     try:
         with pytest.raises(FunctionError):

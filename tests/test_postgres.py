@@ -29,7 +29,7 @@ from speval.host import Process
 from speval.model import Claim, Outcome
 from speval.spaces.eager import Space
 from speval.stores import make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.liveness import WorkerRow
 from speval.url import PostgresUrl
 
@@ -110,16 +110,16 @@ def own():
 async def test_a_record_whose_answer_was_lost_is_found_out_and_not_done_twice(stores, proxy, through):
     store = await stores(through, range(5))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=2)).claims
+    claims = (await store.record(Record(worker, idle=2))).claims
     proxy.lose_the_answer_to("record_1")
     with pytest.raises(DatabaseUnavailableError):
-        await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+        await store.record(Record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2))
     assert proxy.lost.is_set()
-    again = await store.record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2)
+    again = await store.record(Record(worker, [done(c, f'"{c.name}"') for c in claims], idle=2))
     assert (again.refused, [c.name for c in again.claims]) == ([], ["2", "3"])
     assert rows(through, "SELECT evaluation, result FROM attempts ORDER BY 1") == [(1, '"0"'), (2, '"1"')]
     # Once it is known, the same again is stale again.
-    assert (await store.record(worker, [done(claims[0])])).refused == [claims[0]]
+    assert (await store.record(Record(worker, [done(claims[0])]))).refused == [claims[0]]
 
 
 async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stores, proxy, through):
@@ -128,8 +128,8 @@ async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stor
     for _ in range(2):
         proxy.lose_the_answer_to("record_1")
         with pytest.raises(DatabaseUnavailableError):
-            await store.record(worker, idle=2)
-    got = (await store.record(worker, idle=3)).claims
+            await store.record(Record(worker, idle=2))
+    got = (await store.record(Record(worker, idle=3))).claims
     assert [(c.name, c.attempt) for c in got] == [("0", 1), ("1", 1), ("2", 1)]
     assert rows(through, "SELECT count(*) FROM running") == [(3,)]
 
@@ -139,21 +139,21 @@ async def test_claims_in_question_are_had_also_when_none_are_wanted(stores, prox
     worker = await store.register(30)
     proxy.lose_the_answer_to("record_1")
     with pytest.raises(DatabaseUnavailableError):
-        await store.record(worker, idle=2)
-    got = (await store.record(worker)).claims
+        await store.record(Record(worker, idle=2))
+    got = (await store.record(Record(worker))).claims
     assert [c.name for c in got] == ["0", "1"]
-    assert (await store.record(worker)).claims == []
+    assert (await store.record(Record(worker))).claims == []
 
 
 async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    (claim,) = (await store.record(worker, idle=1)).claims
+    (claim,) = (await store.record(Record(worker, idle=1))).claims
     # As if the second call had been held up on its way while the third was sent again in its place.
     late = store._calls + 1
     store._calls, store._unanswered = late, late
-    assert [c.name for c in (await store.record(worker, idle=1)).claims] == ["1"]
-    await asyncio.to_thread(store._connection.run_once, 10, store._record, worker, late, [done(claim)], (), (), 5, 5, None)
+    assert [c.name for c in (await store.record(Record(worker, idle=1))).claims] == ["1"]
+    await asyncio.to_thread(store._connection.run_once, 10, store._record, late, Record(worker, [done(claim)], idle=5, ahead=5))
     assert rows(url, "SELECT count(*) FROM running") == [(2,)]
     assert rows(url, "SELECT count(*) FROM attempts") == [(0,)]
 
@@ -169,7 +169,7 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
         # As an earlier call of the worker does, that is still under way when the next one is sent.
         late.execute("SELECT pg_advisory_xact_lock(%s)", (worker,))
         if verb == "record":
-            waits = asyncio.create_task(store.record(worker, idle=1))
+            waits = asyncio.create_task(store.record(Record(worker, idle=1)))
         else:
             row = WorkerRow(worker, Process("host", 1, "elsewhere", "1"), 30, 0, True)
             waits = asyncio.create_task(asyncio.to_thread(keeping.take_back, row, 3, 100))
@@ -177,7 +177,7 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
         await until(lambda: rows(url, waiting) == [(1,)])
         assert not waits.done()
     assert await waits is not None
-    assert (await other.record(its, idle=1)).lost is False
+    assert (await other.record(Record(its, idle=1))).lost is False
 
 
 async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
@@ -202,9 +202,9 @@ async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_
     worker = await store.register(30)
     claimed = 0
     for _ in range(100):
-        claims = (await store.record(worker, idle=2, ahead=20)).claims
+        claims = (await store.record(Record(worker, idle=2, ahead=20))).claims
         claimed += len(claims)
-        await store.record(worker, [done(claim) for claim in claims[2:]], released=claims[:2])
+        await store.record(Record(worker, [done(claim) for claim in claims[2:]], released=claims[:2]))
     await store.close()  # the server counts what a connection has read at its end, if not before
     sql = """
         SELECT relname, coalesce(seq_tup_read, 0), coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables
@@ -232,12 +232,12 @@ async def test_no_server_compiles_what_is_planned_with_something_switched_off(st
 async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=10)).claims
+    claims = (await store.record(Record(worker, idle=10))).claims
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(server_url(url)) as slow:
         slow.execute(f"SELECT pg_advisory_xact_lock_shared(1936745846, {schema}.movers())")
         slow.execute(f"SELECT nextval('{schema}.seqs')")
-        await store.record(worker, [done(claims[0]), done(claims[1])])
+        await store.record(Record(worker, [done(claims[0]), done(claims[1])]))
         cursor, ended = await store.ended_since(0, 100)
         assert (cursor, ended) == (0, [])
         slow.execute(
@@ -253,10 +253,10 @@ async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores
 async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=10)).claims
-    await store.record(worker, [done(claims[0])])
+    claims = (await store.record(Record(worker, idle=10))).claims
+    await store.record(Record(worker, [done(claims[0])]))
     rows(url, "SELECT nextval('seqs') FROM generate_series(1, 3)")
-    await store.record(worker, [done(claims[1])])
+    await store.record(Record(worker, [done(claims[1])]))
     cursor, ended = await store.ended_since(0, 100)
     cursor, more = await store.ended_since(cursor, 100)
     assert [e["name"] for _, e in ended + more] == ["0", "1"]
@@ -268,7 +268,7 @@ async def test_the_feed_goes_on_past_every_size_of_number(stores, url, first):
     store = await stores(url, range(10))
     rows(url, "SELECT setval('seqs', ?)", first - 5)
     worker = await store.register(30)
-    await store.record(worker, [done(claim) for claim in (await store.record(worker, idle=10)).claims])
+    await store.record(Record(worker, [done(claim) for claim in (await store.record(Record(worker, idle=10))).claims]))
     cursor, names = 0, []
     for _ in range(5):
         cursor, ended = await store.ended_since(cursor, 3)
@@ -283,8 +283,8 @@ async def test_under_many_writers_the_feed_brings_each_exactly_once(stores, url)
         workers.append((store, await store.register(30)))
 
     async def work(store, worker):
-        while claims := (await store.record(worker, idle=7)).claims:
-            await store.record(worker, [done(c, c.args) for c in claims])
+        while claims := (await store.record(Record(worker, idle=7))).claims:
+            await store.record(Record(worker, [done(c, c.args) for c in claims]))
 
     async def follow(store, seen):
         cursor = 0
@@ -633,10 +633,10 @@ async def test_large_results_go_in_pieces_of_one_transaction(url, stores, monkey
     monkeypatch.setattr("speval.stores.postgres.store._MOST_TEXT", 1000)
     store = await stores(url, range(20))
     worker = await store.register(30)
-    claims = (await store.record(worker, idle=20)).claims
+    claims = (await store.record(Record(worker, idle=20))).claims
     stale = claims[7]._replace(attempt=9)
     ended = [done(c, f'"{"x" * 400}"') for c in [*claims[:7], stale, *claims[7:], claims[0]]]
-    recorded = await store.record(worker, ended, idle=1)
+    recorded = await store.record(Record(worker, ended, idle=1))
     assert (recorded.refused, recorded.open) == ([stale, claims[0]], False)
     assert (await store.summary()).completed == 20
 

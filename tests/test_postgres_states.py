@@ -16,6 +16,7 @@ from speval.errors import DatabaseError, DatabaseUnavailableError, NewerSchemaEr
 from speval.host import _stat, this_process
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
+from speval.stores.base import Record
 from speval.stores.postgres import connection as postgres_connection
 from speval.stores.postgres import errors as postgres_errors
 from speval.stores.postgres.errors import Verdict
@@ -216,7 +217,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         list(space.fill(range(5)))
         await store.seed(space, "error")
         worker = await store.register(30)
-        await store.record(worker, idle=1)
+        await store.record(Record(worker, idle=1))
         control = make_control(PostgresUrl.parse(url), "write")
         with psycopg.connect(server_url(url)) as connection:
             schema = PostgresUrl.parse(url).schema
@@ -224,7 +225,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
                                "WHERE key IN ('schema', 'release')")  # fmt: skip
         keeping = store.lease_keeping()
         for write in (
-            store.record(worker, idle=1),
+            store.record(Record(worker, idle=1)),
             asyncio.to_thread(control.retry),
             store.register(30),
             store.leave(worker),

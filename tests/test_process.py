@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -116,7 +117,12 @@ def test_lambdas_closures_partials_and_methods(db):
 
         __call__ = add
 
-    functions = [lambda a: a + offset, functools.partial(lambda b, a: a + b, offset), Adder(offset).add, Adder(offset)]
+    functions: list[Any] = [
+        lambda a: a + offset,
+        functools.partial(lambda b, a: a + b, offset),
+        Adder(offset).add,
+        Adder(offset),
+    ]
     for i, function in enumerate(functions):
         assert speval(function, [1, 2], f"{db}.{i}.db", executor="process").completed == 2
         assert [e["result"] for e in load_evals(f"{db}.{i}.db")] == [11, 12]
@@ -348,7 +354,7 @@ async def test_a_worker_that_dies_between_calls_is_replaced_and_nobody_pays(db):
         return args
 
     executor = make_executor(function, Options(executor="process"), Clock())
-    slot = executor.slot(0)
+    slot: Any = executor.slot(0)
     assert (await slot.call("n", "0", None)).result == "0"
     pid = slot._process._popen.pid
     while is_alive(pid):
@@ -443,10 +449,10 @@ async def test_the_outcome_is_recorded_only_after_all_are_dead(db, pids, monkeyp
     alive_when_recorded = []
     original = SqliteStore.record
 
-    async def record(self, worker, ended=(), **options):
-        if ended:
+    async def record(self, record):
+        if record.ended:
             alive_when_recorded.append([pid for pid in noted(pids) if is_alive(pid)])
-        return await original(self, worker, ended, **options)
+        return await original(self, record)
 
     monkeypatch.setattr(SqliteStore, "record", record)
     await aio.speval(hang, [["grandchild", str(pids)]], db, timeout=1, max_attempts=1)
@@ -708,7 +714,7 @@ async def test_what_waits_behind_a_slow_call_is_given_to_others():
         return args
 
     executor = make_executor(function, Options(executor="process"), Clock())
-    slot = executor.slot(0)
+    slot: Any = executor.slot(0)
     claims = [Claim(i, 1, 1, str(i), "0.4" if i == 1 else "0", 1) for i in range(6)]
     ended, back, order = [], [], []
     while ended != [0, 1]:  # on a busy machine the first call may look slow too

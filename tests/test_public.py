@@ -160,7 +160,7 @@ def test_a_summary_reads_as_one_line_and_can_be_pickled():
     with pytest.raises(speval.EvaluationsFailed, match="7 of 100 evaluations failed"):
         summary.raise_for_failures()
     with pytest.raises(AttributeError):
-        summary.failed = 0
+        summary.failed = 0  # type: ignore[misc]
     Summary(0, 0, 1, 0).raise_for_failures()
 
 
@@ -182,6 +182,6 @@ def test_a_summary_can_be_copied_pickled_and_taken_apart_and_not_changed():
         assert same == summary
         assert hash(same) == hash(summary)
     with pytest.raises(TypeError, match="can't be changed"):
-        summary.causes["timeout"] = 3
+        summary.causes["timeout"] = 3  # type: ignore[index]
     with pytest.raises(TypeError, match="can't be changed"):
-        summary.causes.update(timeout=3)
+        summary.causes.update(timeout=3)  # type: ignore[attr-defined]

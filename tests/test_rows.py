@@ -17,7 +17,7 @@ from speval.model import Outcome
 from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 from speval.stores.control import Choice
 from speval.stores.copying import copy
 
@@ -214,8 +214,8 @@ async def large(db, count, size):
     list(space.fill(range(count)))
     await store.seed(space, "error")
     worker = await store.register(30)
-    for claim in (await store.record(worker, idle=count)).claims:
-        await store.record(worker, [Ended(claim, Outcome(None, f'"{"x" * size}"', None, 1.0, 1.0), False)])
+    for claim in (await store.record(Record(worker, idle=count))).claims:
+        await store.record(Record(worker, [Ended(claim, Outcome(None, f'"{"x" * size}"', None, 1.0, 1.0), False)]))
     await store.leave(worker)
     space.close()
     return store

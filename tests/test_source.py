@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,8 @@ async def test_an_async_iterator_is_evaluated_in_its_order_and_named_by_position
 
 
 def test_it_works_from_blocking_code_with_every_kind_of_executor(db):
-    for count, executor in ((3, "thread"), (6, "process"), (9, "coroutine")):
+    executors: list[tuple[int, Any]] = [(3, "thread"), (6, "process"), (9, "coroutine")]
+    for count, executor in executors:
         summary = speval(double, numbers(count), db, executor=executor, concurrency=2)
         assert (summary.completed, summary.recorded) == (count, 3)
 
@@ -319,7 +321,7 @@ def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db
 
 def test_a_function_that_returns_nothing_to_iterate_over_is_refused(db):
     with pytest.raises(OptionError, match="has to be a generator"):
-        speval(abs, lambda ended: 5, db)
+        speval(abs, lambda ended: 5, db)  # type: ignore[arg-type,return-value]
 
 
 def test_a_share_of_nobody_knows_how_many_is_refused_before_anything_is_made(db):

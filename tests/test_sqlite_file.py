@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -281,7 +280,7 @@ def test_the_file_says_whose_it_is(db):
 
 UNPRIVILEGED = """
 import os, sys, json
-import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
+import speval.aio, speval.portal, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
 import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:
@@ -300,18 +299,6 @@ except speval.SpevalError as error:
 OWNER = pwd.getpwuid(os.geteuid()).pw_name
 
 
-@pytest.fixture
-def open_folder():
-    """A folder that everybody may enter, which pytest's own are not."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scripts):
     open_folder.chmod(0o555)
     done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
@@ -325,13 +312,13 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
 LOOKS = """
 import os, sys
 import speval.stores.sqlite.control
-from speval.cli.params import opened
+from speval import Database
 import encodings.idna
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
-with opened(sys.argv[1]) as control:
+with Database(sys.argv[1]) as db:
     for _ in sys.stdin:
-        seen, health = control.overview(), control.check()
+        seen, health = db.status(), db.check()
         found = [finding.problem for finding in health.findings if finding.is_error]
         print(seen.completed, seen.settings.concurrency, found, health.facts["writable"], health.facts["journal"], flush=True)
 """

@@ -1,5 +1,6 @@
 """The -wal: doctor says what keeps it from being moved into the database."""
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from speval import speval
+from speval import load_evals, speval
 from speval.stores import make_control
+from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.mount import kind_of_place
 
 READER = """
@@ -68,3 +70,37 @@ def test_the_doctor_names_the_reader_that_lets_the_log_grow(db, has_log):
 )
 def test_only_a_network_filesystem_is_called_one(kind, place):
     assert kind_of_place(kind) == place
+
+
+def test_the_first_commit_of_an_empty_wal_waits_for_no_disk_and_all_later_ones_wait_as_usual(db):
+    with closing(SqliteFile(db, "create")):
+        pass
+    log = Path(f"{db}-wal")
+    assert not log.exists()
+    with closing(SqliteFile(db, "write")) as file:
+        assert log.stat().st_size > 0  # written while it was being opened
+        assert file.connection.execute("PRAGMA synchronous").fetchone() == (1,)
+        size = log.stat().st_size
+        with closing(SqliteFile(db, "write")) as another:
+            assert another.connection.execute("PRAGMA synchronous").fetchone() == (1,)
+            assert log.stat().st_size == size  # it is not empty, so nothing is written to it
+    with closing(SqliteFile(db, "write", "power")) as file:
+        assert not log.exists() or log.stat().st_size == 0
+        assert file.connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("lost", [32, 4096, None])
+def test_a_power_cut_before_the_first_pages_of_a_wal_are_written_loses_its_commits_and_nothing_else(db, lost):
+    speval(abs, range(5), db, executor="thread", progress=False)
+    cut = db.with_name("cut.db")
+    with closing(sqlite3.connect(db, isolation_level=None)) as keeper:  # so that the -wal stays
+        keeper.execute("SELECT count(*) FROM meta").fetchone()
+        speval(abs, range(8), db, executor="thread", progress=False)
+        shutil.copy(db, cut)
+        data = bytearray(Path(f"{db}-wal").read_bytes())
+    data[:lost] = bytes(len(data[:lost]))
+    Path(f"{cut}-wal").write_bytes(data)
+    assert [e["result"] for e in load_evals(cut, status="completed")] == list(range(5))
+    assert speval(abs, range(8), cut, executor="thread", progress=False).completed == 8
+    with make_control(cut) as control:
+        assert not [finding for finding in control.check().findings if finding.is_error]

@@ -189,7 +189,7 @@ class Terminal:
             os.environ["PYTHON_COLORS"] = "0"  # later Pythons colour what the tests read
             os.execv(sys.executable, [sys.executable, str(script), *arguments])
         ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-        self.status = None
+        self.status: int | None = None
 
     def read(self) -> str:
         while select.select([self.fd], [], [], 0)[0]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -71,7 +72,7 @@ class Locked:
 
     def __init__(self, db) -> None:
         if isinstance(db, str):
-            self._connection = psycopg.connect(server_url(db))
+            self._connection: Any = psycopg.connect(server_url(db))
             self._connection.execute(f"LOCK TABLE {PostgresUrl.parse(db).schema}.running IN ACCESS EXCLUSIVE MODE")
         else:
             self._connection = sqlite3.connect(db, isolation_level=None, timeout=30)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from pathlib import Path
 
 __all__ = ["main"]
 
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+_WIDEST = 100  # columns of a help text
 
 
 def main() -> None:
@@ -28,21 +28,23 @@ def main() -> None:
     from ..codec import MOST_DIGITS
     from ..errors import SpevalError
     from .commands import ClosedPipe, speval
-    from .format import shown
+
+    if "_SPEVAL_COMPLETE" in os.environ:
+        from . import completion  # noqa: F401 - it tells click how it completes in each shell
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with it closed; the next file opened would take its number
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - pathlib takes longer to import than the group
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # also where only ASCII can be shown
     sys.set_int_max_str_digits(MOST_DIGITS)  # what can be read can be shown
     try:
-        code = speval.main(prog_name="speval", standalone_mode=False) or 0
+        code = speval.main(prog_name="speval", standalone_mode=False, terminal_width=_width()) or 0
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f" (`{context.command_path} --help` tells more)" if context is not None else ""
-        code = _complain(shown(error.format_message(), lines=True) + hint)
+        code = _complain(error.format_message() + hint)
     except (KeyboardInterrupt, click.Abort):
         code = _complain("interrupted", INTERRUPTED)
     except ClosedPipe:
@@ -50,10 +52,26 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE
     except (SpevalError, OSError) as error:
-        code = _complain(shown(str(error), lines=True))
+        code = _complain(str(error))
     sys.exit(code)
 
 
+def _width() -> int:
+    """Return the columns of a help text. Click finds the same with shutil, whose import is a share of what ``--help`` costs."""
+    try:
+        columns = int(os.environ.get("COLUMNS", 0))
+    except ValueError:
+        columns = 0
+    if columns <= 0:
+        try:
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns
+        except (OSError, ValueError):  # no terminal
+            columns = 80
+    return max(min(columns, _WIDEST) - 2, 50)
+
+
 def _complain(message: str, code: int = 2) -> int:
-    print(f"speval: {message}", file=sys.stderr)  # noqa: T201
+    from .format import shown
+
+    print(f"speval: {shown(message, lines=True)}", file=sys.stderr)  # noqa: T201
     return code

@@ -37,7 +37,7 @@ _CSV_END = "\r\n"  # a writer quotes what holds one of these, and else a single 
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes
 
 
-@click.command(short_help="Write evaluations as CSV, JSON lines or Parquet.")
+@click.command()
 @database
 @click.option(
     "--format", "-f", "format_", type=click.Choice(["csv", "jsonl", "parquet"]), help="[default: by the file's name, or csv]"

@@ -26,7 +26,7 @@ from .params import as_json, database, filters, named
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 
 
-@click.command(short_help="Count evaluations, and say who runs what.")
+@click.command()
 @database
 @click.option("--exit-code", is_flag=True, help="Exit with 1 unless every evaluation is completed.")
 @as_json
@@ -91,7 +91,7 @@ def progress_text(seen: Overview) -> list[Cell]:
     return parts
 
 
-@click.command(short_help="List evaluations.")
+@click.command()
 @database
 @filters
 @click.option("--limit", "-n", type=click.IntRange(min=0), help="At most so many. [default: all]")
@@ -135,7 +135,7 @@ def _row(e: Evaluation) -> tuple[Cell, ...]:
     )
 
 
-@click.command(short_help="Show one evaluation with all its attempts.")
+@click.command()
 @database
 @named(many=False)
 @as_json
@@ -187,7 +187,7 @@ def _attempt(attempt: Attempt) -> None:
             line("    ", (part, STYLES["failed"]))
 
 
-@click.command(short_help="Print the best completed evaluations.")
+@click.command()
 @database
 @click.argument("key", default="result")
 @click.option("--min", "order", flag_value="min", help="The smallest are the best.")
@@ -233,7 +233,7 @@ def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> in
     return 0
 
 
-@click.command(short_help="Look for what is wrong.")
+@click.command()
 @database
 @click.option("--quick", is_flag=True, help="Don't read the whole database for damage.")
 @as_json

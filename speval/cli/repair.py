@@ -16,7 +16,7 @@ from .params import DB, as_json, database, database_name
 __all__ = ["compact", "salvage"]
 
 
-@click.command(short_help="Make the file as small as what is in it.")
+@click.command()
 @database
 @as_json
 def compact(db: str, as_json: bool) -> None:
@@ -32,7 +32,7 @@ def compact(db: str, as_json: bool) -> None:
         line(f"{done.before:,} bytes before, {done.after:,} now; {counted(done.workers, 'worker')} forgotten")
 
 
-@click.command(short_help="Save what can be read of a damaged file.")
+@click.command()
 @database
 @click.argument("target", type=DB, metavar="NEW")
 @as_json

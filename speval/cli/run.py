@@ -48,7 +48,7 @@ class _ExceptionType(click.ParamType):  # type: ignore[type-arg]
         return found
 
 
-@click.command(short_help="Evaluate a function over an eval space.")
+@click.command()
 @click.argument("func", metavar="FUNC")
 @database
 @click.option("--space", "source", metavar="SPACE", required=True, help="What to evaluate it over, see above.")

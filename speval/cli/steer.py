@@ -19,7 +19,7 @@ from .params import DB, as_json, cause, database, database_name, filters, named,
 __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 
 
-@click.command(short_help="Put evaluations back to pending.")
+@click.command()
 @database
 @named(many=True)
 @click.option(
@@ -41,7 +41,7 @@ def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, 
         line(f"{counted(count)} put back")
 
 
-@click.command(short_help="Let no worker claim anything more.")
+@click.command()
 @database
 def pause(db: str) -> None:
     """Let all workers claim nothing more; what runs goes on, and they wait for `speval resume`."""
@@ -51,7 +51,7 @@ def pause(db: str) -> None:
     line(f"paused; {counted(seen.in_progress)} still in progress, {seen.pending} pending until `speval resume`")
 
 
-@click.command(short_help="Let the workers go on.")
+@click.command()
 @database
 def resume(db: str) -> None:
     """Let the workers go on after `speval pause`."""
@@ -64,7 +64,7 @@ def resume(db: str) -> None:
 _SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
 
 
-@click.command("set", short_help="Set the concurrency of all workers.")
+@click.command("set")
 @database
 @_SETTING
 @click.argument("value", type=click.IntRange(1, MOST_CONCURRENCY), metavar="N")
@@ -75,7 +75,7 @@ def set_(db: str, setting: str, value: int) -> None:
     line(f"{setting} set to {value} for every worker")
 
 
-@click.command(short_help="Leave the concurrency to each call.")
+@click.command()
 @database
 @_SETTING
 def unset(db: str, setting: str) -> None:
@@ -85,7 +85,7 @@ def unset(db: str, setting: str) -> None:
     line(f"{setting} as each call was given it")
 
 
-@click.command(short_help="Forget evaluations for good.")
+@click.command()
 @database
 @named(many=True)
 @filters
@@ -121,7 +121,7 @@ def drop(
         line(f"{counted(dropped)} dropped")
 
 
-@click.command(short_help="Copy all to another database.")
+@click.command()
 @database
 @click.argument("target", type=DB, metavar="TARGET")
 @as_json

@@ -32,7 +32,7 @@ _HIGHEST = 200  # lines of what stays in the terminal
 _RUNS = 20  # names of a worker, as far as they fit
 
 
-@click.command(short_help="Watch the workers live.")
+@click.command()
 @database
 @click.option(
     "--interval", "-i", type=click.FloatRange(min=0.05), default=0.5, show_default=True, help="Seconds between looks."

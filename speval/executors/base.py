@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SpevalError
 from ..model import Claim, Outcome, Result
 from .call import outcome
 
-__all__ = ["Executor", "NoRoomError", "Slot", "as_outcome", "surely", "timed_out"]
+__all__ = ["Executor", "NoRoomError", "Slot", "Work", "as_outcome", "surely", "timed_out"]
 
 
 class NoRoomError(Exception):
@@ -31,46 +31,73 @@ class NoRoomError(Exception):
         self.problem, self.fatal = problem, fatal
 
 
+class Work(ABC):
+    """Evaluations for a slot to run one after the other, and what becomes of them.
+
+    Attributes:
+        claims: What to run first, in this order.
+        timeout: Seconds each evaluation may run from the moment its function is called.
+    """
+
+    __slots__ = ()
+    claims: Sequence[Claim]
+    timeout: float | None
+
+    @abstractmethod
+    def ended(self, claim: Claim, outcome: Outcome) -> None:
+        """Take an outcome as soon as there is one; outcomes come in the order of the claims."""
+
+    def give_back(self, claims: Sequence[Claim]) -> None:
+        """Take claims that have not started, to be run elsewhere: a claim before them takes long."""
+        raise NotImplementedError
+
+    def more(self) -> Claim | None:
+        """Return another evaluation once all before it have ended; None ends the work."""
+        return None
+
+
+class _One(Work):
+    """A single evaluation, for ``Slot.call``."""
+
+    __slots__ = ("claims", "outcome", "timeout")
+
+    def __init__(self, claim: Claim, timeout: float | None) -> None:
+        self.claims, self.timeout = [claim], timeout
+        self.outcome: Outcome | None = None
+
+    def ended(self, claim: Claim, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def give_back(self, claims: Sequence[Claim]) -> None:
+        """Leave it to ``Slot.call`` to run the evaluation again."""
+
+
 class Slot(ABC):
     """Runs one evaluation at a time."""
 
     @abstractmethod
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        """Run the function once.
-
-        Args:
-            name: The evaluation's name, for messages.
-            args: Its args as JSON.
-            timeout: Seconds it may run from the moment the function is called.
-
-        Returns:
-            How it ended. When the call is cancelled, it stops the function, or lets go of it where that can't be done, and
-            raises the cancellation within a short grace; but a function that has ended by then has an outcome, which is
-            returned all the same.
-        """
-
-    async def run(
-        self,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        more: Callable[[], Claim | None],
-    ) -> None:
+    async def run(self, work: Work) -> None:
         """Run evaluations one after the other.
 
-        Args:
-            claims: What to run, in this order.
-            timeout: Seconds each of them may run.
-            ended: Told of each outcome as soon as there is one, in this order.
-            back: Given those that have not started and shall run elsewhere, since one before them takes long.
-            more: May be asked for another one when all before it have ended; None ends it.
+        When this is cancelled, it stops the function, or abandons it where it can't be stopped, and raises the cancellation
+        within a short grace. If the function has ended by then, its outcome is taken all the same.
 
         Raises:
             NoRoomError: there is no room for this slot; nothing has begun.
         """
-        for claim in claims:
-            ended(claim, await self.call(claim.name, claim.args, timeout))
+
+    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
+        """Run the function once and return how it ended.
+
+        Args:
+            name: The evaluation's name, for messages.
+            args: Its args as JSON.
+            timeout: Seconds it may run.
+        """
+        one = _One(Claim(0, 1, 1, name, args, 0), timeout)
+        while one.outcome is None:
+            await self.run(one)
+        return one.outcome
 
     @abstractmethod
     async def close(self) -> None:

@@ -7,16 +7,14 @@ Invariant: one that runs long keeps nothing waiting behind it, and its timeout i
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..clock import Clock
 from ..model import Claim, Outcome
-from .base import Slot
+from .base import Work
 
-__all__ = ["Batch", "BatchSlot", "BatchWorker"]
+__all__ = ["Batch", "BatchWorker"]
 
 _STALE = 0.01  # seconds after which what waits behind a call is taken back
 
@@ -31,36 +29,12 @@ class BatchWorker(Protocol):
         """Take back up to so many calls that have not begun, the last ones first, and return how many."""
 
 
-class BatchSlot(Slot):
-    """A slot that can be handed several evaluations at once."""
-
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
-        outcomes: list[Outcome] = []
-        claim = Claim(0, 1, 1, name, args, 0)
-        while not outcomes:
-            await self.run([claim], timeout, lambda _, outcome: outcomes.append(outcome), lambda _: None, lambda: None)
-        return outcomes[0]
-
-    @abstractmethod
-    async def run(
-        self,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        more: Callable[[], Claim | None],
-    ) -> None: ...
-
-
 class Batch:
     """Calls handed to a worker, and what has become of them.
 
     Args:
         worker: Who makes them.
-        claims: The calls, in their order.
-        timeout: Seconds each may run.
-        ended: Told of each outcome.
-        back: Given those that have not begun and shall run elsewhere.
+        work: What they are.
         clock: Where the time comes from.
 
     Attributes:
@@ -73,18 +47,14 @@ class Batch:
     def __init__(
         self,
         worker: BatchWorker,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
+        work: Work,
         clock: Clock,
     ) -> None:
-        self.pending = deque(claims)
+        self.pending = deque(work.claims)
         self.overdue: Claim | None = None
         self._worker = worker
-        self._timeout = timeout
-        self._ended = ended
-        self._back = back
+        self._work = work
+        self._timeout = work.timeout
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._woken: asyncio.Future[None] = self._loop.create_future()
@@ -116,13 +86,13 @@ class Batch:
         """Tell how the first of the pending ones ended; the next begins."""
         claim = self.pending.popleft()
         self.begin()
-        self._ended(claim, outcome)
+        self._work.ended(claim, outcome)
         return claim
 
     def give_back(self, unstarted: int) -> None:
         """Give back the last so many, which have not begun."""
         if unstarted:
-            self._back([self.pending.pop() for _ in range(unstarted)][::-1])
+            self._work.give_back([self.pending.pop() for _ in range(unstarted)][::-1])
 
     def _set_alarm(self) -> _Alarm:
         alarm = _Alarm()

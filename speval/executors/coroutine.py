@@ -13,14 +13,12 @@ import os
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
 from types import CoroutineType
 
 from ..clock import Clock
 from ..codec import decode
 from ..model import Claim, Function, Outcome, RetryOn
-from .base import Executor, Slot, as_outcome, surely, timed_out
-from .batch import BatchSlot
+from .base import Executor, Slot, Work, as_outcome, surely, timed_out
 from .call import completed, failed, leave_if_forked
 from .subtasks import cause_of_death, culprit, current, fail_evaluation
 
@@ -48,7 +46,7 @@ class CoroutineExecutor(Executor):
         pass
 
 
-class _CoroutineSlot(BatchSlot):
+class _CoroutineSlot(Slot):
     """Begins each evaluation when the one before it is over, without waking whoever waits for all of them."""
 
     def __init__(self, executor: CoroutineExecutor) -> None:
@@ -56,22 +54,16 @@ class _CoroutineSlot(BatchSlot):
         self._loop = asyncio.get_running_loop()
         self._alarm: asyncio.TimerHandle | None = None
 
-    async def run(
-        self,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        more: Callable[[], Claim | None],
-    ) -> None:
-        self._left = deque(claims)
-        self._timeout, self._ended, self._more = timeout, ended, more
+    async def run(self, work: Work) -> None:
+        self._work = work
+        self._left = deque(work.claims)
+        self._timeout = work.timeout
         claim = self._next()
         while claim is not None:
             claim = await self._run(claim)
 
     def _next(self) -> Claim | None:
-        return self._left.popleft() if self._left else self._more()
+        return self._left.popleft() if self._left else self._work.more()
 
     async def _run(self, claim: Claim) -> Claim | None:
         """Run evaluations until there are no more, or one has to be stopped; return the one to go on with."""
@@ -99,7 +91,7 @@ class _CoroutineSlot(BatchSlot):
             await _stop(evaluation, self._task)
             duration = self._executor.clock.monotonic() - evaluation.started
             outcome = timed_out(self._timeout, where, evaluation.started_at, duration)
-        self._ended(self._claim, outcome)
+        self._work.ended(self._claim, outcome)
         return None if is_cancelled else self._next()
 
     async def _stop_cancelled(self) -> None:
@@ -113,7 +105,7 @@ class _CoroutineSlot(BatchSlot):
         if death is not None and culprit(death) is self._evaluation and not self._is_told:
             # A Ctrl-C that arrives in its code looks the same: then the attempt is lost, and not the evaluation.
             again = isinstance(death, KeyboardInterrupt)
-            self._ended(self._claim, self._evaluation.failed(death)._replace(again=again))
+            self._work.ended(self._claim, self._evaluation.failed(death)._replace(again=again))
             raise asyncio.CancelledError
 
     def _begin(self, claim: Claim) -> None:
@@ -132,7 +124,7 @@ class _CoroutineSlot(BatchSlot):
         if task is not self._task or self._waiter.done():  # left behind; or overdue or cancelled, and looked after
             return
         try:
-            self._ended(self._claim, task.result())
+            self._work.ended(self._claim, task.result())
             self._is_told = True
             claim = self._next()
             if claim is None:

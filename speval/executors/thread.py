@@ -20,8 +20,8 @@ from queue import SimpleQueue
 from ..clock import Clock
 from ..errors import SystemLimitError
 from ..model import Claim, Function, Outcome, RetryOn
-from .base import Executor, NoRoomError, Slot, as_outcome, timed_out
-from .batch import Batch, BatchSlot
+from .base import Executor, NoRoomError, Slot, Work, as_outcome, timed_out
+from .batch import Batch
 from .call import evaluate, outcome
 
 __all__ = ["ThreadExecutor"]
@@ -62,7 +62,7 @@ class ThreadExecutor(Executor):
             )
 
 
-class _Work:
+class _Calls:
     """The calls of one batch, shared by a thread that makes them and the loop that waits for them."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
@@ -118,7 +118,7 @@ class _Thread:
         self._executor = executor
         self._loop = asyncio.get_running_loop()
         self.on_end: Callable[[], None] = lambda: None  # called in the loop
-        self.work: SimpleQueue[_Work | None] = SimpleQueue()
+        self.work: SimpleQueue[_Calls | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"speval slot {number}", daemon=True)
         try:
             self._thread.start()
@@ -159,11 +159,11 @@ class _Thread:
 
     def _make_calls(self) -> None:
         executor = self._executor
-        while (work := self.work.get()) is not None:
-            while (call := work.next()) is not None:
+        while (calls := self.work.get()) is not None:
+            while (call := calls.next()) is not None:
                 run = (executor.function, *call, executor.retry_on, executor.clock)
                 # Its own statement and no name: a big result is not kept while the next one is made.
-                work.done(as_outcome(executor.context.copy().run(evaluate, *run)))
+                calls.done(as_outcome(executor.context.copy().run(evaluate, *run)))
 
     def where(self) -> str:
         """Return the thread's stack, without our own frames."""
@@ -176,63 +176,53 @@ class _Thread:
 _OURS = {__file__, evaluate.__code__.co_filename, threading.__file__}
 
 
-class _ThreadSlot(BatchSlot):
+class _ThreadSlot(Slot):
     def __init__(self, executor: ThreadExecutor, number: int) -> None:
         self._executor = executor
         self._number = number
         self._thread: _Thread | None = None
 
-    async def run(
-        self,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        more: Callable[[], Claim | None],
-    ) -> None:
+    async def run(self, work: Work) -> None:
         if self._thread is not None and self._thread.is_dead:
             self._abandon()
         if self._thread is None:
             self._thread = _Thread(self._executor, self._number)
-        thread, work = self._thread, _Work(claims)
-        work.batch = batch = Batch(work, claims, timeout, ended, back, self._executor.clock)
+        thread, calls = self._thread, _Calls(work.claims)
+        calls.batch = batch = Batch(calls, work, self._executor.clock)
         thread.on_end = batch.wake
-        thread.work.put(work)
+        thread.work.put(calls)
         try:
             while batch.pending:
                 await batch.wait()
-                work.receive()  # what is overdue may have ended this moment
+                calls.receive()  # what is overdue may have ended this moment
                 if batch.pending and thread.is_dead:
                     self._abandon()
-                    self._settle(batch, work, back)
+                    self._settle(batch, calls)
                     return
                 if batch.pending and batch.pending[0] is batch.overdue:
-                    assert timeout is not None
-                    self._executor.warn_of_abandoned(batch.overdue.name, timeout)
+                    assert work.timeout is not None
+                    self._executor.warn_of_abandoned(batch.overdue.name, work.timeout)
                     duration, started_at = batch.running(), batch.since_wall
-                    batch.end(timed_out(timeout, self._abandon().where(), started_at, duration))
-                    batch.give_back(work.take_back(len(batch.pending)))
+                    batch.end(timed_out(work.timeout, self._abandon().where(), started_at, duration))
+                    batch.give_back(calls.take_back(len(batch.pending)))
         except asyncio.CancelledError:
-            work.take_back(len(batch.pending))
-            work.receive()
+            calls.take_back(len(batch.pending))
+            calls.receive()
             if batch.pending:
                 self._abandon()
                 raise
         finally:
             thread.on_end = lambda: None
-            work.batch = None
+            calls.batch = None
 
-    def _settle(self, batch: Batch, work: _Work, back: Callable[[Sequence[Claim]], None]) -> None:
+    def _settle(self, batch: Batch, calls: _Calls) -> None:
         """Tell what became of the calls of a thread that is dead."""
-        batch.give_back(work.take_back(len(batch.pending)))
+        batch.give_back(calls.take_back(len(batch.pending)))
         if batch.pending:
             started_at, duration = batch.since_wall, batch.running()
             message = "its thread was ended by an exception raised in it from outside"
             batch.end(as_outcome(outcome("crash", "ThreadDied", message, "", started_at, duration, again=True)))
-        if batch.pending:
-            rest = list(batch.pending)
-            batch.pending.clear()
-            back(rest)
+        batch.give_back(len(batch.pending))
 
     def _abandon(self) -> _Thread:
         """Let go of a thread that is still at work; the next call gets a new one."""

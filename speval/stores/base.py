@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ __all__ = [
     "Ended",
     "LeaseKeeping",
     "Reclaimed",
+    "Record",
     "Recorded",
     "Seeded",
     "Store",
@@ -53,6 +54,32 @@ class Seeded:
     unchanged: int
     changed: int
     gone: int  # stored, but not in this eval space
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a worker has to write, and what it wants.
+
+    Attributes:
+        worker: Its id.
+        ended: Attempts to record, whatever the worker id of their claim.
+        released: Claims to give back unused; no attempt is charged.
+        due: Claims whose backoff is over: any worker may claim them now.
+        idle: Claims wanted for slots that are free.
+        ahead: Claims wanted besides, to be started soon. Only evaluations without an earlier attempt are given for it. One that
+            its worker dies with is not charged the first time, and not claimed ahead again: an evaluation that kills its
+            worker can't use up the attempts of others that never started.
+        count_failures: Whether to count the failures so far.
+    """
+
+    worker: int
+    ended: Sequence[Ended] = ()
+    _: KW_ONLY
+    released: Sequence[Claim] = ()
+    due: Sequence[Claim] = ()
+    idle: int = 0
+    ahead: int = 0
+    count_failures: bool = False
 
 
 _NOTHING_SET = Settings()
@@ -212,31 +239,10 @@ class Store(ABC):
         """Return what the worker's lease thread needs."""
 
     @abstractmethod
-    async def record(
-        self,
-        worker: int,
-        ended: Sequence[Ended] = (),
-        *,
-        released: Sequence[Claim] = (),
-        due: Sequence[Claim] = (),
-        idle: int = 0,
-        ahead: int = 0,
-        count_failures: bool = False,
-    ) -> Recorded:
+    async def record(self, record: Record) -> Recorded:
         """Record attempts that ended, give claims back and take new ones, all in one transaction.
 
         With nothing to write and nothing wanted, it only looks: at the settings, and whether an evaluation is still open.
-
-        Args:
-            worker: Who claims.
-            ended: Attempts to record, by whichever worker id they were claimed.
-            released: Claims to give back unused; no attempt is charged.
-            due: Claims held for their backoff that everybody may claim now.
-            idle: Claims wanted at once.
-            ahead: Claims wanted besides, to be started soon. Only evaluations without an earlier attempt are given for it, and
-                those that a worker dies with are not charged the first time and not given for it again: one that kills its
-                worker can't use up the attempts of others that never started.
-            count_failures: Whether to count the failures so far.
         """
 
     @abstractmethod

@@ -104,7 +104,7 @@ class Round:
             if self._is_over():
                 return
             number = len(self._copies)
-            options = {
+            options: dict[str, Any] = {
                 "count": self._count,
                 "executor": self._random.choice(self._executors),
                 "concurrency": self._random.randint(1, 8),

@@ -279,7 +279,7 @@ def run_workers(kind: type[Kind], examples: int, steps: int, **options) -> None:
     """Let the workers loose so many times, for so many steps each."""
     checks = list(HealthCheck)
     run_state_machine_as_test(
-        lambda: Workers(kind),
+        lambda: Workers(kind),  # type: ignore[arg-type]
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from speval.errors import ArgsChangedError
 from speval.host import Process
-from speval.model import Outcome
+from speval.model import Error, Outcome
 from speval.spaces.eager import Space
-from speval.stores.base import Ended
+from speval.stores.base import Ended, Record
 
 from ..conftest import MovableClock
 from .expected import Expected
@@ -169,17 +170,14 @@ class World(Expected):
             return Ended(claim, Outcome(None, str(self.results), None, 5.0, 0.25), False)
         # As the engine does it: another attempt only within the budget.
         again = how == "again" and claim.charged < self.max_attempts
-        cause = "timeout" if how == "again" else how
-        error = {"cause": cause, "type": "SomeError", "message": "boom", "traceback": "Traceback: boom"}
+        cause: Any = "timeout" if how == "again" else how
+        error: Error = {"cause": cause, "type": "SomeError", "message": "boom", "traceback": "Traceback: boom"}
         return Ended(claim, Outcome(cause, None, error, 5.0, 0.25), again)
 
     def record(self, copy, ended=(), released=(), due=(), idle=0, ahead=0, *, count_failures=False):
         wall = copy.clock.wall()
-        recorded = self.run(
-            copy.store.record(
-                copy.worker, ended, released=released, due=due, idle=idle, ahead=ahead, count_failures=count_failures
-            )
-        )
+        record = Record(copy.worker, ended, released=released, due=due, idle=idle, ahead=ahead, count_failures=count_failures)
+        recorded = self.run(copy.store.record(record))
         refused = []
         for claim, outcome, again in ended:
             if not self.is_good(claim):

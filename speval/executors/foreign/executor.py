@@ -19,8 +19,9 @@ from typing import Any
 
 from ...clock import Clock
 from ...errors import ExecutorError
-from ...model import Function, Outcome, Result, RetryOn, counted
-from ..base import Executor, Slot, as_outcome, timed_out
+from ...model import Claim, Function, Outcome, Result, RetryOn, counted
+from ...pauses import pauses
+from ..base import Executor, Slot, Work, as_outcome, timed_out
 from ..call import evaluate, outcome
 from .beginnings import TOKEN, Channel, open_channel
 from .call import NEEDS_PAYLOAD, NOT_TOLD, call_loaded
@@ -170,10 +171,15 @@ class _ForeignSlot(Slot):
     def __init__(self, executor: ForeignExecutor) -> None:
         self._executor = executor
 
-    async def call(self, name: str, args: str, timeout: float | None) -> Outcome:
+    async def run(self, work: Work) -> None:
+        for claim in work.claims:
+            work.ended(claim, await self._made(claim, work.timeout))
+
+    async def _made(self, claim: Claim, timeout: float | None) -> Outcome:
+        """Make one call and return how it ended."""
         whole = self._executor.is_small
         while True:
-            ended = await self._submitted(name, args, timeout, whole)
+            ended = await self._submitted(claim.name, claim.args, timeout, whole)
             if ended == NEEDS_PAYLOAD:
                 whole = True
             elif ended == NOT_TOLD:
@@ -226,12 +232,13 @@ class _ForeignSlot(Slot):
     async def _wait_for_its_turn(self, future: Future[Any], begun: asyncio.Event, timeout: float) -> None:
         """Return when the call has begun, or is over, as far as that is told."""
         executor = self._executor
-        pause, longest = (min(_LOOK, max(timeout, 0.05)),) * 2 if executor.tells_beginnings else _TURN
-        while not await _is_set(begun, pause):
+        longest = min(_LOOK, max(timeout, 0.05))
+        for pause in pauses(longest, longest) if executor.tells_beginnings else pauses(*_TURN):
+            if await _is_set(begun, pause):
+                break
             if not executor.tells_beginnings and (future.running() or not executor.is_honest):
                 break
             executor.look_after(timeout)
-            pause = min(pause * 2, longest)
         executor.note()
 
     async def close(self) -> None:

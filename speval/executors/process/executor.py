@@ -12,15 +12,14 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ...clock import Clock
 from ...errors import FunctionError
-from ...model import Claim, Function, Outcome, Outputs, RetryOn
-from ..base import Executor, NoRoomError, Slot, as_outcome, timed_out
-from ..batch import Batch, BatchSlot
+from ...model import Function, Outputs, RetryOn
+from ..base import Executor, NoRoomError, Slot, Work, as_outcome, timed_out
+from ..batch import Batch
 from ..call import outcome
 from ..limits import OpenFiles
 from .worker import WorkerProcess
@@ -116,7 +115,7 @@ class ProcessExecutor(Executor):
             os.close(payload)
 
 
-class _ProcessSlot(BatchSlot):
+class _ProcessSlot(Slot):
     """Has one worker process at a time."""
 
     def __init__(self, executor: ProcessExecutor) -> None:
@@ -124,16 +123,9 @@ class _ProcessSlot(BatchSlot):
         self._process: WorkerProcess | None = None
         self._had_one = False
 
-    async def run(
-        self,
-        claims: Sequence[Claim],
-        timeout: float | None,
-        ended: Callable[[Claim, Outcome], None],
-        back: Callable[[Sequence[Claim]], None],
-        more: Callable[[], Claim | None],
-    ) -> None:
+    async def run(self, work: Work) -> None:
         process = await self._started()
-        batch = Batch(process, claims, timeout, ended, back, self._executor.clock)
+        batch = Batch(process, work, self._executor.clock)
         is_over = False
 
         def take(message: Any) -> None:
@@ -147,7 +139,7 @@ class _ProcessSlot(BatchSlot):
         process.on_message = take
         process.exited.add_done_callback(batch.wake)
         try:
-            process.send([(claim.name, claim.args) for claim in claims])
+            process.send([(claim.name, claim.args) for claim in work.claims])
             await batch.wait()
             # It gave up calls that were not taken back: the function has read what belongs to speval.
             is_over = is_over and not batch.pending
@@ -159,12 +151,10 @@ class _ProcessSlot(BatchSlot):
                 await process.kill()
             process.on_message = process.distrust
         if not is_over:
-            self._settle(batch, process, timeout, back)
+            self._settle(batch, process, work.timeout)
             self._executor.spare()
 
-    def _settle(
-        self, batch: Batch, process: WorkerProcess, timeout: float | None, back: Callable[[Sequence[Claim]], None]
-    ) -> None:
+    def _settle(self, batch: Batch, process: WorkerProcess, timeout: float | None) -> None:
         """Tell what became of the calls of a worker that is dead."""
         batch.give_back(min(process.unstarted, len(batch.pending)))
         while batch.pending:
@@ -176,7 +166,7 @@ class _ProcessSlot(BatchSlot):
                 assert timeout is not None
                 batch.end(timed_out(timeout, "", started_at, duration))
             else:  # it had just begun when the one before it was found to have taken too long
-                back([batch.pending.popleft()])
+                batch.give_back(1)
 
     async def _started(self) -> WorkerProcess:
         """Return the slot's worker, ready for a call."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from ...errors import FunctionError
 from ...model import Outputs
+from ...pauses import pauses
 from ..base import surely
 from ..limits import OpenFiles
 from .forked import forgotten_after_fork
@@ -327,10 +328,10 @@ class WorkerProcess:
             async with asyncio.timeout(_END_WITHIN):
                 await asyncio.shield(self.exited)
                 # Helpers that end after it, such as multiprocessing's resource tracker, which cleans up behind it.
-                pause = 0.001
-                while self._group.lives():
+                for pause in pauses(0.001, 0.1):
+                    if not self._group.lives():
+                        break
                     await asyncio.sleep(pause)
-                    pause = min(pause * 2, 0.1)
         except TimeoutError:
             logger.warning("%r has not ended within %g s and is killed with all it has started", self, _END_WITHIN)
             self._group.kill()

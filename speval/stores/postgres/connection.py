@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -25,6 +24,7 @@ from ...errors import (
     SpevalError,
     StoreClosedError,
 )
+from ...pauses import pauses
 from ...url import PostgresUrl
 
 try:
@@ -198,8 +198,9 @@ class PostgresConnection:
         def unwanted() -> bool:
             return self._given_up.is_set() or (given_up is not None and given_up.is_set())
 
-        pause, has_warned, is_bare = 0.05, False, False
+        waits, has_warned, is_bare = pauses(0.05, _LONGEST_PAUSE), False, False
         while True:
+            pause = next(waits)
             self._acquire(deadline, unwanted)
             try:
                 connection = self._connected(deadline)
@@ -228,8 +229,7 @@ class PostgresConnection:
                 if self._connection is not None and self._connection.closed:
                     self._connection = None
                 self._lock.release()
-            (given_up or self._given_up).wait(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            (given_up or self._given_up).wait(pause)
 
     def open(self) -> None:
         """Connect for the first time, as patiently as later on while there is a server that will let us in.

@@ -24,7 +24,7 @@ from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, 
 from ...spaces.eager import Key, Space
 from ...threads import WorkThread
 from ...url import PostgresUrl
-from ..base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
+from ..base import Ended, LeaseKeeping, Record, Recorded, Seeded, Store, StoreMode, TakenIn
 from ..rows import Damaged
 from .connection import Connection, PostgresConnection, numbers, texts
 from .feed import Feed
@@ -203,82 +203,51 @@ class PostgresStore(Store):
         self._unanswered = None  # what is not known to be claimed belongs to the one before
         return worker
 
-    async def record(
-        self,
-        worker: int,
-        ended: Sequence[Ended] = (),
-        *,
-        released: Sequence[Claim] = (),
-        due: Sequence[Claim] = (),
-        idle: int = 0,
-        ahead: int = 0,
-        count_failures: bool = False,
-    ) -> Recorded:
+    async def record(self, record: Record) -> Recorded:
         thread = self._opened()
-        wanted = idle, ahead, self._extent.since if count_failures else None
 
-        def record() -> Recorded:
+        def call_numbered() -> Recorded:
             self._calls += 1
             call = self._calls
             try:
-                recorded = self._connection.call(_ANSWER, self._record, worker, call, ended, released, due, *wanted)
+                recorded = self._connection.call(_ANSWER, self._record, call, record)
             except BaseException:
                 if self._unanswered is None:
                     self._unanswered = call
-                self._in_question.update(_token(e.claim) for e in ended)
+                self._in_question.update(_token(e.claim) for e in record.ended)
                 raise
             self._unanswered = None
             self._in_question.clear()
             self._looked = self._clock.monotonic()
             return recorded
 
-        return await thread.run(record)
+        return await thread.run(call_numbered)
 
-    def _record(
-        self,
-        c: Connection,
-        worker: int,
-        call: int,
-        ended: Sequence[Ended],
-        released: Sequence[Claim],
-        due: Sequence[Claim],
-        idle: int,
-        ahead: int,
-        since: int | None,
-    ) -> Recorded:
-        pieces, refused = _pieces(ended)
-        given = released, due, idle, ahead, since
+    def _record(self, c: Connection, call: int, record: Record) -> Recorded:
+        pieces, refused = _pieces(record.ended)
         if len(pieces) == 1:
-            recorded = self._send(c, worker, call, pieces[0], refused, *given)
+            recorded = self._send(c, call, record, pieces[0], refused)
         else:
+            ended_only = Record(record.worker)
             with c.block():
                 for piece in pieces[:-1]:
-                    self._send(c, worker, call, piece, refused, (), (), 0, 0, None)
-                recorded = self._send(c, worker, call, pieces[-1], refused, *given)
-        recorded.refused = [ended[place].claim for place in sorted(refused)]
+                    self._send(c, call, ended_only, piece, refused)
+                recorded = self._send(c, call, record, pieces[-1], refused)
+        recorded.refused = [record.ended[place].claim for place in sorted(refused)]
         return recorded
 
     def _send(
-        self,
-        c: Connection,
-        worker: int,
-        call: int,
-        placed: Sequence[tuple[int, Ended]],
-        refused: set[int],
-        released: Sequence[Claim],
-        due: Sequence[Claim],
-        idle: int,
-        ahead: int,
-        since: int | None,
+        self, c: Connection, call: int, record: Record, placed: Sequence[tuple[int, Ended]], refused: set[int]
     ) -> Recorded:
-        """Send one statement, and note the places of those that are refused."""
-        extent = self._extent
+        """Send one statement with those that are placed as the ended ones, and note the places of the refused."""
+        extent, worker = self._extent, record.worker
+        since = extent.since if record.count_failures else None
         values = (
             (worker, call, self._unanswered, self._clock.wall())
             + (_ended([e for _, e in placed], worker) if placed else _NO_ENDED)
-            + (_tokens(released) if released else _NO_TOKENS)
-            + (_tokens(due) if due else _NO_TOKENS)
-            + (idle, ahead, self._after, extent.first, extent.last, extent.space, since)
+            + (_tokens(record.released) if record.released else _NO_TOKENS)
+            + (_tokens(record.due) if record.due else _NO_TOKENS)
+            + (record.idle, record.ahead, self._after, extent.first, extent.last, extent.space, since)
         )
         recorded = Recorded()
         rows: list[tuple[int, int, int, str, str]] = []
@@ -308,7 +277,7 @@ class PostgresStore(Store):
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
         def end(c: Connection, adopted: Sequence[Ended]) -> None:
             again = [e.claim for e in adopted if e.again]
-            self._record(c, 0, 0, adopted, (), again, 0, 0, None)  # by no worker, which claims nothing
+            self._record(c, 0, Record(0, adopted, due=again))  # no worker has the id 0; nothing is claimed
 
         return await self._run(take_in, self._names, ended, self._clock.wall(), end)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import random
 import sqlite3
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from ...errors import DatabaseError, DatabaseLockedError, ForeignDatabaseError, NewerSchemaError, SpevalError, StoreClosedError
 from ...model import Durability
+from ...pauses import pauses
 from .connect import Stillness, connected, stillness
 from .contents import GuardedConnection, check_contents, guarded
 from .errors import BUSY, code_of, permission, shown_path, translated, understood
@@ -286,7 +286,7 @@ class SqliteFile:
         """Execute a statement that may find the database locked."""
         # SQLite's own busy handler lets some wait for seconds while others go first many hundred times. Short random
         # pauses are fair and hardly slower; they grow once it is plain that somebody keeps the lock for long.
-        started = time.monotonic()
+        started, waits = time.monotonic(), pauses(0.001, 0.05, growth=1.01, spread=1.0)
         while True:
             try:
                 return self.connection.execute(statement)
@@ -299,7 +299,7 @@ class SqliteFile:
                 if waited >= _SILENCE and patience >= _PATIENCE and not self._is_waiting:
                     self._is_waiting = True
                     logger.warning("%s: waiting for a lock of another program; `fuser %s` finds it", self.shown, self.shown)
-                if self._given_up.wait(random.random() * min(0.001 + waited / 50, 0.05)):
+                if self._given_up.wait(next(waits)):
                     raise DatabaseLockedError(self.shown, waited) from error
 
     def _connect(self, mode: str) -> GuardedConnection:
@@ -369,6 +369,8 @@ class SqliteFile:
         self._rolls_back = mode != "wal"
         # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
         full = durability == "power" or mode != "wal"
+        if not full:
+            self._begin_log()
         connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         if not self._is_current:
@@ -378,6 +380,24 @@ class SqliteFile:
         if mode != stored:
             self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
             self.checkpoint()  # so that the file itself is one of speval, with or without its -wal
+
+    def _begin_log(self) -> None:
+        """Write the first commit of an empty -wal without waiting for the disk, which would take longer than a short call.
+
+        SQLite syncs the header of each -wal that begins, since one that begins anew overwrites frames that would count again
+        under the old header. An empty -wal has no such frames: before its header is on the disk, it counts as empty, and a
+        power cut takes from it what it may take from every commit of durability "process". Each checkpoint syncs it first.
+        """
+
+        def first_commit(connection: sqlite3.Connection) -> None:
+            # Asked under the write lock, so it stays empty until this commit, whose pages are too few for a checkpoint.
+            if not self._log_path.stat().st_size:
+                connection.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', 'wal')")
+
+        if self._is_current and not self._log_path.stat().st_size:
+            self.connection.execute("PRAGMA synchronous = OFF")
+            with suppress(DatabaseLockedError):  # another copy writes the first commit
+                self._transaction("BEGIN IMMEDIATE", 0, first_commit)
 
     def _journal_mode(self, wanted: str) -> str:
         """Set the journal mode and return the one in force."""

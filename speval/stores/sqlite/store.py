@@ -37,7 +37,7 @@ from ...errors import (
 from ...host import this_process
 from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Summary
 from ...spaces.eager import Key, Space
-from ..base import Ended, LeaseKeeping, Recorded, Seeded, Store, StoreMode, TakenIn
+from ..base import Ended, LeaseKeeping, Record, Recorded, Seeded, Store, StoreMode, TakenIn
 from ..rows import STATUS, Damaged, settings_of
 from . import seed as seeding
 from .checksum import of_attempt, of_evaluation
@@ -353,23 +353,13 @@ class SqliteStore(Store):
         file.wait_as_usual()  # what is to be written from now on is kept by the worker meanwhile
         return worker
 
-    async def record(
-        self,
-        worker: int,
-        ended: Sequence[Ended] = (),
-        *,
-        released: Sequence[Claim] = (),
-        due: Sequence[Claim] = (),
-        idle: int = 0,
-        ahead: int = 0,
-        count_failures: bool = False,
-    ) -> Recorded:
-        if not (ended or released or due):
-            # Who only asks for more does not take the lock before there is something to have.
-            is_any, recorded = await self._read(self._look, count_failures)
-            if not is_any or not (idle or ahead):
+    async def record(self, record: Record) -> Recorded:
+        if not (record.ended or record.released or record.due):
+            # Take no lock before there is something to claim.
+            is_any, recorded = await self._read(self._look, record.count_failures)
+            if not is_any or not (record.idle or record.ahead):
                 return recorded
-        return await self._write(self._record, worker, ended, released, due, idle, ahead, count_failures)
+        return await self._write(self._record, record)
 
     def _look(self, c: sqlite3.Connection, count_failures: bool) -> tuple[bool, Recorded]:
         pending, settings = self._any(c, _ANY_PENDING), settings_of(c)
@@ -385,41 +375,32 @@ class SqliteStore(Store):
         (count,) = c.execute(_FAILURES, {"last": self._last, "since": self._since}).fetchone()
         return int(count)
 
-    def _record(
-        self,
-        c: sqlite3.Connection,
-        worker: int,
-        ended: Sequence[Ended],
-        released: Sequence[Claim],
-        due: Sequence[Claim],
-        idle: int,
-        ahead: int,
-        count_failures: bool,
-    ) -> Recorded:
+    def _record(self, c: sqlite3.Connection, record: Record) -> Recorded:
         now = self._clock.wall()
         recorded = Recorded(settings=settings_of(c))
-        if ended:
-            recorded.refused = _end(c, ended, now)
-        if released:
-            c.executemany(_RELEASE, [(now, claim.id, claim.attempt, claim.worker) for claim in released])
-        if due:
-            c.executemany(_DUE, [(claim.id, claim.attempt, claim.worker) for claim in due])
-        if idle or ahead:
-            if c.execute(_IS_HERE, (worker,)).fetchone() is None:
+        if record.ended:
+            recorded.refused = _end(c, record.ended, now)
+        if record.released:
+            c.executemany(_RELEASE, [(now, claim.id, claim.attempt, claim.worker) for claim in record.released])
+        if record.due:
+            c.executemany(_DUE, [(claim.id, claim.attempt, claim.worker) for claim in record.due])
+        if record.idle or record.ahead:
+            if c.execute(_IS_HERE, (record.worker,)).fetchone() is None:
                 recorded.lost = True
                 return recorded
             if not recorded.settings.paused:
-                recorded.claims = self._claim(c, worker, idle, ahead, now)
-            if len(recorded.claims) < idle:
+                recorded.claims = self._claim(c, record, now)
+            if len(recorded.claims) < record.idle:
                 pending = self._any(c, _ANY_PENDING)
-                if pending and not (recorded.settings.paused or ended or released or due):
+                if pending and not (recorded.settings.paused or record.ended or record.released or record.due):
                     raise self._damaged()  # once there is nothing to be written with it
                 recorded.open = bool(recorded.claims) or pending or self._any(c, _ANY_HELD)
-        if count_failures:
+        if record.count_failures:
             recorded.failures = self._failures(c)
         return recorded
 
-    def _claim(self, c: sqlite3.Connection, worker: int, idle: int, ahead: int, now: float) -> list[Claim]:
+    def _claim(self, c: sqlite3.Connection, record: Record, now: float) -> list[Claim]:
+        worker, idle, ahead = record.worker, record.idle, record.ahead
         values = {"worker": worker, "now": now, "last": self._last}
         found = c.execute(_FIND, values | {"limit": idle}).fetchall() if idle else []
         self._take(c, found, values | {"ahead": 0})
