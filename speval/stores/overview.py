@@ -14,14 +14,14 @@ from ..host import Process, is_gone
 from ..model import Cause, Failure, Overview, Running, Settings, WorkerState, WorkerView
 from .rows import label_of, worker_label
 
-__all__ = ["Counts", "Holding", "Look", "WorkerRow", "look_at"]
+__all__ = ["Holding", "Look", "StatusCounts", "WorkerRow", "look_at"]
 
 _WINDOW = 60.0  # seconds over which a rate is taken
 _FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
 _BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 
 
-class Counts(NamedTuple):
+class StatusCounts(NamedTuple):
     """Evaluations by status, and how many there are in all."""
 
     pending: int
@@ -60,7 +60,7 @@ class Look(ABC):
     """One transaction that reads what an overview is made of."""
 
     @abstractmethod
-    def counts(self) -> Counts:
+    def counts(self) -> StatusCounts:
         """Count the evaluations."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...model import Cause, Running, Settings
-from ..overview import Counts, Holding, Look, WorkerRow
+from ..overview import Holding, Look, StatusCounts, WorkerRow
 from .connection import Connection
 from .rows import settings_of
 from .schema import Names, true_name
@@ -60,9 +60,9 @@ class PostgresLook(Look):
     def _execute(self, sql: str, values: Any = None) -> Any:
         return self._c.execute(self._names(sql), values)
 
-    def counts(self) -> Counts:
+    def counts(self) -> StatusCounts:
         queued, held, in_progress, total = self._execute(_COUNTS).fetchone()
-        return Counts(queued + held, in_progress, sum(self._causes.values()), total)
+        return StatusCounts(queued + held, in_progress, sum(self._causes.values()), total)
 
     def causes(self) -> dict[Cause, int]:
         return self._causes

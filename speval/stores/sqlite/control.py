@@ -21,7 +21,7 @@ from ...errors import InProgressError, UnknownNameError
 from ...model import Attempt, Cause, Compacted, Evaluation, Finding, Overview, Running, Settings, Status, WorkerView, counted
 from ...spaces.eager import name_to_key
 from ..control import Choice, Control, ControlMode, Facts, Rows, holds, orphaned
-from ..overview import Counts, Holding, Look, WorkerRow
+from ..overview import Holding, Look, StatusCounts, WorkerRow
 from ..rows import CODES, decoded, error_of, label_of, settings_of
 from .compact import compact
 from .damage import damage as damage_of
@@ -373,9 +373,9 @@ class _Look(Look):
     def __init__(self, c: sqlite3.Connection) -> None:
         self._c = c
 
-    def counts(self) -> Counts:
+    def counts(self) -> StatusCounts:
         total, pending, in_progress, failed = (int(count) for count in self._c.execute(_COUNTS).fetchone())
-        return Counts(pending, in_progress, failed, total)
+        return StatusCounts(pending, in_progress, failed, total)
 
     def causes(self) -> dict[Cause, int]:
         return dict(self._c.execute(_CAUSES).fetchall())
