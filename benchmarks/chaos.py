@@ -41,7 +41,7 @@ def main() -> None:
         while time.monotonic() - started < given.minutes * 60:
             one = folder / f"round-{total.rounds + 1}"
             one.mkdir()
-            db = one / "runs.db" if server is None else str(server.url(space=f"round_{total.rounds + 1}"))
+            db = one / "runs.db" if server is None else str(server.url(namespace=f"round_{total.rounds + 1}"))
             ways = Chaos(one, Random(random.getrandbits(32)), db, count=given.count, copies=given.copies).run(given.per_round)
             total += ways
             for problem in ways.problems:

@@ -1,8 +1,8 @@
 """Say hello a hundred times, with as many copies of this script as you like.
 
 Shows:
-    The whole of speval: a function, the arguments to call it with, a database. Every running copy takes evaluations from the
-    database, and none is run twice. One that takes longer than ``timeout`` seconds is given up and tried again.
+    The basics of speval: a function, its arguments, a database. All running copies take evaluations from the database, and each
+    evaluation runs once. One that takes longer than ``timeout`` seconds is stopped and tried again.
 
 Run:
     $ python examples/01_hello_world.py
@@ -10,7 +10,7 @@ Run:
 
     The first takes 200 seconds; stop it at any time with Ctrl-C. The second starts twenty copies, which share what is left
     and need 10 seconds for all hundred. The database is the first argument, by default 01_hello_world.db in the current
-    folder. Once everything is done, further runs print nothing; delete the database to begin anew.
+    folder. Once everything is done, further runs print nothing; delete the database to start again.
 
 Prints:
     Hello world: 0

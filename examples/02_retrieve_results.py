@@ -1,8 +1,8 @@
 """Print what 02_store_results.py has found so far.
 
 Shows:
-    ``load_evals`` gives one dict for each evaluation, in the order of the eval space, whatever its status. It changes nothing
-    and waits for nobody.
+    ``load_evals`` returns a dict for each evaluation of any status, in eval-space order. It changes nothing and never waits for
+    running copies.
 
 Run:
     $ python examples/02_store_results.py

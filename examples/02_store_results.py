@@ -1,15 +1,14 @@
-"""Follow some numbers down to 1 by the Collatz rule, and keep what was found.
+"""Follow some numbers down to 1 by the Collatz rule, and store the results.
 
 Shows:
-    What the function returns is stored: anything that JSON can express. The eval space is a dict here, so every evaluation
-    has a name of its own.
+    The function's result is stored: anything that JSON can express. The eval space is a dict, whose keys name the evaluations.
 
 Run:
     $ python examples/02_store_results.py
     $ python examples/02_retrieve_results.py
 
-    The second one may be run at any time, also while copies of the first are at work. The database is the first argument of
-    both, by default 02_results.db in the current folder. Delete it to begin anew.
+    Run the second one at any time, also while copies of the first one run. The database is the first argument of both, by
+    default 02_results.db in the current folder. Delete it to start again.
 
 Prints:
     20 evaluations: 20 completed in 4.1 s (20 by this call)

@@ -1,14 +1,14 @@
 """Fit a line to noisy points, by a grid and by a random search.
 
 Shows:
-    Both searches are eval spaces made by plain Python, and with names of their own they live in one database. Every copy of
-    the script has to make the same points and draw the same arguments, so the random numbers begin from a fixed seed.
+    Both searches are eval spaces made by plain Python. Their evaluations have different names, so one database holds both.
+    Every copy of the script must create the same points and the same arguments, so the random numbers start from a fixed seed.
 
 Run:
     $ python examples/03_fit_line.py
     $ python examples/03_get_best_fit.py
 
-    The database is the first argument of both, by default 03_fit_line.db in the current folder. Delete it to begin anew.
+    The database is the first argument of both, by default 03_fit_line.db in the current folder. Delete it to start again.
 
 Prints:
     882 evaluations: 882 completed in 0.2 s (882 by this call)

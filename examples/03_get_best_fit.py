@@ -1,7 +1,7 @@
 """Print the best lines that the grid and the random search of 03_fit_line.py have found.
 
 Shows:
-    The best of many evaluations is Python's own ``min`` over what ``load_evals`` gives.
+    Python's ``min`` over the result of ``load_evals`` finds the best evaluation.
 
 Run:
     $ python examples/03_fit_line.py

@@ -1,8 +1,8 @@
-"""Draw what 04_tune_digits.py has found, also while it runs.
+"""Draw the results of 04_tune_digits.py, also while it runs.
 
 Shows:
     The results of a search as a data frame with a column for each argument, and as a picture. Nothing is computed again, and
-    copies that still run are not disturbed; what they have not finished is left white.
+    running copies are not disturbed; open evaluations are white.
 
 Run:
     $ pip install matplotlib pandas scikit-learn

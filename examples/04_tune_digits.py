@@ -1,7 +1,7 @@
 """Find the best parameters of a classifier for handwritten digits.
 
 Shows:
-    A grid search with scikit-learn that can be killed at any moment and started again: what has been computed is not computed
+    A grid search with scikit-learn that can be killed at any moment and started again: finished evaluations are not computed
     again. It runs two evaluations at once; on a larger machine start it several times, and the copies share the work.
 
 Run:
@@ -9,7 +9,7 @@ Run:
     $ python examples/04_tune_digits.py
 
     Press Ctrl-C, or ``kill -9`` it, and start it again. The database is the first argument, by default 04_tune_digits.db in the
-    current folder. Delete it to begin anew.
+    current folder. Delete it to start again.
 
 Prints:
     0.8798 {'C': 0.1, 'gamma': 0.0001}

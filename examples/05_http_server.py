@@ -1,7 +1,7 @@
-"""Answer requests slowly, refuse some, and count them: what 05_http_calls.py calls.
+"""Answer requests slowly, refuse some, and count them; the server for 05_http_calls.py.
 
 Shows:
-    Nothing of speval. It stands for a service that takes its time, fails now and then, and bills each request.
+    This file does not use speval. It simulates a service that is slow, sometimes fails, and charges for each request.
 
 Run:
     $ pip install aiohttp

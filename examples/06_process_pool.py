@@ -1,8 +1,8 @@
 """Run evaluations in a process pool of the standard library.
 
 Shows:
-    Any executor of ``concurrent.futures`` will do. This kind needs the main guard, as its documentation says; speval's own
-    processes (``executor="process"``) don't, and they alone end a function that runs too long.
+    Any executor of ``concurrent.futures`` works. This one needs the main guard, as its documentation says. speval's worker
+    processes (``executor="process"``) don't need it, and only they can stop a function that runs too long.
 
 Run:
     $ python examples/06_process_pool.py

@@ -1,7 +1,7 @@
 """Run evaluations in a pool of loky, joblib's.
 
 Shows:
-    A pool that was made elsewhere, and may be shared with others, as the executor.
+    An existing pool as the executor; other code may use it too.
 
 Run:
     $ pip install loky

@@ -1,8 +1,8 @@
 """Run evaluations on a Dask cluster.
 
 Shows:
-    A Dask client's executor. The cluster here is two processes of this machine; with the address of a real one in its place,
-    nothing else changes. Its workers need speval installed, and no access to the database.
+    The executor of a Dask client. The cluster here is two processes of this machine; for a real one, change only the address.
+    The workers of the cluster need speval installed, but no access to the database.
 
 Run:
     $ pip install 'speval[dask]'

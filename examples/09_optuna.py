@@ -1,11 +1,11 @@
 """Let Optuna choose the next args from the results so far; start it in several terminals, and the copies share one study.
 
 Shows:
-    An eval space that does not exist yet: a generator that is asked for the next evaluation when a slot has nothing to do.
-    It tells the study what has ended, in whichever copy, and asks it for the next args. The trial's number is the name.
+    An adaptive space: a generator that speval polls for the next evaluation when a slot is idle. It reports the results of all
+    copies to the study, and asks the study for the next args. The number of the trial is the name.
 
-    The study keeps what Optuna knows, the database what has been evaluated. Where a copy dies, the others evaluate what it
-    has proposed; a trial it had asked for and not yet proposed is missing, and no result is.
+    The study contains Optuna's knowledge, the database the evaluations. If a copy dies, the others evaluate what it has
+    proposed. A trial that it had not yet proposed is missing, but every result is kept.
 
 Run:
     $ pip install optuna
@@ -13,7 +13,7 @@ Run:
     $ python examples/09_optuna.py
 
     The database is the first argument, by default 09_optuna.db in the current folder; the study is beside it, in a file with
-    .journal at its end. Delete both to begin anew.
+    .journal at its end. Delete both to start again.
 
 Prints:
     best of 80: 0.0007 at {'x': 3.0259, 'y': -1.9914}

@@ -1,15 +1,15 @@
-"""Four hosts share the evaluations of one PostgreSQL database, and two of them have bad luck.
+"""Four hosts share the evaluations of one PostgreSQL database; one is disconnected and one dies.
 
 Shows:
-    A PostgreSQL database in place of a file. The hosts are namespaces of this machine, each with a network, a host name and
-    process numbers of its own, on a bridge between them. One of them is cut off from the network for longer than its lease,
-    another one loses its power. Every evaluation is completed once.
+    A PostgreSQL database instead of a file. The hosts are Linux namespaces of this machine, each with a separate network, host
+    name and process ids, connected by a bridge. One of them is disconnected for longer than its lease, another one loses its
+    power. Every evaluation is completed once.
 
 Run:
     As root on Linux, with a server that the bridge's network may use: listen_addresses = '*' and, in pg_hba.conf,
     "host all all 10.91.0.0/24 trust".
 
-    $ python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?space=four_hosts
+    $ python examples/10_four_hosts.py postgresql://postgres@10.91.0.1/postgres?namespace=four_hosts
 
 Prints:
     ada's cable is pulled, and grace's power fails
@@ -31,7 +31,7 @@ from speval import Evaluation, load_evals, speval
 
 COUNT, LEASE = 240, 2.0
 HOSTS = ("ada", "grace", "barbara", "frances")
-# Names of its own: nothing that anything else has made is touched.
+# Unique names, so that existing network devices are not touched.
 BRIDGE = f"sp{os.getpid()}"
 NAMESPACES = {host: f"speval-{os.getpid()}-{host}" for host in HOSTS}
 CABLES = {host: f"{BRIDGE}to{number}" for number, host in enumerate(HOSTS)}

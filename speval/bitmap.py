@@ -1,7 +1,7 @@
-"""A set of numbers that costs a bit for each where they are dense.
+"""A set of whole numbers that needs one bit per number where they are dense.
 
-Owns the memory of what has been seen. Invariant: it costs no more than some two hundred bytes for each number, however far
-apart they are: an id in a file that somebody has tinkered with may be any number.
+Owns the set of ids that have been seen. Invariant: a number needs at most about two hundred bytes, also when the numbers are
+far apart: a file that another program has edited may contain any id.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ _BITS = 1024  # of one part
 
 
 class Bitmap:
-    """Numbers, each of which is in it or not."""
+    """A set of whole numbers."""
 
     def __init__(self) -> None:
         self._parts: dict[int, bytearray] = {}
 
     def add(self, number: int) -> bool:
-        """Put a number in, and tell whether it was not there before."""
+        """Add a number; return whether it is new."""
         place, bit = divmod(number, _BITS)
         part = self._parts.get(place)
         if part is None:

@@ -1,6 +1,6 @@
-"""Time, in one replaceable object.
+"""The clocks, in one object that tests can replace.
 
-Owns every question about the time. Invariant: decisions use ``monotonic()`` alone; ``wall()`` is for people to read.
+Owns all reading of clocks. Invariant: decisions use only ``monotonic()``; ``wall()`` is for display.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """The system's clocks. Tests hand in one they can move."""
+    """The clocks of the system. Tests pass a clock that they can move."""
 
     def monotonic(self) -> float:
-        """Return seconds that never step back; on Linux they stand still while the machine is suspended."""
+        """Return seconds that never go back; on Linux they stop while the machine is suspended."""
         return time.monotonic()
 
     def wall(self) -> float:
@@ -22,7 +22,7 @@ class Clock:
         return time.time()
 
     def boottime(self) -> float:
-        """Return seconds that go on while the machine is suspended, where the system has such a clock."""
+        """Return seconds that continue while the machine is suspended, if the system has such a clock."""
         if hasattr(time, "CLOCK_BOOTTIME"):
             return time.clock_gettime(time.CLOCK_BOOTTIME)
         return time.monotonic()

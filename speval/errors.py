@@ -43,40 +43,40 @@ class SpevalError(Exception):
 
 
 class OptionError(SpevalError, ValueError):
-    """An argument of a call has a value that can't be used."""
+    """A call got an argument with an invalid value."""
 
     def __init__(self, option: str, value: str, expected: str) -> None:
         super().__init__(option, value, expected)
         self.option, self.value, self.expected = option, value, expected
 
     def __str__(self) -> str:
-        return f"{self.option}={self.value} can't be used: {self.expected}"
+        return f"invalid {self.option}={self.value}: {self.expected}"
 
 
 class FunctionError(SpevalError, TypeError):
-    """The function can't run in other processes."""
+    """The function can't run in worker processes."""
 
     def __init__(self, function: str, problem: str) -> None:
         super().__init__(function, problem)
         self.function, self.problem = function, problem
 
     def __str__(self) -> str:
-        return f"{self.function} can't run in processes of its own: {self.problem}\nexecutor='thread' runs it in this process"
+        return f"{self.function} can't run in worker processes: {self.problem}\nexecutor='thread' runs it in this process"
 
 
 class ExecutorError(SpevalError, RuntimeError):
-    """The executor that was handed in takes no more calls."""
+    """The executor object that the caller passed accepts no more calls."""
 
     def __init__(self, executor: str, problem: str) -> None:
         super().__init__(executor, problem)
         self.executor, self.problem = executor, problem
 
     def __str__(self) -> str:
-        return f"executor={self.executor} takes no more calls ({self.problem}); what is recorded stays; make a new one"
+        return f"executor={self.executor} accepts no more calls ({self.problem}); recorded results are safe; pass a new one"
 
 
 class CalledInWorkerError(SpevalError, RuntimeError):
-    """speval was called by a module that a worker process imports."""
+    """A module that a worker process imports called speval."""
 
     def __init__(self, call: str) -> None:
         super().__init__(call)
@@ -84,8 +84,8 @@ class CalledInWorkerError(SpevalError, RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"{self.call}() is called at the top level of a module that a worker process has to import for the function; it is "
-            'not started again there. Put the call into a function, or under if __name__ == "__main__"'
+            f"a worker process imports this module for the function, and the module calls {self.call}() at its top level; "
+            'a worker process does not start a second run. Move the call into a function, or under if __name__ == "__main__"'
         )
 
 
@@ -97,13 +97,11 @@ class SystemLimitError(SpevalError, RuntimeError):
         self.thread = thread
 
     def __str__(self) -> str:
-        return (
-            f"{self.thread} can't be started: the system allows no more threads (`ulimit -u`, or the pids limit of a container)"
-        )
+        return f"can't start {self.thread}: the system allows no more threads; raise `ulimit -u`, or the container's pids limit"
 
 
 class SpaceError(SpevalError, ValueError):
-    """The eval space can't be used: a name that is no name, or one that stands for two evaluations."""
+    """The eval space is invalid: a name has the wrong type, or two evaluations have the same name."""
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(name, problem)
@@ -125,28 +123,28 @@ class UnserializableError(SpevalError, TypeError):
 
 
 class ArgsChangedError(SpevalError):
-    """The database holds evaluations of the same names with other args."""
+    """The database has evaluations with the same names and different args."""
 
     def __init__(self, db: str, count: int, examples: Sequence[tuple[str, str, str]]) -> None:
         super().__init__(db, count, examples)
         self.db, self.count, self.examples = db, count, examples
 
     def __str__(self) -> str:
-        shown = "\n".join(
+        lines = "\n".join(
             f"  {name!r}: stored {visible(stored)}, now {visible(given)}" for name, stored, given in self.examples
         )
         more = "" if self.count <= len(self.examples) else f"\n  and {self.count - len(self.examples)} more"
-        noun = "evaluation is" if self.count == 1 else "evaluations are"
+        noun = "evaluation has" if self.count == 1 else "evaluations have"
         return (
-            f"{self.db}: {self.count} {noun} stored with other args than the eval space has now; nothing was changed:\n"
-            f"{shown}{more}\nA random space needs a fixed seed; a list may grow at its end only, a dict anywhere. Otherwise, "
-            'pass on_changed="keep" to go on with the stored args, on_changed="rerun" to evaluate these again with the new '
-            "ones, or use another database."
+            f"{self.db}: {self.count} {noun} different args in the database and in the eval space; nothing was changed:\n"
+            f"{lines}{more}\nA random space needs a fixed seed. A list may grow only at its end, a dict anywhere. Or pass "
+            'on_changed="keep" to continue with the stored args, or on_changed="rerun" to evaluate these again with the new '
+            "args, or use another database."
         )
 
 
 class DatabaseError(SpevalError):
-    """The database can't be used as it is."""
+    """The database can't be used in its present state."""
 
     def __init__(self, db: str, problem: str) -> None:
         super().__init__(db, problem)
@@ -157,48 +155,50 @@ class DatabaseError(SpevalError):
 
 
 class DatabaseMissingError(DatabaseError, FileNotFoundError):
-    """There is no database of that name."""
+    """The database does not exist."""
 
     def __init__(self, db: str) -> None:
-        super().__init__(db, "there is no such database; speval() creates it, reading does not")
+        super().__init__(db, "this database does not exist; speval() creates a database, reading does not")
         self.args = (db,)
 
 
 class DatabaseLockedError(DatabaseError, TimeoutError):
-    """Another program held the database for too long."""
+    """Another program kept the database locked for too long."""
 
     def __init__(self, db: str, seconds: float) -> None:
-        super().__init__(db, f"locked by another program for {seconds:.0f} s; find it with `fuser {db}` and try again")
+        super().__init__(
+            db, f"another program has locked the database for {seconds:.0f} s; find it with `fuser {db}`, then try again"
+        )
         self.args = (db, seconds)
 
 
 class EvaluationDamagedError(DatabaseError):
-    """One evaluation in the database is not as it was written."""
+    """The stored data of one evaluation is corrupt."""
 
     def __init__(self, db: str, name: str, problem: str) -> None:
-        fix = f"`speval drop {db} NAME` forgets it, `speval salvage {db} NEW` saves all the others"
+        fix = f"`speval drop {db} NAME` deletes it, `speval salvage {db} NEW` saves all others"
         super().__init__(db, f"evaluation {name!r} is damaged: {problem}; {fix}")
         self.args = (db, name, problem)
         self.name, self.what = name, problem
 
 
 class DatabaseNotEmptyError(DatabaseError):
-    """Something was to be copied to a database that has evaluations already."""
+    """The target of a copy already has evaluations."""
 
     def __init__(self, db: str) -> None:
-        super().__init__(db, "has evaluations already, and was left as it is; copy to a new one")
+        super().__init__(db, "this database already has evaluations and was not changed; copy to a new database")
         self.args = (db,)
 
 
 class DatabaseUnavailableError(DatabaseError):
-    """The database can't be read or written just now: a full disk, an input or output error."""
+    """The database can't be read or written at the moment: a full disk, an I/O error."""
 
 
 class ForeignDatabaseError(DatabaseError):
-    """The file is something else than a database of speval."""
+    """The file is not a speval database."""
 
     def __init__(self, db: str, found: str) -> None:
-        super().__init__(db, f"not a database of speval but {found}; it was left as it is. Choose another name")
+        super().__init__(db, f"this is not a speval database but {found}; it was not changed. Choose another name")
         self.args = (db, found)
 
 
@@ -208,14 +208,14 @@ class NewerSchemaError(DatabaseError):
     def __init__(self, db: str, schema: int, known: int, release: str) -> None:
         super().__init__(
             db,
-            f"has schema {schema}, this release of speval reads up to {known}; it was left as it is. "
-            f"Install the one it needs: pip install 'speval>={release}'",
+            f"the database has schema version {schema}, and this release of speval reads versions up to {known}; it was not "
+            f"changed. Install a newer release: pip install 'speval>={release}'",
         )
         self.args = (db, schema, known, release)
 
 
 class MissingExtraError(SpevalError, ImportError):
-    """Something wants a package that is not installed."""
+    """A feature needs a package that is not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(what, package, extra)
@@ -226,40 +226,40 @@ class MissingExtraError(SpevalError, ImportError):
 
 
 class StoreClosedError(SpevalError, RuntimeError):
-    """A store was used after it had been closed."""
+    """A closed store was used."""
 
     def __init__(self, db: str) -> None:
         super().__init__(db)
         self.db = db
 
     def __str__(self) -> str:
-        return f"{self.db}: used after it had been closed"
+        return f"{self.db}: this store is closed"
 
 
 class UnknownNameError(SpevalError, KeyError):
-    """No evaluation of that name is in the database."""
+    """The database has no evaluation with this name."""
 
     def __init__(self, db: str, names: Sequence[str]) -> None:
         super().__init__(db, names)
         self.db, self.names = db, names
 
     def __str__(self) -> str:
-        shown = ", ".join(repr(name) for name in self.names[:5])
+        names = ", ".join(repr(name) for name in self.names[:5])
         more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
-        return f"{self.db}: no evaluation is named {shown}{more}; load_evals() and `speval ls` list the names"
+        return f"{self.db}: no evaluation is named {names}{more}; load_evals() and `speval ls` list the names"
 
 
 class InProgressError(SpevalError):
-    """Evaluations that a worker holds can't be dropped."""
+    """Evaluations in progress can't be dropped."""
 
     def __init__(self, db: str, names: Sequence[str]) -> None:
         super().__init__(db, names)
         self.db, self.names = db, names
 
     def __str__(self) -> str:
-        shown = ", ".join(repr(name) for name in self.names[:5])
+        names = ", ".join(repr(name) for name in self.names[:5])
         more = "" if len(self.names) <= 5 else f" and {len(self.names) - 5} more"
-        return f"{self.db}: in progress: {shown}{more}; nothing was dropped. Wait for their end, or stop the workers"
+        return f"{self.db}: in progress: {names}{more}; nothing was dropped. Wait until they end, or stop the workers"
 
 
 class EvaluationsFailed(SpevalError):
@@ -272,5 +272,5 @@ class EvaluationsFailed(SpevalError):
     def __str__(self) -> str:
         return (
             f"{self.failed} of {self.total} evaluations failed ({self.causes}); "
-            'load_evals(db, status="failed") has their errors, retry(db) puts them back'
+            'load_evals(db, status="failed") returns their errors, retry(db) makes them pending again'
         )

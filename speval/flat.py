@@ -1,7 +1,7 @@
 """Evaluations as flat rows: a column for each argument and each key of the result.
 
-Owns how nested values become columns, for data frames and exported files alike. Invariant: nothing of args and results is lost
-on the way, and a column of one evaluation means the same in every other one.
+Owns the conversion of nested values to columns, for data frames and exported files. Invariant: no part of args and results is
+dropped, and a column has the same meaning in every row.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _AFTER = ("attempts", "started", "duration", "updated", "worker", "error.cause",
 def flattened(evaluation: Evaluation) -> dict[str, Any]:
     """Return an evaluation as one flat row.
 
-    Dicts in args and result are taken apart: ``args.lr``, ``result.loss``, ``result.scores.f1``. Whatever is no dict, lists
-    included, is the value of one column; args or a result that are no dict have the column ``args`` or ``result``. A key with
-    dots has as many apostrophes behind it: ``args.a.b'`` is the value of "a.b", ``args.a.b`` that of "b" in "a".
+    Dicts in args and result become columns: ``args.lr``, ``result.loss``, ``result.scores.f1``. Any other value, also a list,
+    is the value of one column; args or a result that are not a dict have the column ``args`` or ``result``. A key with dots is
+    followed by an apostrophe per dot: ``args.a.b'`` is the value of "a.b", ``args.a.b`` that of "b" in "a".
     """
     row: dict[str, Any] = {"name": evaluation["name"], "status": evaluation["status"]}
     _flatten(row, "args", evaluation["args"])
@@ -42,7 +42,7 @@ def flattened(evaluation: Evaluation) -> dict[str, Any]:
     for key in ("attempts", "started", "duration", "updated", "worker"):
         row[key] = evaluation[key]
     if error := evaluation["error"]:
-        # No traceback: its many lines are no value of a table.
+        # No traceback: its many lines do not fit into a table cell.
         row |= {"error.cause": error["cause"], "error.type": error["type"], "error.message": error["message"]}
     return row
 
@@ -56,15 +56,15 @@ def _flatten(row: dict[str, Any], column: str, value: Any) -> None:
 
 
 def _marked(key: str) -> str:
-    """Return a key as it stands in a column: no two paths of keys have one column, whatever else there is."""
-    # Read from its end, a column tells how many dots belong to its last key, and where that key ends.
+    """Return a key for a column name: two paths of keys never have the same column name."""
+    # The end of a column name shows how many dots belong to the last key, and so where the key starts.
     if key.endswith(("'", '"')):
         key += '"'
     return key + "'" * key.count(".")
 
 
 def table(evaluations: Iterable[Evaluation]) -> dict[str, list[Any]]:
-    """Return flat columns, all of one length, with None where an evaluation has no such value.
+    """Return flat columns of equal length, with None for missing values.
 
     Name and status come first, then the args and the results in the order in which they first appear, then the rest.
     """
@@ -82,7 +82,7 @@ def table(evaluations: Iterable[Evaluation]) -> dict[str, list[Any]]:
 
 
 def ordered(columns: Iterable[str]) -> list[str]:
-    """Return columns in the order in which people read them: args before results, the fixed ones around them."""
+    """Return columns in display order: name and status, args, results, the other fixed columns."""
     given = list(columns)
     args = [column for column in given if column == "args" or column.startswith("args.")]
     results = [column for column in given if column == "result" or column.startswith("result.")]
@@ -90,10 +90,10 @@ def ordered(columns: Iterable[str]) -> list[str]:
 
 
 def unmixed(values: list[Any]) -> list[Any]:
-    """Return a column as values of one kind, as files and frames of typed columns want it.
+    """Return a column with values of one type, for files and frames with typed columns.
 
-    Whole numbers among floats become floats, if that changes none of them. Values that have no kind in common become JSON text,
-    all of them.
+    Whole numbers among floats become floats, if every one keeps its value. If the values have no common type, all of them
+    become JSON text.
     """
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float} and not _has_finer(values):
@@ -105,12 +105,12 @@ def unmixed(values: list[Any]) -> list[Any]:
 
 
 def _has_finer(values: list[Any]) -> bool:
-    """Tell whether there are whole numbers that a float can't hold."""
+    """Tell whether a whole number in the list has no exact float."""
     return any(type(value) is int and not -(2**53) <= value <= 2**53 for value in values)
 
 
 def _are_alike(lists: list[Any]) -> bool:
-    """Tell whether lists hold values of one kind, and no further lists."""
+    """Tell whether all items of the lists have one type, and it is neither list nor dict."""
     kinds = {type(item) for items in lists if items is not None for item in items if item is not None}
     return len(kinds) <= 1 and not kinds & {dict, list} and (int not in kinds or all(_fit(items) for items in lists if items))
 
@@ -120,10 +120,10 @@ def _fit(values: list[Any]) -> bool:
 
 
 def needs(module: str, what: str, extra: str) -> None:
-    """Refuse what wants a package that is not installed.
+    """Check that a package is installed.
 
     Raises:
-        MissingExtraError: it is not.
+        MissingExtraError: the package is not installed.
     """
     if importlib.util.find_spec(module) is None:
         raise MissingExtraError(what, module, extra)
@@ -136,17 +136,17 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = ..., library: L
 def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: Literal["pandas", "polars"] = "pandas") -> Any:
     """Read evaluations into a data frame, a row for each, with a column for each argument and each key of the result.
 
-    The database is not changed, and nobody is kept waiting.
+    This changes nothing and blocks no worker.
 
     Args:
         db: The database: a file name or a URL.
-        status: Only those of this status. None: all.
+        status: Only evaluations with this status. None: all.
         library: Whose data frame: ``"pandas"`` or ``"polars"``; ``speval[pandas]`` and ``speval[polars]`` install them.
 
     Returns:
         A frame in eval-space order: ``name``, ``status``, ``args.*``, ``result.*``, ``attempts``, ``started``, ``duration``,
-        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are no dict are one
-        column, ``args`` or ``result``. With polars, a column whose values have no type in common holds JSON text.
+        ``updated``, ``worker``, ``error.cause``, ``error.type``, ``error.message``. Args and results that are not a dict are
+        one column, ``args`` or ``result``. With polars, a column whose values have no common type contains JSON text.
 
     Raises:
         MissingExtraError: the library is not installed.
@@ -169,7 +169,7 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
 
 
 def _exact(pandas: Any, values: list[Any]) -> Any:
-    """Return a column as pandas takes it: as objects, where it would make floats of whole numbers that no float can hold."""
+    """Return a pandas column: of objects, if pandas would convert whole numbers to inexact floats."""
     if any(type(value) is not int for value in values) and _has_finer(values):
         return pandas.Series(values, dtype=object)
     return values

@@ -1,7 +1,7 @@
-"""Who a process is, and whether it still runs.
+"""The identity of a process, and whether it still runs.
 
-Owns what can be said about processes of this machine. Invariant: "gone" is said only of a process that is certainly
-gone; whatever can't be known counts as alive, and the lease decides.
+Owns all questions about processes of this machine. Invariant: a process is reported as gone only when it has certainly ended.
+If that is unknown, it counts as alive, and the lease decides.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["Process", "is_gone", "this_process"]
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, told apart from every other one by where it runs and when it started.
+    """A process, identified by its machine, its pid and its start time.
 
     Attributes:
-        host: The host's name, for people.
-        pid: Its number, only good within ``machine``.
-        machine: The boot, the PID namespace the number belongs to, and the time namespace in which ``start`` was read; empty
-            where the system can't tell.
-        start: When it started in the kernel's own ticks, so that a number used again is noticed; empty if unknown.
+        host: The name of the host, for display.
+        pid: The process id, valid within ``machine``.
+        machine: The boot id, the PID namespace of the pid, and the time namespace in which ``start`` was read; empty if the
+            system does not provide them.
+        start: The start time in kernel ticks, which detects a reused pid; empty if unknown.
     """
 
     host: str
@@ -38,7 +38,7 @@ _this: Process | None = None  # found out once, since every call of speval asks
 
 
 def this_process() -> Process:
-    """Return the process that calls."""
+    """Return the calling process."""
     global _this
     pid = os.getpid()
     if _this is not None and _this.pid == pid:
@@ -50,7 +50,7 @@ def this_process() -> Process:
 
 
 def _forget() -> None:
-    """Forget which process this is: a forked child may have its parent's number, in a PID namespace of its own."""
+    """Forget which process this is: a forked child in a new PID namespace may have the pid of its parent."""
     global _this
     _this = None
 
@@ -60,20 +60,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_gone(process: Process, machine: str) -> bool:
-    """Tell whether the process has certainly ended, as seen by one on ``machine``."""
+    """Tell whether the process has certainly ended, as seen from ``machine``."""
     if not machine or process.machine != machine:
         return False
     if sys.platform == "linux":
         state, start = _stat(process.pid)
-        # A dead process whose parent does not reap it still has a number and passes kill(pid, 0).
+        # A dead process that its parent has not reaped still has a pid, and kill(pid, 0) succeeds.
         if state in ("Z", "X") or (start and process.start and start != process.start):
             return True
         if state:
             return False
-        # Not in /proc, which may also show nobody the processes of others.
+        # Not in /proc; but /proc may hide the processes of other users.
     try:
         os.kill(process.pid, 0)
-    except (ProcessLookupError, OverflowError):  # no process has a number that the system can't even ask for
+    except (ProcessLookupError, OverflowError):  # OverflowError: the number is too large for a pid
         return True
     except OSError:
         pass
@@ -81,14 +81,14 @@ def is_gone(process: Process, machine: str) -> bool:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """Return (state letter, start in ticks since boot) on Linux; empty if there is no such process."""
+    """Return (state letter, start in ticks since boot) on Linux; empty strings if the process does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return "", ""
     except OSError:
-        return "?", ""  # it is there, and may not be looked at
-    fields = text.rpartition(")")[2].split()  # the command's name may hold anything, brackets too
+        return "?", ""  # the process exists, and reading it is not permitted
+    fields = text.rpartition(")")[2].split()  # the command name may contain any characters, also ")"
     return fields[0], fields[19]
 
 
@@ -96,9 +96,9 @@ def _machine() -> str:
     try:
         if sys.platform == "linux":
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            # The kernel shifts the start of a process by the offset of the time namespace of the one who reads it.
-            spaces = [path.stat().st_ino for name in ("pid", "time") if (path := Path("/proc/self/ns", name)).exists()]
-            return " ".join([boot, *map(str, spaces)])
+            # The kernel shifts the start time of a process by the offset of the reader's time namespace.
+            namespaces = [path.stat().st_ino for name in ("pid", "time") if (path := Path("/proc/self/ns", name)).exists()]
+            return " ".join([boot, *map(str, namespaces)])
         if sys.platform == "darwin":
             command = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()  # noqa: S603

@@ -1,8 +1,8 @@
-"""The values everything else speaks in.
+"""The data types that all modules share.
 
-Owns the shapes that leave speval (``Evaluation``, ``Summary``), those that travel inside (``Claim``, ``Outcome``), and
-those that people at a terminal look at (``Overview``, ``Attempt``, ``Health``).
-Invariant: plain data without behaviour that could fail; the pair (evaluation, attempt) is the fencing token.
+Owns the public types (``Evaluation``, ``Summary``), the internal ones (``Claim``, ``Outcome``), and those for the command and
+``Database`` (``Overview``, ``Attempt``, ``Health``).
+Invariant: plain data without behaviour that can fail; the pair (evaluation, attempt) is the fencing token.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ Status = Literal["pending", "in_progress", "completed", "failed"]
 Durability = Literal["process", "power"]
 OnChanged = Literal["error", "keep", "rerun"]
 Function = Callable[[Any], Any]
-# What a function yields that serves as an eval space: pairs of a name and args, or None for "nothing just now".
+# What an adaptive space yields: pairs of a name and args, or None for "nothing to evaluate at the moment".
 Pairs = Iterable[tuple[str, Any] | None] | AsyncIterable[tuple[str, Any] | None]
 EvalSpace = Mapping[str, Any] | Iterable[Any] | AsyncIterable[Any] | Callable[[Callable[[], Any]], Pairs]
 RetryOn = tuple[type[BaseException], ...]
-Outputs = tuple[int | None, int | None]  # what a worker process gets as stdout and stderr; None: what this process has
-# cause, result as JSON, error, started_at, duration, again: the fields of an Outcome, as worker processes tell them.
+Outputs = tuple[int | None, int | None]  # stdout and stderr of a worker process; None: those of this process
+# The fields of an Outcome as worker processes send them: cause, result as JSON, error, started_at, duration, again.
 Result = tuple[str | None, str | None, dict[str, str] | None, float, float, bool]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
 WorkerState = Literal["alive", "silent", "dead", "ended"]
 
 
 def counted(count: int, noun: str = "evaluation") -> str:
-    """Return a count as people say it: 1 evaluation, 2 evaluations."""
+    """Return a count with its noun: 1 evaluation, 2 evaluations."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -75,19 +75,19 @@ class Error(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """One evaluation as it stands in the database.
+    """One stored evaluation.
 
     Attributes:
         name: Its key; evaluations of a list space are named "0", "1" and so on.
         status: ``pending``, ``in_progress``, ``completed`` or ``failed``.
         updated: When the status last changed, unix seconds.
-        result: What the function returned, None while there is no result.
-        args: What the function is given.
-        attempts: How many attempts were made, one under way included; those given back on Ctrl-C don't count.
-        error: None unless failed.
+        result: What the function returned; None without a result.
+        args: The argument of the function.
+        attempts: The number of attempts, a running one included, released ones (Ctrl-C) excluded.
+        error: Why the evaluation failed; None unless it failed.
         started: When the last attempt started, unix seconds, or None.
         duration: How long the last attempt ran, seconds, or None while it runs.
-        worker: Who made the last attempt, ``host:pid:id``, or None.
+        worker: The worker of the last attempt, ``host:pid:id``, or None.
     """
 
     name: str
@@ -103,10 +103,10 @@ class Evaluation(TypedDict):
 
 
 class _Causes(dict[Cause, int]):
-    """Counts by cause that can't be changed; a dict, so that ``dataclasses.asdict``, ``json`` and ``copy`` take it."""
+    """Read-only counts by cause; a dict, so that ``dataclasses.asdict``, ``json`` and ``copy`` accept it."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
-        raise TypeError("a Summary can't be changed")
+        raise TypeError("a Summary is read-only")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
@@ -114,22 +114,22 @@ class _Causes(dict[Cause, int]):
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)  # not item by item, as dicts are
+        return type(self), (dict(self),)  # pickle restores other dicts item by item, which _refuse rejects
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a call ended: the evaluations of its eval space by status.
+    """The evaluations of an eval space counted by status, at the end of a call.
 
     Attributes:
-        pending: Evaluations nobody has started or that wait for another attempt.
-        in_progress: Evaluations a worker holds.
+        pending: Evaluations that wait for an attempt.
+        in_progress: Evaluations that a worker holds.
         completed: Evaluations with a result.
-        failed: Evaluations that ended without one.
-        causes: Of the failed ones, how many by cause.
-        recorded: How many of the completed and failed ones this call recorded itself.
+        failed: Evaluations that ended without a result.
+        causes: The number of failed evaluations per cause.
+        recorded: The number of completed and failed evaluations that this call recorded itself.
         seconds: How long the call took.
-        stopped: Why the call ended before everything was done, or None.
+        stopped: Why the call ended early, or None.
     """
 
     pending: int
@@ -172,12 +172,12 @@ class Summary:
 class Claim(NamedTuple):
     """A worker's right to make one attempt; ``(id, attempt)`` is its fencing token.
 
-    A tuple, because a run makes one for each evaluation and a dataclass costs three times as much to make.
+    A tuple, because a run creates one per evaluation, and creating a dataclass takes three times as long.
     """
 
     id: int
     attempt: int
-    charged: int  # attempts charged to the budget, this one included
+    charged: int  # charged attempts so far, this one included
     name: str
     args: str
     worker: int
@@ -187,29 +187,29 @@ class Claim(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How one attempt ended, as its executor tells it."""
+    """How one attempt ended, as its executor reports it."""
 
     cause: Cause | None  # None: completed
     result: str | None  # JSON text
     error: Error | None
     started_at: float  # unix seconds
     duration: float  # seconds
-    again: bool = False  # may be tried again, if the budget allows
+    again: bool = False  # another attempt may follow, if the attempt budget allows
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt at an evaluation, as people look at it.
+    """One attempt at an evaluation, for display.
 
     Attributes:
-        number: Its number, half of its fencing token; those given back unused leave gaps.
-        worker: Who made it, ``host:pid:id``, or None if that is not known.
-        started_at: Unix seconds, or None if it never began.
+        number: Its number, half of its fencing token; released attempts leave gaps.
+        worker: The worker, ``host:pid:id``, or None if it is unknown.
+        started_at: Unix seconds, or None if it never started.
         ended_at: Unix seconds, None while it runs.
         duration: Seconds, or None.
         outcome: ``completed`` or the cause of its failure, None while it runs.
         result: What the function returned.
-        error: None if completed or under way.
+        error: None if it is completed or running.
     """
 
     number: int
@@ -222,16 +222,16 @@ class Attempt:
     error: Error | None
 
 
-LONGEST_LEASE = 86_400.0  # seconds, also of one that a stranger has written into a database
-MOST_CONCURRENCY = 1_000_000  # of a call or a setting; far more than any machine runs at once
+LONGEST_LEASE = 86_400.0  # seconds; a longer lease in a database is treated as this long
+MOST_CONCURRENCY = 1_000_000  # of a call or a setting; far more than any machine can run
 
 
 class Settings(NamedTuple):
-    """What people have set for all workers of a database.
+    """The settings for all workers of a database.
 
     Attributes:
-        paused: Nobody claims anything; what runs, runs on.
-        concurrency: Evaluations each worker runs at once, whatever its call says; None: as its call says.
+        paused: Workers claim nothing; running evaluations continue.
+        concurrency: Evaluations that each worker runs at once; it overrides the call. None: the value of the call.
     """
 
     paused: bool = False
@@ -240,7 +240,7 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """An evaluation under way: its name, and since when (unix seconds)."""
+    """A running evaluation: its name, and when it started (unix seconds)."""
 
     name: str
     since: float
@@ -248,22 +248,22 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """A worker, as people look at it.
+    """A worker, for display.
 
     Attributes:
-        worker: ``host:pid:id``, as everywhere.
+        worker: ``host:pid:id``.
         host: The machine it runs on.
-        pid: The number of its process there.
-        state: ``alive``; ``silent``: no sign of life for its lease, by the clocks on the wall; ``dead``: declared dead, or its
-            process on this machine is gone; ``ended``: it has left.
+        pid: Its process id there.
+        state: ``alive``; ``silent``: no renewal for a whole lease by wall clock; ``dead``: declared dead, or its process on
+            this machine has ended; ``ended``: it has left.
         started_at: Unix seconds.
         last_seen: Unix seconds.
-        ended_at: Unix seconds, None until it has left or all it held was taken back.
+        ended_at: Unix seconds; None until it has left, or until all its claims were reclaimed.
         lease: Seconds.
-        runs: What it runs right now, the longest running first; not all of it if it is much.
-        running: How many it runs.
-        ahead: How many it has claimed ahead and, as far as can be known, not begun.
-        held: How many it holds for their backoff.
+        runs: The evaluations that it runs, the longest running first; the list may be incomplete.
+        running: The number of evaluations that it runs.
+        ahead: The number of evaluations claimed ahead and probably not started.
+        held: The number of evaluations that it holds during their backoff.
     """
 
     worker: str
@@ -282,7 +282,7 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failed evaluation, in short."""
+    """A failed evaluation: a short form of ``Evaluation``."""
 
     name: str
     cause: Cause
@@ -298,16 +298,16 @@ class Overview:
     """A whole database at one moment.
 
     Attributes:
-        at: When, unix seconds.
-        pending: Evaluations nobody runs.
-        in_progress: Evaluations a worker holds.
+        at: The time of the overview, unix seconds.
+        pending: Evaluations that no worker holds and that have not ended.
+        in_progress: Evaluations that a worker holds.
         completed: Evaluations with a result.
-        failed: Evaluations that ended without one.
-        causes: Of the failed ones, how many by cause.
-        rate: Attempts that ended per second since the oldest of the living workers started: over the last minute, or over the
-            last ten attempts where that is longer. None if there were none.
-        settings: What the workers are asked to obey.
-        workers: Those that have not ended, the oldest first.
+        failed: Evaluations that ended without a result.
+        causes: The number of failed evaluations per cause.
+        rate: Ended attempts per second since the oldest live worker started: over the last minute, or over the last ten
+            attempts if that is longer. None without any.
+        settings: The settings for all workers.
+        workers: The workers that have not ended, the oldest first.
         failures: The last failed evaluations, the newest first.
     """
 
@@ -334,7 +334,7 @@ class Overview:
 
 
 class Compacted(NamedTuple):
-    """What compacting a database did: bytes before and after, and how many workers that had left were forgotten."""
+    """The result of compacting a database: bytes before and after, and the number of ended workers that were deleted."""
 
     before: int
     after: int
@@ -343,12 +343,12 @@ class Compacted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about a database that somebody should know.
+    """A problem of a database.
 
     Attributes:
-        problem: What it is.
-        fix: What to do about it.
-        is_error: Whether it keeps speval from working, or has cost data; else it is a hint.
+        problem: What is wrong.
+        fix: How to fix it.
+        is_error: Whether it stops speval from working or has destroyed data; otherwise it is a hint.
     """
 
     problem: str
@@ -358,7 +358,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a look under the bonnet has found: facts by name, in the order to show them, and findings, errors first."""
+    """The result of a check of a database: facts by name, in display order, and findings, errors first."""
 
     facts: Mapping[str, str | int | float | bool | None]
     findings: tuple[Finding, ...]

@@ -1,6 +1,6 @@
-"""The options of a call, checked.
+"""The options of a call, validated.
 
-Owns what values an option may have. Invariant: an ``Options`` in hand is valid, so nothing behind it checks again.
+Owns the allowed values of each option. Invariant: an ``Options`` object is valid, so later code does not check again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .url import PostgresUrl, is_conninfo, is_postgres
 
 __all__ = ["ExecutorOption", "Location", "Options", "checked_database", "checked_names", "checked_retry", "checked_status"]
 
-Location = Path | PostgresUrl  # what a database argument means, checked
+Location = Path | PostgresUrl  # a validated database argument
 _DATABASES = "the path of a SQLite file, or a postgresql:// URL"
 ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What ``speval`` and ``as_completed`` take besides function, space and database; ``aio.speval`` tells the meaning."""
+    """The options of ``speval`` and ``as_completed``; the docstring of ``speval`` explains them."""
 
     timeout: float | None = None
     concurrency: int = 1
@@ -56,28 +56,31 @@ class Options:
         _one_of("progress", self.progress, (True, False, None))
         _one_of("durability", self.durability, get_args(Durability))
         if isinstance(self.max_failures, float):
-            _number("max_failures", self.max_failures, "a share between 0 and 1, or a whole number", above=0)
+            _number("max_failures", self.max_failures, "a fraction between 0 and 1, or a whole number", above=0)
             if self.max_failures > 1:
-                raise OptionError("max_failures", repr(self.max_failures), "a share is at most 1.0; a count is an int")
+                raise OptionError("max_failures", repr(self.max_failures), "a fraction is at most 1.0; a count is an int")
         elif self.max_failures is not None:
             _whole("max_failures", self.max_failures)
 
     def failure_limit(self, evaluations: int | None) -> int | None:
-        """Return the number of failures at which claiming stops, for a space of so many evaluations; None: nobody knows.
+        """Return the number of failures at which the run stops, or None for no limit.
+
+        Args:
+            evaluations: The size of the eval space; None if it is unknown (a lazy space).
 
         Raises:
-            OptionError: it is a share of nobody knows how many.
+            OptionError: ``max_failures`` is a fraction and the size of the space is unknown.
         """
         if isinstance(self.max_failures, float):
             if evaluations is None:
-                expected = "an eval space that is drawn bit by bit has no size to have a share of; pass a number"
+                expected = "a fraction needs a space of known size, and this space is lazy; pass a whole number"
                 raise OptionError("max_failures", repr(self.max_failures), expected)
             return max(1, math.ceil(self.max_failures * evaluations))
         return self.max_failures
 
 
 def checked_database(db: Any) -> Location:
-    """Return what a database argument means, without looking whether it is there."""
+    """Return the validated database argument; the database need not exist."""
     if isinstance(db, PostgresUrl):
         return db
     if not isinstance(db, str | os.PathLike):
@@ -92,27 +95,27 @@ def checked_database(db: Any) -> Location:
     if is_conninfo(text):
         raise OptionError("db", "'host=... dbname=...'", "write it as a URL: postgresql://USER@HOST:PORT/DBNAME")
     if text == ":memory:" or text.startswith("file:"):
-        raise OptionError("db", repr(text), "evaluations are kept in a file, so name one: other copies and later runs need it")
+        raise OptionError("db", repr(text), "name a file: other workers and later runs need it")
     if "://" in text:
         raise OptionError("db", repr(text.partition("://")[0] + "://..."), _DATABASES)
-    # Absolute, because the function may go to another folder while others still have to find the file.
+    # Absolute, because the function may change the current folder.
     return Path(text).expanduser().absolute()
 
 
 def checked_status(status: Any, allowed: tuple[Status | None, ...]) -> None:
-    """Refuse what is no status."""
+    """Raise OptionError unless ``status`` is one of ``allowed``."""
     _one_of("status", status, allowed)
 
 
 def checked_retry(db: Any, names: Any, status: Any) -> tuple[Location, list[str] | None]:
-    """Return what the arguments of ``retry`` mean."""
+    """Return the validated arguments of ``retry``."""
     location = checked_database(db)
     checked_status(status, ("failed", "completed"))
     return location, checked_names(names)
 
 
 def checked_names(names: Any) -> list[str] | None:
-    """Return names as a list, or None if there are none; a single text would be a list of its characters."""
+    """Return names as a list, or None; a single text is refused, since it is an iterable of its characters."""
     if isinstance(names, str):
         raise OptionError("names", repr(names)[:60], "a list of names, not a single one")
     return None if names is None else [str(name) for name in names]
@@ -127,8 +130,8 @@ def _exception_types(value: Any) -> tuple[type[BaseException], ...]:
 
 def _whole(option: str, value: Any, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        shown = shown_number(value) if isinstance(value, int) else repr(value)[:60]
-        raise OptionError(option, shown, f"a whole number{', 1 or more' if most is None else f' from 1 to {most}'}")
+        text = shown_number(value) if isinstance(value, int) else repr(value)[:60]
+        raise OptionError(option, text, f"a whole number{', 1 or more' if most is None else f' from 1 to {most}'}")
 
 
 def _number(

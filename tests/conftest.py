@@ -23,6 +23,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pyte
 import pytest
@@ -34,6 +35,19 @@ from speval.url import PostgresUrl
 from .postgres_server import Server
 
 pytest.register_assert_rewrite("tests.model")  # its asserts are those of a test
+
+# A commit waits for the disk. No test cuts the power, so memory serves as well where the system offers enough of it.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where tmp_path is
+    tempfile.tempdir = str(MEMORY)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run more workers than there are cores: many tests wait for a lease, a backoff or a process."""
+    given = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(given) if given else 2 * (psutil.cpu_count() or 1)
+
 
 REQUIRED = frozenset(filter(None, os.environ.get("SPEVAL_REQUIRE", "").split(",")))  # packages whose tests must not be skipped
 
@@ -73,7 +87,7 @@ def rows(db: Path | str, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
 
 def server_url(url: str) -> str:
     """Return a URL without what only speval knows."""
-    return url.partition("?space=")[0]
+    return url.partition("?namespace=")[0]
 
 
 def exists(db: Path | str) -> bool:
@@ -88,7 +102,7 @@ def content(db: Path | str) -> object:
     """Return all that is in a database."""
     if isinstance(db, Path):
         return db.read_bytes()
-    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+    tables = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "unlisted")
     return {table: rows(db, f"SELECT * FROM {table} ORDER BY 1") for table in tables}
 
 
@@ -97,8 +111,8 @@ def signed(db: Path) -> None:
     with closing(sqlite3.connect(db, timeout=10)) as connection, connection:
         for id, name, args in connection.execute("SELECT id, name, args FROM evaluations").fetchall():
             connection.execute("UPDATE evaluations SET crc = ? WHERE id = ?", (of_evaluation(id, name, args), id))
-        for *row, _ in connection.execute("SELECT * FROM attempts").fetchall():
-            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row), row[0]))
+        for row in connection.execute("SELECT * FROM attempts").fetchall():
+            connection.execute("UPDATE attempts SET crc = ? WHERE seq = ?", (of_attempt(row[:12]), row[0]))
 
 
 class MovableClock(Clock):
@@ -169,8 +183,8 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
-    server = Server()
+    """A PostgreSQL server for all tests that want one; each test uses another namespace."""
+    server = Server(fsync="off")
     try:
         server.start()
         yield server
@@ -178,13 +192,13 @@ def postgres() -> Iterator[Server]:
         server.close()
 
 
-_spaces = itertools.count(1)
+_namespaces = itertools.count(1)
 
 
 @pytest.fixture
-def space() -> str:
-    """The name of an eval space that no other test has."""
-    return f"test_{os.getpid()}_{next(_spaces)}"
+def namespace() -> str:
+    """A namespace that no other test uses."""
+    return f"test_{os.getpid()}_{next(_namespaces)}"
 
 
 @pytest.fixture
@@ -197,7 +211,7 @@ def anywhere(request: pytest.FixtureRequest, db: Path) -> Path | str:
     """A database of each kind, as a user names it."""
     if request.param == "sqlite":
         return db
-    return str(request.getfixturevalue("postgres").url(space=request.getfixturevalue("space")))
+    return str(request.getfixturevalue("postgres").url(namespace=request.getfixturevalue("namespace")))
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -208,7 +222,7 @@ def place(request: pytest.FixtureRequest, db: Path, clock: MovableClock) -> Iter
     if request.param == "sqlite":
         yield SqlitePlace(db, clock)
         return
-    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("space"), ServerClock())
+    place = PostgresPlace(request.getfixturevalue("postgres"), request.getfixturevalue("namespace"), ServerClock())
     yield place
     place.close()
 

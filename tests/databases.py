@@ -71,7 +71,7 @@ class Place(ABC):
 
 class SqlitePlace(Place):
     control_module = "speval.stores.sqlite.control"
-    state_tables = ("states", "attempts")
+    state_tables = ("fresh", "claimed", "queue", "running", "attempts")
 
     def __init__(self, path: Path, clock: MovableClock) -> None:
         self.argument = self.path = path
@@ -119,13 +119,13 @@ class ServerClock(MovableClock):
 
 
 class PostgresPlace(Place):
-    """An eval space of its own in the database of all tests."""
+    """A namespace in the PostgreSQL database that all tests share."""
 
     control_module = "speval.stores.postgres.control"
     state_tables = ("queue", "running", "attempts")
 
-    def __init__(self, server: Server, space: str, clock: ServerClock | None = None) -> None:
-        self.argument = server.url(space=space)
+    def __init__(self, server: Server, namespace: str, clock: ServerClock | None = None) -> None:
+        self.argument = server.url(namespace=namespace)
         self.url = PostgresUrl.parse(self.argument)
         self.clock = clock or MovableClock()
         self._connection = psycopg.connect(server.url(), autocommit=True)

@@ -31,8 +31,8 @@ class Proxy:
         self._threads.append(thread)
         thread.start()
 
-    def url(self, server: Server, space: str) -> str:
-        return server.url(space=space).replace(str(server.port), str(self.port))
+    def url(self, server: Server, namespace: str) -> str:
+        return server.url(namespace=namespace).replace(str(server.port), str(self.port))
 
     def stall(self) -> None:
         """Keep all connections and forward nothing, as a network that has come apart does."""

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from speval import load_evals, speval
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, exists, rows, wait_for
 
@@ -41,7 +42,7 @@ def start(scripts: Scripts, copies: int, seconds: float, count: int, lease: floa
 
 def held_by(db) -> str:
     """Return the query for what is held: process numbers and names."""
-    states = "running" if isinstance(db, str) else "states"
+    states = "running" if isinstance(db, str) else STATES
     return f"SELECT w.pid, e.name FROM {states} s JOIN workers w ON w.id = s.worker JOIN evaluations e ON e.id = s.id"
 
 
@@ -55,12 +56,13 @@ def running(db) -> dict[int, str]:
         return {}
 
 
-def test_twenty_copies_without_a_main_guard_evaluate_each_once(scripts, db):
-    copies = start(scripts, 20, 0.05, 200)
+@pytest.mark.parametrize(("number", "count"), [(8, 100), pytest.param(20, 200, marks=pytest.mark.slow)])
+def test_copies_without_a_main_guard_evaluate_each_once(scripts, db, number, count):
+    copies = start(scripts, number, 0.05, count)
     ended = [copy.communicate(timeout=100) for copy in copies]
-    assert [copy.returncode for copy in copies] == [0] * 20, [err for _, err in ended]
+    assert [copy.returncode for copy in copies] == [0] * number, [err for _, err in ended]
     printed = Counter(line.split()[0] for out, _ in ended for line in out.splitlines())
-    assert printed == {str(i): 1 for i in range(200)}
+    assert printed == {str(i): 1 for i in range(count)}
     evaluations = load_evals(db)
     assert {(e["status"], e["attempts"]) for e in evaluations} == {("completed", 1)}
     assert not any("locked" in err for _, err in ended)

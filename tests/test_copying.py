@@ -22,13 +22,13 @@ KINDS = ("sqlite", "postgres")
 
 
 @pytest.fixture
-def make(tmp_path, request, space):
+def make(tmp_path, request, namespace):
     """Return the argument of a database of a kind."""
 
     def make(kind, name="runs"):
         if kind == "sqlite":
             return tmp_path / f"{name}.db"
-        return request.getfixturevalue("postgres").url(space=f"{space}_{name}")
+        return request.getfixturevalue("postgres").url(namespace=f"{namespace}_{name}")
 
     return make
 
@@ -136,7 +136,7 @@ async def test_a_target_with_evaluations_is_left_as_it_is(make, kind):
     await aio.speval(abs, [1, 2, 3], source, executor="thread")
     await aio.speval(abs, [7], target, executor="thread")
     before = content(target)
-    with pytest.raises(DatabaseNotEmptyError, match="has evaluations already"):
+    with pytest.raises(DatabaseNotEmptyError, match="already has evaluations"):
         await asyncio.to_thread(copy, source, target)
     assert content(target) == before
 

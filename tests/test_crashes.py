@@ -1,6 +1,6 @@
 """kill -9 and SIGSTOP at random moments and at every commit, many processes on one file, and a reader that won't let go.
 
-A short run of what ``python -m benchmarks.kills`` does at length.
+A short run of what ``-m slow`` does at more points and ``python -m benchmarks.kills`` at length.
 """
 
 import json
@@ -13,6 +13,7 @@ from contextlib import closing
 import pytest
 
 from speval import load_evals, speval
+from speval.stores.sqlite.states import HOMES
 
 from .conftest import Scripts, signed, wait_for
 from .crashes import (
@@ -27,6 +28,8 @@ from .crashes import (
     storm,
 )
 
+slow = pytest.mark.slow
+
 
 def seed() -> int:
     number = secrets.randbits(32)
@@ -34,23 +37,31 @@ def seed() -> int:
     return number
 
 
-def test_copies_killed_at_random_lose_nothing_record_nothing_twice_and_repeat_only_what_was_in_flight(tmp_path):
-    for figures in storm(tmp_path, times=25, seed=seed(), count=500, stops=0.1):
+@pytest.mark.parametrize(("times", "count"), [(8, 200), pytest.param(25, 500, marks=slow)])
+def test_copies_killed_at_random_lose_nothing_record_nothing_twice_and_repeat_only_what_was_in_flight(tmp_path, times, count):
+    for figures in storm(tmp_path, times=times, seed=seed(), count=count, stops=0.1):
         print(figures)
         assert not figures.problems
         assert (figures.lost, figures.recorded_twice) == (0, 0)
-        assert figures.seen >= 500
+        assert figures.seen >= count
 
 
-def test_copies_stopped_past_their_lease_at_random_come_back_and_record_nothing_twice(tmp_path):
-    for figures in storm(tmp_path, times=12, seed=seed(), count=500, stops=0.9):
+@pytest.mark.parametrize(("times", "count"), [(5, 200), pytest.param(12, 500, marks=slow)])
+def test_copies_stopped_past_their_lease_at_random_come_back_and_record_nothing_twice(tmp_path, times, count):
+    for figures in storm(tmp_path, times=times, seed=seed(), count=count, stops=0.9):
         print(figures)
         assert not figures.problems
         assert (figures.lost, figures.recorded_twice) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    ("executor", "concurrency", "count"), [("coroutine", 4, 20), ("thread", 2, 10), ("process", 2, 6), ("pool", 2, 6)], ids=str
+    ("executor", "concurrency", "count"),
+    [
+        *(("coroutine", 4, 8), ("process", 2, 4)),
+        *(pytest.param("coroutine", 4, 20, marks=slow), pytest.param("thread", 2, 10, marks=slow)),
+        *(pytest.param("process", 2, 6, marks=slow), pytest.param("pool", 2, 6, marks=slow)),
+    ],
+    ids=str,
 )
 def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(tmp_path, executor, concurrency, count):
     scenario = Scenario(count, {"executor": executor, "concurrency": concurrency, "lease": 1.0})
@@ -63,12 +74,13 @@ def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(tmp
     assert [fault for kill in kills for fault in faults_after(kill, count)] == []
 
 
-def test_killed_at_any_chunk_while_seeding_thirty_thousand_the_next_start_seeds_the_rest(tmp_path):
-    kills = kill_at_each_step(tmp_path, Scenario(30_000, points=[1, 2, 3], only="commit of fill"))
+@pytest.mark.parametrize("points", [[2], pytest.param([1, 3], marks=slow)], ids=str)
+def test_killed_at_any_chunk_while_seeding_thirty_thousand_the_next_start_seeds_the_rest(tmp_path, points):
+    kills = kill_at_each_step(tmp_path, Scenario(30_000, points=points, only="commit of fill"))
     assert {kill.label for kill in kills} == {"commit of fill"}
-    assert [kill.side for kill in kills] == ["before"] * 3 + ["after"] * 3
-    stored = [rows(kill.db, "SELECT count(*) FROM states") for kill in kills]
-    assert stored == [[(count,)] for count in (0, 10_000, 20_000, 10_000, 20_000, 30_000)]
+    assert [(kill.side, kill.point) for kill in kills] == [(side, point) for side in ("before", "after") for point in points]
+    stored = [rows(kill.db, HOMES) for kill in kills]
+    assert stored == [[((kill.point - (kill.side == "before")) * 10_000,)] for kill in kills]
     assert [fault for kill in kills for fault in faults_after(kill, 30_000)] == []
 
 
@@ -82,12 +94,13 @@ def test_killed_while_migrating_a_database_of_0_1_1_nothing_is_lost(tmp_path):
     assert [fault for kill in kills for fault in faults_after(kill, 30)] == []
 
 
-def test_killed_while_taking_back_from_a_dead_copy_the_next_start_takes_back_from_both(tmp_path):
+@pytest.mark.parametrize("count", [3, pytest.param(6, marks=slow)])
+def test_a_start_reclaims_from_a_dead_worker_and_from_one_killed_while_reclaiming(tmp_path, count):
     (tmp_path / "held").mkdir()
-    held = held_by_a_dead_copy(tmp_path / "held", 6)
-    kills = kill_at_each_step(tmp_path, Scenario(6, begin_with=held))
+    held = held_by_a_dead_copy(tmp_path / "held", count)
+    kills = kill_at_each_step(tmp_path, Scenario(count, begin_with=held))
     assert "commit of take_back" in {kill.label for kill in kills}
-    assert [fault for kill in kills for fault in faults_after(kill, 6)] == []
+    assert [fault for kill in kills for fault in faults_after(kill, count)] == []
 
 
 def test_the_checks_notice_a_second_execution_a_changed_result_and_a_second_record(tmp_path):
@@ -98,10 +111,10 @@ def test_the_checks_notice_a_second_execution_a_changed_result_and_a_second_reco
     with closing(sqlite3.connect(one.db)) as connection:
         connection.execute("UPDATE attempts SET result = replace(result, '64', '65') WHERE evaluation = 9")
         connection.execute(
-            "INSERT INTO attempts (seq, evaluation, attempt, worker, ended_at, outcome, result) "
-            "SELECT seq + 100, 3, 2, worker, 0, outcome, result FROM attempts LIMIT 1"
+            "INSERT INTO attempts (seq, evaluation, attempt, worker, ended_at, outcome, result, final, released, suspect) "
+            "SELECT seq + 100, 3, 2, worker, 0, outcome, result, 0, 0, 0 FROM attempts LIMIT 1"
         )
-        connection.execute("UPDATE states SET worker = (SELECT id FROM workers) WHERE id = 5")
+        connection.execute("INSERT INTO claimed VALUES (5, 5, (SELECT id FROM workers), 0, 0.0)")
         connection.commit()
     signed(one.db)
     one.check()
@@ -151,21 +164,22 @@ def function(args):
 Path(f"ready.{os.getpid()}").touch()
 while not Path("go").exists():
     time.sleep(0.005)
-speval(function, range(1500), "runs.db", lease=3)
+speval(function, range(int(sys.argv[1])), "runs.db", lease=3)
 print(json.dumps(waits))
 """
 
 
-def test_thirty_two_processes_on_one_file_wait_for_its_lock_and_never_hear_of_it(scripts: Scripts, db, tmp_path):
+@pytest.mark.parametrize(("number", "count"), [(10, 500), pytest.param(32, 1500, marks=slow)])
+def test_many_processes_on_one_file_wait_for_its_lock_and_never_hear_of_it(scripts: Scripts, db, tmp_path, number, count):
     script = scripts.write(MANY)
-    copies = [scripts.start(script) for _ in range(32)]
-    wait_for(lambda: len(list(tmp_path.glob("ready.*"))) == 32)
+    copies = [scripts.start(script, str(count)) for _ in range(number)]
+    wait_for(lambda: len(list(tmp_path.glob("ready.*"))) == number)
     (tmp_path / "go").touch()
     ended = [copy.communicate(timeout=100) for copy in copies]
-    assert [copy.returncode for copy in copies] == [0] * 32, [err for _, err in ended]
+    assert [copy.returncode for copy in copies] == [0] * number, [err for _, err in ended]
     assert not [out + err for out, err in ended if "locked" in out + err]
-    assert Counter((tmp_path / "executions").read_text().split()) == {str(n): 1 for n in range(1500)}
-    assert inconsistencies(db, 1500) == []
+    assert Counter((tmp_path / "executions").read_text().split()) == {str(n): 1 for n in range(count)}
+    assert inconsistencies(db, count) == []
     waits = sorted(wait for out, _ in ended for wait in json.loads(out))
     print(f"{len(waits)} waits for the lock: p50 {waits[len(waits) // 2]:.4f} s, p99 {waits[len(waits) * 99 // 100]:.4f} s")
     print(f"longest {waits[-1]:.4f} s")

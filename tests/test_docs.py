@@ -22,20 +22,23 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from speval import aio, speval
+from speval import aio, load_evals, speval
 from speval.model import Cause, Status
 
+from .conftest import Terminal
 from .postgres_server import Server
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-REPOSITORY = re.compile(r"https://github\.com/speval/speval/(?:blob|tree)/main/")
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 WAIT = 60.0  # seconds one block may take on a busy machine
 
 # Commands that are shown to be typed elsewhere, or that would run these very tests.
 NOT_RUN = (".ci/", ".venv/", "git ", "pip ", "pytest", "python3 -m venv ", "ruff ", "mypy", "source ")
 TOOLS = ("curl", "psql", "sqlite3")  # commands that need one of these are passed over where it is missing
-CELL = 'title="In a notebook"'  # what marks a block as the cell of a notebook
+CELL = 'title="In a notebook"'  # marks a block as the cell of a notebook
+TERMINAL = 'title="In a terminal"'  # marks a transcript of a terminal, where a progress bar is shown
+FILE = re.compile(r'--8<-- "(examples/\w+\.py)"')  # a block that shows this file; tests/test_examples.py runs it
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".ci").is_dir(), reason="the pages and .ci/run are read from a checkout")
 
@@ -88,7 +91,9 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
 
 
 def plain(line: str) -> str:
-    """Return a line without what differs from run to run: seconds, ports and the ids of workers."""
+    """Return a line without what differs from run to run: seconds, rates, ports and the ids of workers."""
+    if bar := re.match(r" *\d+%\|.*\| (\d+/\d+)", line):
+        return f"bar {bar[1]}"
     line = re.sub(r"\b\d+(\.\d+)? s\b", "# s", line.rstrip())
     line = re.sub(r"\b127\.0\.0\.1:\d+", "127.0.0.1:port", line)
     return re.sub(r"\b[\w.-]+:\d+:[0-9a-f]{12}\b", "host:pid:id", line)
@@ -111,13 +116,14 @@ def shows(shown: list[str], printed: list[str], *, in_order: bool) -> bool:
 
 
 class Reader:
-    """Somebody who types in what a page shows, in a folder of their own."""
+    """A person who types what a page shows, in an empty folder."""
 
     def __init__(self, folder: Path, **env: str) -> None:
         self.folder = folder
         self.saved: set[str] = set()  # files that nothing has used yet
         self._background: list[subprocess.Popen[str]] = []
         self._notebook: NotebookClient | None = None
+        self._late = 0  # evaluations that a killed script recorded after the bar that the page shows
         path = os.pathsep.join([str(Path(sys.executable).parent), str(ROOT / "tests" / "slurm"), os.environ.get("PATH", "")])
         path += f"{os.pathsep}{env.pop('TOOLS', '')}"
         # The page shows a terminal, where every line is printed as soon as it is complete. Its servers listen where PORT says.
@@ -195,6 +201,27 @@ class Reader:
         assert process.returncode == 0, f"{command}\n{process.stdout}"
         return process.stdout.splitlines()
 
+    def terminal(self, command: str, expected: list[str]) -> list[str]:
+        """Run a command in a real terminal, and kill it at the last bar shown if "Killed" is shown below that."""
+        self._use(command)
+        settings = [f"{name}={self.env[name]}" for name in ("PATH", "PORT")]
+        terminal = Terminal(["env", *settings, "bash", "-c", f"exec {command}"], self.folder, columns=84)
+        try:
+            if expected[-1:] == ["Killed"]:
+                ended, total = plain(expected[-2]).removeprefix("bar ").split("/")
+                terminal.wait_for(rf"\| {ended}/{total}\b")
+                terminal.process.kill()
+                [db] = self.folder.glob("*.db")
+                self._late = len(load_evals(db, status="completed")) - int(ended)
+            assert terminal.end() == (-signal.SIGKILL if "Killed" in expected else 0), f"{command}\n{terminal.text()}"
+            shown = [line for line in terminal.text().split("\n") if line]
+        finally:
+            terminal.close()
+        if "Killed" in expected:
+            return [*shown, "Killed"]  # a shell would say so
+        # What was recorded between the bar and the kill is not left for this call.
+        return [re.sub(r"(?<=\()\d+(?= by this call)", lambda n: str(int(n[0]) + self._late), line) for line in shown]
+
     def _killed(self, script: str, lines: int) -> list[str]:
         """Run a script and kill it after so many lines: how far it gets in a given time depends on the machine."""
         command = [sys.executable, script]
@@ -247,6 +274,9 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path, request
         reader = stack.enter_context(Reader(tmp_path, **env))
         printed: list[str] | None = None
         for block in blocks(page):
+            if len(block.lines) == 1 and (file := FILE.fullmatch(block.lines[0])):
+                assert (ROOT / file[1]).is_file(), f"{block}: {file[1]}"
+                continue
             if block.language in ("python", "bash") and reader.save(block):
                 continue
             if block.language == "python":
@@ -261,12 +291,13 @@ def test_every_block_runs_and_prints_what_the_page_shows(page, tmp_path, request
                 for command, expected in commands(block):
                     if command.startswith(NOT_RUN) or any(tool in command.split() and not shutil.which(tool) for tool in TOOLS):
                         continue
-                    printed = reader.shell(command, expected)
+                    run = reader.terminal if block.options == TERMINAL else reader.shell
+                    printed = run(command, expected)
                     # What several processes, or a thread that logs, print at once has no order of its own.
                     assert shows(expected, printed, in_order=False), f"{block}: {command}\n" + "\n".join(printed)
                     printed = None
             else:
-                assert block.language in ("", "sql"), f"{block}: nobody knows what to do with {block.language!r}"
+                assert block.language in ("", "sql"), f"{block}: no rule for a block of {block.language!r}"
         assert not reader.saved, f"saved, but never used: {reader.saved}"
 
 
@@ -282,6 +313,10 @@ def test_a_page_that_shows_something_else_is_noticed():
         assert not shows([*shown[:2], shown[2].replace("(3", "(2")], printed, in_order=in_order)
     assert shows([shown[1], shown[0], shown[2]], printed, in_order=False)
     assert not shows([shown[1], shown[0], shown[2]], printed, in_order=True)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_first_screen_has_its_code_by_line_25():
@@ -312,9 +347,14 @@ def table(page: Path, heading: str) -> list[list[str]]:
 @pytest.mark.parametrize("function", [speval, aio.speval], ids=["speval", "aio.speval"])
 def test_the_table_of_options_is_complete(function):
     parameters = inspect.signature(function).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    rows = table(ROOT / "README.md", "## Options")
-    assert {name.strip("`"): ast.literal_eval(default.strip("`")) for name, default, _ in rows} == options
+    options = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def shown(page: str, heading: str) -> dict[str, Any]:
+        rows = table(ROOT / page, heading)
+        return {name.strip("`"): ast.literal_eval(default.strip("`")) for name, default, _ in rows}
+
+    assert shown("docs/guide/options.md", "# Options") == {k: v for k, v in options.items() if k != "timeout"}
+    assert shown("README.md", "## Options").items() <= options.items()
 
 
 def slugs(page: Path) -> set[str]:
@@ -322,21 +362,19 @@ def slugs(page: Path) -> set[str]:
     inside = {line for block in blocks(page) for line in block.lines}
     headings = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("#") and line not in inside]
     found = {re.sub(r"[^\w -]", "", h.lstrip("#").strip().lower()).replace(" ", "-") for h in headings}
-    for name in re.findall(r'include-markdown "([^"]+)"', page.read_text(encoding="utf-8")):
-        found |= slugs((page.parent / name).resolve())
+    for name in re.findall(r'^--8<-- "([^":]+\.md)', page.read_text(encoding="utf-8"), re.MULTILINE):
+        found |= slugs(ROOT / name)
     return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\](?:\(|: )([^)\s]+)", page.read_text(encoding="utf-8")):
         name, _, anchor = target.partition("#")
-        if in_repository := REPOSITORY.match(name):
-            linked = ROOT / name[in_repository.end() :]
-        elif "://" in target:
+        if "://" in target:
+            assert "github.com/speval" not in target, f"{title(page)}: {target} is no public address"
             continue
-        else:
-            linked = (page.parent / name).resolve() if name else page
+        linked = (page.parent / name).resolve() if name else page
         assert linked.exists(), f"{title(page)}: {target}"
         if anchor:
             assert anchor in slugs(linked), f"{title(page)}: {target}"
@@ -392,13 +430,13 @@ def test_the_architecture_page_knows_every_table_and_column(tmp_path):
         assert [cells[0].strip("`") for cells in rows] == expected, name
 
 
-def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgres, space):
-    speval(abs, [1], postgres.url(space=space), executor="thread")
+def test_the_architecture_page_knows_every_table_and_column_of_postgresql(postgres, namespace):
+    speval(abs, [1], postgres.url(namespace=namespace), executor="thread")
     with psycopg.connect(postgres.url()) as connection:
         found = connection.execute(
             "SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position) FROM information_schema.columns"
             " WHERE table_schema = %s AND table_name <> 'evals' GROUP BY 1",
-            (f"speval_{space}",),
+            (f"speval_{namespace}",),
         ).fetchall()
     rows = table(ROOT / "docs" / "architecture.md", "## The PostgreSQL database")
     assert {name.strip("`"): re.findall(r"`(\w+)`", columns) for name, columns, _ in rows} == dict(found)

@@ -26,6 +26,7 @@ DOCS = EXAMPLES.with_name("docs")
 WITHIN = 240.0  # seconds an example may take on a busy machine
 
 pytestmark = pytest.mark.timeout(300)
+slow = pytest.mark.slow
 
 
 class Examples:
@@ -96,8 +97,9 @@ def test_without_an_argument_an_example_keeps_its_database_in_the_current_folder
     assert [path.name for path in tmp_path.glob("*.db")] == ["03_fit_line.db"]
 
 
-def test_twenty_copies_of_hello_world_print_each_of_a_hundred_lines_once(examples, db):
-    copies = [examples.start("01_hello_world", db) for _ in range(20)]
+@pytest.mark.parametrize("number", [6, pytest.param(20, marks=slow)])
+def test_copies_of_hello_world_print_each_of_a_hundred_lines_once(examples, db, number):
+    copies = [examples.start("01_hello_world", db) for _ in range(number)]
     printed = [line for copy in copies for line in lines_of(copy)]
     assert Counter(printed) == {f"Hello world: {number}": 1 for number in range(100)}
     assert set(shown("01_hello_world")) <= set(printed)
@@ -127,7 +129,7 @@ def test_retrieving_before_anything_was_stored_names_the_missing_database(exampl
     process = examples.start("02_retrieve_results", db)
     _, err = process.communicate(timeout=WITHIN)
     assert process.returncode == 1
-    assert f"DatabaseMissingError: {db.name}: there is no such database" in err
+    assert f"DatabaseMissingError: {db.name}: this database does not exist" in err
     assert not db.exists()
 
 
@@ -153,6 +155,7 @@ def tried(lines: list[str]) -> list[dict[str, float]]:
     return [ast.literal_eval(line.partition(" ")[2]) for line in lines if re.match(r"\d\.\d{4} ", line)]
 
 
+@slow
 def test_tuning_digits_prints_the_best_and_a_second_run_prints_it_without_evaluating(examples, db):
     first = examples.run("04_tune_digits", db)
     assert len(tried(first)) == 36
@@ -167,6 +170,7 @@ def test_tuning_digits_prints_the_best_and_a_second_run_prints_it_without_evalua
     assert numbers[0] == numbers[1]
 
 
+@slow
 def test_tuning_digits_goes_on_after_ctrl_c_and_after_a_kill_where_it_was(examples, db):
     recorded: list[dict[str, Any]] = []
     for ending in (signal.SIGINT, signal.SIGKILL):
@@ -220,6 +224,7 @@ def test_a_thousand_http_calls_are_sent_once_each_and_refused_ones_are_tried_aga
     assert [e["name"] for e in evaluations if e["attempts"] == 2] == ["0", "250", "500", "750"]
 
 
+@slow
 def test_http_calls_killed_midway_resume_and_send_nothing_again_that_was_answered(examples, server, db):
     caller = examples.start("05_http_calls", db, server)
     wait_for(lambda: len(completed(db)) >= 300)
@@ -252,7 +257,7 @@ def test_http_calls_killed_midway_resume_and_send_nothing_again_that_was_answere
     assert requests(server) == counts
 
 
-@pytest.mark.parametrize("name", ["06_process_pool", "07_loky", "08_dask"])
+@pytest.mark.parametrize("name", ["06_process_pool", pytest.param("07_loky", marks=slow), pytest.param("08_dask", marks=slow)])
 def test_executors_of_others_evaluate_all_and_a_second_run_evaluates_nothing(scripts: Scripts, name: str):
     # Without warnings as errors: those of the other libraries are not ours to mend.
     for recorded in (None, 0):
@@ -264,6 +269,7 @@ def test_executors_of_others_evaluate_all_and_a_second_run_evaluates_nothing(scr
         assert lines == expected, err
 
 
+@slow
 def test_four_copies_share_an_optuna_study_that_chooses_by_what_all_have_recorded(examples: Examples, db: Path):
     copies = [examples.start("09_optuna", db) for _ in range(4)]
     best = [lines_of(copy)[-1] for copy in copies]

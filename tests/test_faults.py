@@ -129,7 +129,7 @@ async def test_who_only_waits_notices_what_becomes_of_the_file_too(db, code, mes
         await asyncio.wait_for(running, WAIT)
 
 
-@pytest.mark.parametrize("table", ["workers", "states"])
+@pytest.mark.parametrize("table", ["workers", "running"])
 async def test_a_database_that_breaks_for_good_ends_a_run_that_has_nothing_to_write(db, table):
     """Only the lease's thread meets the damage: the run would wait for its evaluation, or for others, for ever."""
     started = asyncio.Event()

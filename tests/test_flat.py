@@ -100,7 +100,7 @@ def test_numpy_values_are_numbers_in_a_frame(db):
 
 
 def test_what_is_no_library_or_not_installed_is_named_with_the_extra(trained, tmp_path):
-    with pytest.raises(OptionError, match="library='spark' can't be used: 'pandas' or 'polars'"):
+    with pytest.raises(OptionError, match="invalid library='spark': 'pandas' or 'polars'"):
         to_frame(trained, library="spark")  # type: ignore[call-overload]
     # As where it was never installed: nothing of that name is found.
     code = f"""

@@ -21,6 +21,7 @@ from speval.clock import Clock
 from speval.executors import make_executor
 from speval.executors.foreign import call as foreign_call
 from speval.options import Options
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows
 
@@ -48,7 +49,10 @@ def cluster():
             yield client
 
 
-@pytest.fixture(params=["process pool", "loky", "dask", "thread pool"])
+one_cluster = pytest.mark.xdist_group("cluster")  # which takes seconds to start
+
+
+@pytest.fixture(params=["process pool", "loky", pytest.param("dask", marks=one_cluster), "thread pool"])
 def pool(request):
     if request.param == "dask":
         yield request.getfixturevalue("cluster").get_executor()
@@ -131,16 +135,17 @@ def test_a_pool_that_breaks_ends_the_run_and_the_next_one_goes_on(make, db):
         return args
 
     pool = make()
-    with pytest.raises(ExecutorError, match="takes no more calls"):
+    with pytest.raises(ExecutorError, match="accepts no more calls"):
         speval(function, range(30), db, executor=pool, backoff=0)
     pool.shutdown()
     assert rows(db, "SELECT count(*) FROM attempts WHERE outcome = 'crash'")[0][0] >= 1
-    assert rows(db, "SELECT count(*) FROM states WHERE worker IS NOT NULL") == [(0,)]
+    assert rows(db, f"SELECT count(*) FROM {STATES} WHERE worker IS NOT NULL") == [(0,)]
     done = len(load_evals(db, status="completed"))
     summary = speval(lambda args: args, range(30), db)
     assert (summary.completed, summary.recorded) == (30, 30 - done)
 
 
+@one_cluster
 def test_a_dask_worker_that_dies_loses_nothing(cluster, db, tmp_path):
     first = str(tmp_path / "first")
 
@@ -196,7 +201,7 @@ print(len([e for e in evaluations if e["status"] == "completed"]), {e["status"] 
 
 def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiting_for_ever(scripts: Scripts):
     done = scripts.run(LOSES_ITS_SCHEDULER)
-    assert "executor=ClientExecutor takes no more calls" in done.stdout, done.stderr
+    assert "executor=ClientExecutor accepts no more calls" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1].startswith("5 {"), done.stdout
     assert "'in_progress'" not in done.stdout
 
@@ -327,6 +332,7 @@ def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_n
     assert speval(function, range(10), db).completed == 8
 
 
+@one_cluster
 def test_a_second_attempt_is_not_answered_with_dasks_first_result(cluster, db, tmp_path):
     marks = tmp_path / "marks"
     marks.mkdir()

@@ -119,8 +119,14 @@ def test_whatever_is_in_a_file_it_is_used_or_refused_by_name_and_a_foreign_one_i
 COLUMNS = {
     "meta": ["key", "value"],
     "evaluations": ["name", "args"],
-    "states": ["status", "attempt", "released", "forgiven", "ahead", "worker", "last", "updated_at"],
-    "attempts": ["evaluation", "attempt", "worker", "started_at", "duration", "ended_at", "outcome", "result", "error_type"],
+    "fresh": ["first", "last", "updated_at"],
+    "claimed": ["first", "last", "worker", "ahead", "updated_at"],
+    "queue": ["id", "attempt", "released", "forgiven", "suspect", "updated_at"],
+    "running": ["id", "attempt", "released", "forgiven", "suspect", "ahead", "held", "worker", "updated_at"],
+    "attempts": [
+        *("evaluation", "attempt", "worker", "started_at", "duration", "ended_at", "outcome", "result", "error_type"),
+        *("final", "released", "suspect"),
+    ],
     "workers": ["host", "pid", "machine", "start", "lease", "beat", "dead", "started_at", "last_seen", "ended_at"],
 }
 odd_values = st.sampled_from([None, -1, 7, 2**62, 0.5, "", "text", "[1", "\x00", b"", b"\xff\x00", "9" * 30])

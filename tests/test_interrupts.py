@@ -14,6 +14,7 @@ import pytest
 from speval import FunctionError, aio, as_completed, load_evals, speval, sync
 from speval import open_calls as calls
 from speval import portal as crossing
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, our_threads, rows, wait_for
 
@@ -27,8 +28,8 @@ def assert_nothing_held(db):
     with closing(sqlite3.connect(db, timeout=0, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")  # raises at once if anybody holds the lock
         connection.execute("ROLLBACK")
-        if connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'states'").fetchone() == (1,):
-            held = "SELECT count(*) FROM states WHERE worker IS NOT NULL OR status IN (1, 4)"
+        if connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'evaluations'").fetchone() == (1,):
+            held = f"SELECT count(*) FROM {STATES} WHERE worker IS NOT NULL OR status IN (1, 4)"
             assert connection.execute(held).fetchone() == (0,)
             assert connection.execute("SELECT count(*) FROM workers WHERE ended_at IS NULL").fetchone() == (0,)
 

@@ -162,10 +162,7 @@ def function(args):
 speval(function, [1], "runs.db", executor="process")
 """
     )
-    assert (
-        "FunctionError: function can't run in processes of its own: the module 'model' is imported in the body of"
-        in done.stderr
-    )
+    assert "FunctionError: function can't run in worker processes: the module 'model' is imported in the body of" in done.stderr
     assert f"lib/model.py here, and a fresh interpreter finds another one, from {scripts.folder}/model.py." in done.stderr
     assert "Have its folder in sys.path" in done.stderr
     assert not (scripts.folder / "runs.db").exists()
@@ -544,7 +541,7 @@ class Liar(Circle):
 def test_a_callable_with_odd_attributes_ends(db, make, executor):
     function = make()
     if executor == "process" and type(function) is Liar:
-        with pytest.raises(FunctionError, match="Liar can't run in processes of its own"):
+        with pytest.raises(FunctionError, match="Liar can't run in worker processes"):
             speval(function, [1, 2], db, executor=executor)
         return
     summary = speval(function, [1, 2], db, executor=executor, max_attempts=1, progress=False)

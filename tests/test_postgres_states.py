@@ -56,8 +56,8 @@ print(speval(function, range(200), "runs.db", lease=5))
 
 
 @pytest.fixture
-def url(postgres, space) -> str:
-    return postgres.url(space=space)
+def url(postgres, namespace) -> str:
+    return postgres.url(namespace=namespace)
 
 
 @pytest.fixture
@@ -70,13 +70,13 @@ def own():
         server.close()
 
 
-def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgres, space, scripts):
-    role = f"{space}_role"
+def test_workers_that_start_at_once_work_with_any_settings_of_their_role(postgres, namespace, scripts):
+    role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN; GRANT CREATE ON DATABASE postgres TO {role}")
         for key, value in OTHERWISE.items():
             connection.execute(f"ALTER ROLE {role} SET {key} = '{value}'")
-    url = scripts.database = postgres.url(space=space).replace("postgres@", f"{role}@")
+    url = scripts.database = postgres.url(namespace=namespace).replace("postgres@", f"{role}@")
     script = scripts.write(COPY)
     copies = [scripts.start(script) for _ in range(4)]
     for copy in copies:
@@ -109,7 +109,7 @@ def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgre
         ("XX001", Verdict.STAYS),
     ],
 )
-def test_a_server_is_understood_by_its_codes_in_any_language(state, expected):
+def test_errors_are_classified_by_code_in_any_language(state, expected):
     severity, text = "ВАЖНО", "что-то случилось"
     fields = f"S{severity}\0V{severity}\0C{state}\0M{text}\0\0".encode()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -134,30 +134,30 @@ def test_a_server_is_understood_by_its_codes_in_any_language(state, expected):
     assert text in str(why)
 
 
-def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(postgres, space, scripts):
-    role = f"{space}_role"
+def test_a_starting_worker_waits_for_a_free_connection_and_warns_once(postgres, namespace, scripts):
+    role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 1; GRANT CREATE ON DATABASE postgres TO {role}")
-    limited = postgres.url(space=space).replace("postgres@", f"{role}@")
+    limited = postgres.url(namespace=namespace).replace("postgres@", f"{role}@")
     scripts.database = limited
     with psycopg.connect(server_url(limited)):
         copy = scripts.start(
             scripts.write("from speval import speval\nprint(speval(abs, [1, 2], 'X'))".replace("'X'", '"runs.db"'))
         )
         line = copy.stderr.readline()
-        assert "can't be reached just now" in line
-        assert "trying again for up to 3600 s" in line
+        assert "the server is unavailable" in line
+        assert "retrying for up to 3600 s" in line
         assert copy.poll() is None
     out, err = copy.communicate(timeout=60)
     assert ("2 evaluations: 2 completed" in out, err) == (True, "")
 
 
-def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
+def test_a_starting_worker_waits_for_a_server_that_is_starting(scripts):
     server = Server()
     try:
-        scripts.database = server.url(space="early")
+        scripts.database = server.url(namespace="early")
         copy = scripts.start(scripts.write('from speval import speval\nprint(speval(abs, [1, 2], "runs.db"))'))
-        assert "can't be reached just now" in copy.stderr.readline()
+        assert "the server is unavailable" in copy.stderr.readline()
         server.start()
         out, err = copy.communicate(timeout=60)
         assert "2 evaluations: 2 completed" in out, err
@@ -165,19 +165,19 @@ def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
         server.close()
 
 
-def test_what_stays_is_an_error_at_once(postgres):
+def test_a_permanent_error_is_raised_at_once(postgres):
     for problem, url in {
         "does not exist": postgres.url("nowhere"),
         'role "nobody" does not exist': postgres.url().replace("postgres@", "nobody@"),
         "Name or service not known|resolve": "postgresql://postgres@nowhere.invalid/postgres",
     }.items():
-        with pytest.raises(DatabaseError, match=f"can't be used: .*({problem})") as caught:
+        with pytest.raises(DatabaseError, match=f"can't connect: .*({problem})") as caught:
             speval(abs, [1], url)
         assert not isinstance(caught.value, DatabaseUnavailableError)
 
 
-def test_a_standby_is_read_and_is_an_error_for_who_writes(own, monkeypatch):
-    url = own.url(space="standby")
+def test_a_standby_can_be_read_and_refuses_writers(own, monkeypatch):
+    url = own.url(namespace="standby")
     speval(abs, [1], url, progress=False)
     own.stop(signal.SIGINT)
     (own.data / "standby.signal").touch()
@@ -186,7 +186,7 @@ def test_a_standby_is_read_and_is_an_error_for_who_writes(own, monkeypatch):
     with make_control(PostgresUrl.parse(url)) as control:
         assert control.overview().completed == 1
     monkeypatch.setattr(postgres_connection, "_LIMITS", dict.fromkeys(postgres_connection._LIMITS, 0.2))
-    with pytest.raises(DatabaseError, match=r"can't be written to .*target_session_attrs=read-write") as caught:
+    with pytest.raises(DatabaseError, match=r"the server is read-only .*target_session_attrs=read-write") as caught:
         speval(abs, [1, 2], url, progress=False)
     assert not isinstance(caught.value, DatabaseUnavailableError)
 
@@ -201,7 +201,7 @@ def test_a_pgbouncer_in_statement_mode_is_refused(own):
     )
     pooler = subprocess.Popen([PGBOUNCER, str(ini)], stderr=subprocess.DEVNULL, cwd=own.folder, **own.owner)
     try:
-        url = own.url(space="pooled").replace(str(own.port), str(port))
+        url = own.url(namespace="pooled").replace(str(own.port), str(port))
         with pytest.raises(DatabaseError, match="statement mode; set pool_mode = transaction"):
             speval(abs, [1], url)
     finally:
@@ -209,7 +209,7 @@ def test_a_pgbouncer_in_statement_mode_is_refused(own):
         pooler.wait()
 
 
-async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it(url):
+async def test_a_worker_ends_when_a_newer_release_has_changed_the_schema(url):
     store = make_store(PostgresUrl.parse(url))
     await store.open()
     try:
@@ -233,7 +233,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
             asyncio.to_thread(keeping.renew, worker, 10),
             asyncio.to_thread(keeping.reclaim, worker, 3),
         ):
-            with pytest.raises(NewerSchemaError, match=r"has schema 2.*pip install 'speval>=7\.1'"):
+            with pytest.raises(NewerSchemaError, match=r"has schema version 2.*pip install 'speval>=7\.1'"):
                 await write
         control.close()
         space.close()
@@ -245,8 +245,8 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
 
 
 @pytest.fixture
-def place(postgres, space):
-    place = PostgresPlace(postgres, space, ServerClock())
+def place(postgres, namespace):
+    place = PostgresPlace(postgres, namespace, ServerClock())
     yield place
     place.close()
 
@@ -259,7 +259,7 @@ def add_workers(place, count, machine):
     )  # fmt: skip
 
 
-async def test_a_thousand_workers_look_no_more_often_in_all_than_a_few(place):
+async def test_a_thousand_workers_check_as_often_in_total_as_a_few(place):
     store = place.store()
     await store.open()
     try:
@@ -284,7 +284,7 @@ async def test_a_thousand_workers_look_no_more_often_in_all_than_a_few(place):
         await store.close()
 
 
-async def test_when_nearly_all_of_many_workers_die_at_once_the_last_one_looks_with_its_next_renewal(place):
+async def test_the_last_of_many_workers_checks_with_its_next_renewal(place):
     store = place.store()
     await store.open()
     try:
@@ -302,7 +302,7 @@ async def test_when_nearly_all_of_many_workers_die_at_once_the_last_one_looks_wi
         await store.close()
 
 
-async def test_among_many_workers_one_that_dies_on_this_machine_is_noticed_at_once(place):
+async def test_a_death_on_this_machine_is_detected_at_once_among_many_workers(place):
     store = place.store()
     await store.open()
     sleeper = subprocess.Popen(["sleep", "600"])

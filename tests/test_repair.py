@@ -56,7 +56,7 @@ def test_what_is_sound_in_a_damaged_file_is_saved_and_the_rest_is_named(filled, 
         assert not any(finding.is_error for finding in control.check().findings)
 
 
-@pytest.mark.parametrize("table", ["evaluations", "states", "attempts", "workers"])
+@pytest.mark.parametrize("table", ["evaluations", "queue", "fresh", "attempts", "workers"])
 def test_a_table_that_is_gone_as_a_whole_costs_no_more_than_that_table(filled, tmp_path, table):
     ((page,),) = rows(filled, "SELECT rootpage FROM sqlite_master WHERE name = ?", table)
     with filled.open("r+b") as file:
@@ -72,7 +72,7 @@ def test_the_command_names_what_is_lost(filled, tmp_path):
     change(filled, "UPDATE attempts SET result = '1' WHERE evaluation = 5")
     done = CliRunner().invoke(command, ["salvage", str(filled), str(tmp_path / "new.db")], standalone_mode=False)
     assert done.return_value == 1
-    assert "lost 'name 4': its result is lost; it is pending" in done.output
+    assert "lost 'name 4': its result or its status is lost; it is pending" in done.output
     assert "3000 evaluations and 2999 attempts saved to" in done.output
     assert [e["name"] for e in load_evals(tmp_path / "new.db", status="pending")] == ["name 4"]
 

@@ -89,17 +89,20 @@ DAMAGE = {
     "its result, no more": "UPDATE attempts SET result = NULL WHERE evaluation = 6",
     "its args": "UPDATE evaluations SET args = '77' WHERE id = 6",
     "its time": "UPDATE attempts SET duration = 77 WHERE evaluation = 6",
-    "its attempt's evaluation": "UPDATE attempts SET evaluation = 7 WHERE evaluation = 6",
+    "its attempt's evaluation": "UPDATE attempts SET evaluation = -7 WHERE evaluation = 6",
     "its attempt's number": "UPDATE attempts SET attempt = 9 WHERE evaluation = 6",
-    "its last attempt": "UPDATE states SET last = 3 WHERE id = 6",
-    "its status, completed": "UPDATE states SET status = 2 WHERE id = 4",
-    "its status, failed": "UPDATE states SET status = 3 WHERE id = 6",
-    "its status, pending": "UPDATE states SET status = 0 WHERE id = 6",
-    "its status, none that is": "UPDATE states SET status = 7 WHERE id = 6",
+    "its last attempt": "UPDATE attempts SET final = 0 WHERE evaluation = 6",
+    "its status, completed": "UPDATE attempts SET outcome = 'completed' WHERE evaluation = 4",
+    "its status, failed": "UPDATE attempts SET outcome = 'exception' WHERE evaluation = 6",
+    "its status, pending": "INSERT INTO queue VALUES (6, 1, 0, 0, 0, 0.0)",
+    "its status, never claimed": "INSERT INTO fresh VALUES (6, 6, 0.0)",
+    "its status, claimed": "INSERT INTO claimed VALUES (6, 6, 7, 0, 0.0)",
+    "its status, in progress": "INSERT INTO running VALUES (6, 1, 0, 0, 0, 0, 0, 7, 0.0)",
+    "its attempts, given back": "UPDATE attempts SET released = 7 WHERE evaluation = 6",
     "its checksum": "UPDATE attempts SET crc = NULL WHERE evaluation = 6",
     "its name": "UPDATE evaluations SET name = 'other' WHERE id = 6",
     "its attempt, gone": "DELETE FROM attempts WHERE evaluation = 6",
-    "its status, gone": "DELETE FROM states WHERE id = 6",
+    "its status, gone": "DELETE FROM attempts WHERE evaluation = 6 AND final",
     "its args, gone": "DELETE FROM evaluations WHERE id = 6",
     "its result, too deep": "UPDATE attempts SET result = printf('%.300c%.300c', '[', ']') WHERE evaluation = 6",
 }
@@ -128,7 +131,7 @@ def test_one_damaged_evaluation_is_left_out_and_named_and_the_others_are_there(s
     good = load_evals(db)
     assert len(good) == 9
     assert all(e in truth for e in good)
-    assert "1 evaluation is damaged and left out" in caplog.text
+    assert "skipped: 1 evaluation is damaged" in caplog.text
     with make_control(db) as control:
         assert list(control.evaluations()) == good
         assert any(finding.is_error for finding in control.check().findings)
@@ -164,7 +167,7 @@ def test_nothing_is_evaluated_with_args_that_are_not_those_that_were_written(sou
 
 def test_no_bit_that_flips_changes_an_answer(tmp_path):
     db = tmp_path / "runs.db"
-    speval(work, range(60), db, executor="thread")
+    speval(work, range(120), db, executor="thread")
     truth = {e["name"]: e for e in load_evals(db)}
     raw = db.read_bytes()
     rng = random.Random(7)
@@ -265,7 +268,6 @@ def test_an_id_far_away_costs_no_memory(db):
     change(
         db,
         "UPDATE evaluations SET id = 20000000000 WHERE id = 3",
-        "UPDATE states SET id = 20000000000 WHERE id = 3",
         "UPDATE attempts SET evaluation = 20000000000 WHERE evaluation = 3",
     )
     signed(db)

@@ -309,7 +309,7 @@ async def test_retry_refuses_what_makes_no_sense(db):
 
 async def test_on_changed_error_names_how_many_and_the_first_few(db):
     await aio.speval(double, {"a": 1, "b": 2}, db)
-    with pytest.raises(ArgsChangedError, match="1 evaluation is stored with other args") as caught:
+    with pytest.raises(ArgsChangedError, match="1 evaluation has different args") as caught:
         await aio.speval(double, {"a": 1, "b": 3, "c": 4}, db)
     assert "'b': stored 2, now 3" in str(caught.value)
     assert [e["name"] for e in await aio.load_evals(db)] == ["a", "b"]

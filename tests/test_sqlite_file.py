@@ -25,6 +25,7 @@ from speval.errors import (
 from speval.stores import make_control
 from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.schema import APPLICATION_ID, SCHEMA
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows, signed
 
@@ -117,7 +118,7 @@ def test_an_old_copy_that_still_runs_cannot_write_any_more(db):
     old_database(db)
     SqliteFile(db, "write").close()
     # What it has in progress is free for others.
-    assert rows(db, "SELECT status FROM states ORDER BY id") == [(2,), (0,), (2,), (0,), (0,)]
+    assert rows(db, f"SELECT status FROM {STATES} ORDER BY id") == [(2,), (0,), (2,), (0,), (0,)]
     connection = sqlite3.connect(db)
     with pytest.raises(sqlite3.OperationalError, match="view"):
         connection.execute("UPDATE evals SET status = 'completed' WHERE name = '1'")
@@ -186,7 +187,7 @@ FOREIGN = [
 async def test_a_foreign_file_is_refused_and_left_byte_for_byte(db, make, call):
     make(db)
     before = everything(db)
-    with pytest.raises(ForeignDatabaseError, match=r"runs\.db: not a database of speval but"):
+    with pytest.raises(ForeignDatabaseError, match=r"runs\.db: this is not a speval database but"):
         await (aio.speval(double, [1], db) if call == "speval" else getattr(aio, call)(db))
     assert everything(db) == before
 
@@ -388,7 +389,7 @@ def test_a_lock_that_stays_is_an_error_that_names_the_file(db):
     blocker.execute("BEGIN IMMEDIATE")
     file = SqliteFile(db, "write", patience=0.05)
     try:
-        with pytest.raises(DatabaseLockedError, match=r"runs\.db: locked by another program"):
+        with pytest.raises(DatabaseLockedError, match=r"runs\.db: another program has locked the database"):
             file.write(lambda c: c.execute("DELETE FROM meta"))
         assert file.read(lambda c: c.execute("SELECT count(*) > 0 FROM meta").fetchone()) == (1,)  # readers don't wait
         blocker.execute("ROLLBACK")
@@ -472,11 +473,15 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
         connection.close()
         signed(path)
         assert await aio.load_evals(path) == []
-        with make_control(path) as control, pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* is no JSON"):
+        with (
+            make_control(path) as control,
+            pytest.raises(EvaluationDamagedError, match=r"'victim' is damaged: .* are not JSON"),
+        ):
             control.evaluation("victim")
         connection = sqlite3.connect(path)
         connection.execute("UPDATE evaluations SET args = ?", (value,))
-        connection.execute("UPDATE states SET status = 0, forgiven = 1")
+        connection.execute("UPDATE attempts SET final = 0")
+        connection.execute("INSERT INTO queue VALUES (1, 1, 0, 1, 0, 0.0)")
         connection.commit()
         connection.close()
         signed(path)
@@ -488,7 +493,7 @@ async def test_opening_a_strangers_database_executes_nothing(db, tmp_path):
 async def test_a_strangers_triggers_may_not_reach_outside_of_the_database(db):
     await aio.speval(double, range(3), db)
     with closing(sqlite3.connect(db)) as connection:
-        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON states BEGIN SELECT load_extension('x'); END")
+        connection.execute("CREATE TRIGGER hostile AFTER UPDATE ON attempts BEGIN SELECT load_extension('x'); END")
     with pytest.raises(DatabaseError, match=r"runs\.db: it has a trigger \('hostile'\)"):
         await aio.speval(double, range(5), db)
 
@@ -534,14 +539,16 @@ async def test_what_a_stranger_has_written_reaches_the_terminal_as_something_to_
         write(
             path,
             "UPDATE workers SET host = :it, ended_at = NULL, dead = 1",
-            "UPDATE states SET status = 1, worker = (SELECT id FROM workers)",
+            "DELETE FROM fresh",
+            "UPDATE attempts SET final = 0",
+            "INSERT INTO claimed VALUES (1, 1, (SELECT id FROM workers), 0, 0.0)",
         )
 
     dead(held := await make("held.db"))
     signed(held)
     texts.append(str((await aio.load_evals(held))[0]["worker"]))
     assert (await aio.speval(double, {"a": 1}, held, executor="coroutine")).completed == 1
-    write(held, "UPDATE states SET status = 3, last = 1", "UPDATE attempts SET outcome = :it")
+    write(held, "UPDATE attempts SET outcome = :it")
     texts.append(str(await aio.speval(double, {"a": 1}, held)))
     texts += [record.getMessage() for record in caplog.records]
     assert sum("owned" in text for text in texts) >= 8

@@ -17,6 +17,7 @@ from speval.stores import make_control
 from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.mount import filesystem, is_mount_point
 from speval.stores.sqlite.schema import SCHEMA
+from speval.stores.sqlite.states import STATES
 
 from .conftest import WAIT, Scripts, rows
 
@@ -313,7 +314,7 @@ async def test_a_run_ends_when_a_newer_release_has_changed_the_file_under_it(db)
 
     with pytest.raises(NewerSchemaError, match=r"pip install 'speval>=7\.5'"):
         await aio.speval(function, range(2000), db)
-    (completed,) = rows(db, "SELECT count(*) FROM states WHERE status = 2")[0]
+    (completed,) = rows(db, f"SELECT count(*) FROM {STATES} WHERE status = 2")[0]
     assert 50 <= completed < 2000
     assert rows(db, "SELECT count(*) FROM attempts") == [(completed,)]
 

@@ -18,7 +18,7 @@ READER = """
 import sqlite3, sys
 reader = sqlite3.connect(sys.argv[1], isolation_level=None)
 reader.execute("BEGIN")
-reader.execute("SELECT count(*) FROM states").fetchone()
+reader.execute("SELECT count(*) FROM attempts").fetchone()
 print("reads", flush=True)
 sys.stdin.read()
 """

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from speval import aio
+from speval.stores.sqlite.states import STATES
 
 from .conftest import WAIT, rows
 
@@ -49,7 +50,7 @@ async def until(condition):
 
 
 def in_progress(db):
-    return rows(db, "SELECT count(*) FROM states WHERE status = 1")[0][0]
+    return rows(db, f"SELECT count(*) FROM {STATES} WHERE status = 1")[0][0]
 
 
 @pytest.mark.parametrize("wait", [True, False])

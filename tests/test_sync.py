@@ -110,7 +110,7 @@ def test_context_variables_reach_the_function(db):
 
 def test_errors_come_out_as_they_are(db):
     db.write_bytes(b"no database at all, but long enough to be read as one" * 100)
-    with pytest.raises(Exception, match="not a database of speval") as caught:
+    with pytest.raises(Exception, match="not a speval database") as caught:
         speval(print, [1], db)
     assert "runs.db" in str(caught.value)
 

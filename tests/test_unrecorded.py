@@ -217,7 +217,7 @@ TRUNCATED = "TRUNCATE {0}.evaluations, {0}.queue, {0}.running, {0}.attempts"
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("DROP SCHEMA {0} CASCADE", "was changed or dropped while in use"),
+        ("DROP SCHEMA {0} CASCADE", "the schema was changed or dropped while in use"),
         (TRUNCATED, "holds 0 of the 100 evaluations"),
         ("TRUNCATE {0}.attempts", "holds [0-9]+ of the 100 evaluations"),
         ("DELETE FROM {0}.queue WHERE id > 50; DELETE FROM {0}.evaluations WHERE id > 50", "of the 100 evaluations"),
@@ -228,7 +228,7 @@ async def test_a_schema_that_others_drop_or_empty_ends_the_run_and_what_was_comp
     postgres, space, tmp_path, monkeypatch, sql, message
 ):
     monkeypatch.chdir(tmp_path)
-    url = postgres.url(space=space)
+    url = postgres.url(namespace=space)
     gone = sql.format(PostgresUrl.parse(url).schema)
 
     async def function(args):

@@ -1,11 +1,12 @@
 """The command ``speval``.
 
-Owns its entry point and its exit codes. Invariant: whatever goes wrong that a person can mend is one line on stderr, never a
-traceback; and nothing else of speval imports this package.
+Owns its entry point and its exit codes. Invariant: an error that the user can fix is one line on stderr, never a traceback.
+The rest of speval does not import this package.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -20,9 +21,10 @@ _WIDEST = 100  # columns of a help text
 def main() -> None:
     """Run the command and exit.
 
-    The exit code is 0 when all is well, 1 when evaluations failed or are unfinished, 2 when the command could not be carried
-    out, 130 after Ctrl-C, and 141 when whoever read the output has gone.
+    The exit code is 0 on success, 1 when evaluations failed or are unfinished, 2 when the command could not run, 130 after
+    Ctrl-C, and 141 when the reader of the output has closed the pipe.
     """
+    gc.disable()  # imports leave no garbage, and looking for it is a twentieth of what --help costs
     import click
 
     from ..codec import MOST_DIGITS
@@ -31,24 +33,25 @@ def main() -> None:
 
     if "_SPEVAL_COMPLETE" in os.environ:
         from . import completion  # noqa: F401 - it tells click how it completes in each shell
+    gc.enable()
 
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with it closed; the next file opened would take its number
+        if getattr(sys, name) is None:  # closed by the parent: the next opened file would get its descriptor number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - pathlib takes longer to import than the group
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # also where only ASCII can be shown
-    sys.set_int_max_str_digits(MOST_DIGITS)  # what can be read can be shown
+            stream.reconfigure(errors="backslashreplace")  # some terminals take only ASCII
+    sys.set_int_max_str_digits(MOST_DIGITS)  # print every number that the codec reads
     try:
         code = speval.main(prog_name="speval", standalone_mode=False, terminal_width=_width()) or 0
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        hint = f" (`{context.command_path} --help` tells more)" if context is not None else ""
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         code = _complain(error.format_message() + hint)
     except (KeyboardInterrupt, click.Abort):
         code = _complain("interrupted", INTERRUPTED)
     except ClosedPipe:
-        # What is still buffered has nowhere to go, and the interpreter would complain about it on its way out.
+        # Buffered output has no reader, and the interpreter would report an error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED_PIPE
     except (SpevalError, OSError) as error:
@@ -71,7 +74,7 @@ def _width() -> int:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    from .format import shown
+    from .format import escaped
 
-    print(f"speval: {shown(message, lines=True)}", file=sys.stderr)  # noqa: T201
+    print(f"speval: {escaped(message, lines=True)}", file=sys.stderr)  # noqa: T201
     return code

@@ -1,7 +1,7 @@
-"""All subcommands together.
+"""The command group with all subcommands.
 
-Owns the group they stand in, and the scripts for shells. Invariant: what a subcommand does stands in its own module, which is
-imported when that subcommand runs, shows its help or is completed; the help of the group and completing a name import none.
+Owns the group, its list of subcommands and the subcommand ``completion``. Invariant: the code of every other subcommand is in
+its own module, which is imported when that subcommand runs, prints its help or completes its arguments.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["ClosedPipe", "speval"]
 
 
 class ClosedPipe(Exception):
-    """Whoever read the output has gone; click would exit with a code of its own."""
+    """The reader of the output has closed the pipe; click would exit with 1."""
 
 
 class _Listed(click.Command):
-    """A subcommand as the group lists it.
+    """A subcommand whose module is not imported yet.
 
     Args:
-        name: What it is called.
-        where: The module in this package and the name in it.
-        help: One line.
+        name: The name of the subcommand.
+        where: Its module in this package and its name in that module.
+        help: Its line in the help of the group.
     """
 
     def __init__(self, name: str, where: str, help: str) -> None:
@@ -42,7 +42,7 @@ class _Listed(click.Command):
 
 
 class _Group(click.Group):
-    """Shows its subcommands in the order in which people need them."""
+    """Lists its subcommands in the order in which users need them."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,12 +68,11 @@ class _Group(click.Group):
 @click.version_option(__version__, message="speval %(version)s")
 @click.pass_context
 def speval(context: click.Context) -> int:
-    """Evaluate a Python function over many arguments; look at, steer and read what comes of it.
+    """Evaluate a Python function over many arguments; inspect, control and export the results.
 
     DB is the database: a file name, or a postgresql:// URL.
 
-    Exit codes: 0 all is well; 1 evaluations failed or are unfinished; 2 the command could not be carried out; 130
-    interrupted.
+    Exit codes: 0 success; 1 evaluations failed or are unfinished; 2 the command could not run; 130 interrupted.
     """
     if context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
@@ -84,7 +83,7 @@ def speval(context: click.Context) -> int:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes a shell complete the command: eval "$(speval completion bash)"."""
+    """Print the completion script for a shell. Usage: eval "$(speval completion bash)"."""
     from .completion import get_completion_class
 
     kind = get_completion_class(shell)
@@ -94,22 +93,22 @@ def completion(shell: str) -> None:
 
 for _name, _where, _help in (
     ("run", "run.run", "Evaluate a function over an eval space."),
-    ("status", "look.status", "Count evaluations, and say who runs what."),
+    ("status", "look.status", "Count evaluations and list workers."),
     ("watch", "watch.watch", "Watch the workers live."),
     ("ls", "look.ls", "List evaluations."),
     ("show", "look.show", "Show one evaluation with all its attempts."),
     ("best", "look.best", "Print the best completed evaluations."),
     ("export", "export.export", "Write evaluations as CSV, JSON lines or Parquet."),
-    ("retry", "steer.retry", "Put evaluations back to pending."),
-    ("pause", "steer.pause", "Let no worker claim anything more."),
-    ("resume", "steer.resume", "Let the workers go on."),
+    ("retry", "steer.retry", "Make evaluations pending again."),
+    ("pause", "steer.pause", "Stop all workers from claiming evaluations."),
+    ("resume", "steer.resume", "Let workers claim evaluations again."),
     ("set", "steer.set_", "Set the concurrency of all workers."),
-    ("unset", "steer.unset", "Leave the concurrency to each call."),
-    ("drop", "steer.drop", "Forget evaluations for good."),
-    ("copy", "steer.copy", "Copy all to another database."),
-    ("compact", "repair.compact", "Make the file as small as what is in it."),
-    ("doctor", "look.doctor", "Look for what is wrong."),
-    ("salvage", "repair.salvage", "Save what can be read of a damaged file."),
-    ("completion", "commands.completion", "Print what makes a shell complete the command."),
+    ("unset", "steer.unset", "Return to the concurrency of each call."),
+    ("drop", "steer.drop", "Delete evaluations."),
+    ("copy", "steer.copy", "Copy a database to another one."),
+    ("compact", "repair.compact", "Return unused disk space to the system."),
+    ("doctor", "look.doctor", "Find problems of a database."),
+    ("salvage", "repair.salvage", "Copy everything readable out of a damaged file."),
+    ("completion", "commands.completion", "Print the completion script for a shell."),
 ):
     speval.add_command(_Listed(_name, _where, _help))

@@ -1,8 +1,8 @@
-"""How shells complete the command.
+"""Shell completion for the command.
 
-Owns what bash and fish are told to do in place of click's own scripts, and what they are answered. Invariant: the name of an
-evaluation comes from a database, so it reaches the command line only as one quoted word. Zsh and fish quote what they insert;
-bash leaves that to us, since its own quoting of file names keeps "$" and "`" working.
+Owns the completion scripts for bash and fish, which replace click's, and the completions they receive. Invariant: the name of
+an evaluation comes from a database, so it reaches the command line only as one quoted word. Zsh and fish quote what they
+insert. Bash does not: its quoting of file names leaves "$" and "`" active, so this module quotes for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from click.shell_completion import (
 
 __all__ = ["get_completion_class"]
 
-# COMP_WORDS would be split at each "=" and ":" of a name.
+# Bash would split COMP_WORDS at each "=" and ":" of a name.
 _BASH = """\
 %(complete_func)s() {
     local entry
@@ -39,7 +39,7 @@ _BASH = """\
 complete -o nosort -F %(complete_func)s %(prog_name)s
 """
 
-# Fish quotes whatever it inserts; click's script cuts it off at the first comma and takes "-n" for an option of echo.
+# Fish quotes what it inserts. Click's script truncates it at the first comma and passes "-n" to echo as an option.
 _FISH = """\
 function %(complete_func)s
     for entry in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) COMP_CWORD=(commandline -t) %(prog_name)s)
@@ -60,7 +60,7 @@ complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
 
 
 class _Bash(BashComplete):
-    """Completes the last word of the line before the cursor; bash replaces what follows its last word break, in ``$2``."""
+    """Completes the last word before the cursor; bash replaces the part after the last word break, passed in ``$2``."""
 
     source_template: ClassVar[str] = _BASH
 
@@ -79,12 +79,12 @@ class _Bash(BashComplete):
             replaced = _words(replaced)[-1]
         values = [item.value[len(incomplete) - len(replaced) :] for item in items]
         quote = _open_quote(os.environ["COMP_WORDS"])
-        # Bash would insert what all of them begin with, be it half of an escaped character.
+        # Bash inserts the common prefix, even when it ends inside an escape sequence, so this code computes it.
         common = os.path.commonprefix(values)  # noqa: RUF071
         if len(values) > 1 and len(common) > len(replaced):
             return f"part,{_begun(common, quote)}"
         entries = [f"plain,{_quoted(value, quote)}" for value in values]
-        return "\n".join(entries if len(values) == 1 else [*entries, "plain, "])  # nothing is common with a blank
+        return "\n".join(entries if len(values) == 1 else [*entries, "plain, "])  # the blank leaves no common prefix
 
 
 class _Fish(FishComplete):
@@ -92,24 +92,24 @@ class _Fish(FishComplete):
 
 
 def _words(line: str) -> list[str]:
-    """Return the words of a line, the last one as far as it is typed: it may be empty, and its quote may be open."""
+    """Return the words of a line. The last word is incomplete: it may be empty, and its quote may be open."""
     *words, last = split_arg_string(f"{line}x")
     return [*words, last[:-1]]
 
 
 def _open_quote(line: str) -> str:
-    """Return the quote that is open at the end of a line, empty if there is none."""
+    """Return the quote character that is open at the end of a line, or an empty string."""
     rest = re.sub(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", "", line, flags=re.DOTALL)
     found = re.search("['\"]", rest)
     return found[0] if found else ""
 
 
 def _begun(text: str, quote: str) -> str:
-    """Return the beginning of a word as bash reads it; ``quote`` is open before it and stays open."""
+    """Return the text quoted for bash as the start of a word; ``quote`` is open before it and stays open."""
     if quote == "'":
         return quote + text.replace("'", "'\\''")
     if quote == '"':
-        # History is expanded within these, and a backslash before the "!" would be kept.
+        # Bash expands history inside double quotes, and keeps a backslash before "!".
         return quote + re.sub(r'[$`"\\]', r"\\\g<0>", text).replace("!", '"\\!"')
     return re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", text)
 

@@ -1,6 +1,6 @@
-"""The subcommand that writes evaluations to files: export.
+"""The subcommand export: writes evaluations to files.
 
-Owns the formats. Invariant: a file stands under its name only when it is complete.
+Owns the formats. Invariant: a file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..database import Database
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
 from ..stores.sqlite.errors import permission
-from .format import json_line, shown
+from .format import escaped, json_line
 from .params import as_private_as, database, filters
 
 __all__ = ["export"]
 
 Format = Literal["csv", "jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
-_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - what a spreadsheet takes for the beginning of a formula
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 - a spreadsheet reads text that starts with one of these as a formula
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_CSV_END = "\r\n"  # a writer quotes what holds one of these, and else a single "\r" would begin a row; lines end with "\n"
+_CSV_END = "\r\n"  # csv quotes fields with these characters, so a lone "\r" can't start a row; written lines end with "\n"
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes
 
 
@@ -56,15 +56,15 @@ def export(
 ) -> None:
     """Write evaluations as a table or as JSON lines, in eval-space order.
 
-    Tables (csv, parquet) have a column for each argument and each key of the result: args.lr, result.loss. JSON lines hold what
-    load_evals() returns. In CSV, text that begins like a formula (= + - @) gets an apostrophe before it. A file is as private
-    as the database.
+    Tables (csv, parquet) have a column for each argument and each key of the result: args.lr, result.loss. JSON lines have the
+    keys that load_evals() returns. CSV text that starts like a formula (= + - @) gets a leading apostrophe. A new file gets the
+    permissions of the database.
     """
     chosen: Format = format_ or _SUFFIXES.get(output.suffix.lower() if output else "", "csv")
     if chosen == "parquet":
         needs("pyarrow", "parquet", "parquet")
         if output is None and sys.stdout.isatty():
-            raise click.ClickException("parquet is nothing for a terminal; name a file with --output")
+            raise click.ClickException("refusing to write binary Parquet to a terminal; use --output")
     with Database(db) as opened:
         found = opened.evaluations(status=status, cause=cause, pattern=pattern)
         with as_private_as(db), _target(output) as file:
@@ -79,7 +79,7 @@ def export(
 
 @contextmanager
 def _target(path: Path | None) -> Iterator[IO[bytes]]:
-    """Open what to write to; a file takes its name when it is complete."""
+    """Open the output; a file gets its final name when it is complete."""
     if path is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -93,7 +93,7 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         why = f"; {permission(path.parent, 'wx')}" if error.errno == errno.EACCES else ""
-        raise click.ClickException(f"{path} can't be written: {error.strerror}{why}") from error
+        raise click.ClickException(f"can't write {path}: {error.strerror}{why}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -108,7 +108,7 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
 
 
 def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
-    # The columns are known only when all rows have been seen, and there may be more of them than fit in memory.
+    # The columns are known only after the last row, and the rows may not fit in memory.
     seen: dict[str, None] = {}
     with tempfile.SpooledTemporaryFile(_SPOOL_IN_MEMORY) as spool:
         for evaluation in evaluations:
@@ -126,7 +126,7 @@ def _write_csv(evaluations: Iterable[Evaluation], file: IO[bytes]) -> None:
 
 
 class _Encoded:
-    """Takes text and writes UTF-8; a wrapper of io's would close what it wraps. A terminal gets what is fit for it."""
+    """Writes text as UTF-8, escaped for a terminal. ``io.TextIOWrapper`` would close the file it wraps."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -135,14 +135,14 @@ class _Encoded:
     def write(self, text: str) -> int:
         text = text.removesuffix(_CSV_END) + "\n"
         if self._is_terminal:
-            text = shown(text, lines=True)
+            text = escaped(text, lines=True)
         return self._file.write(text.encode("utf-8", "surrogatepass"))
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a table holds it: nothing for None, true and false as JSON has them, lists as JSON.
+    """Return a value as a CSV cell: None is empty; booleans, lists and dicts are JSON.
 
-    Text that a spreadsheet would execute gets an apostrophe, by which it knows text; text that is a number is none of that.
+    Text that a spreadsheet would run as a formula gets a leading apostrophe, which marks it as text. A number stays as it is.
 
     Source:
         https://owasp.org/www-community/attacks/CSV_Injection

@@ -1,7 +1,7 @@
-"""What the command writes, and how.
+"""Output formatting of the command.
 
-Owns the way of every stored text to a terminal, and of numbers and times to people. Invariant: nothing that was stored is ever
-obeyed, neither by the terminal as an escape sequence nor by rich as markup.
+Owns how stored text, numbers and times are printed. Invariant: stored text is never executed, neither by the terminal as an
+escape sequence nor by rich as markup.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = [
     "brief",
     "columns",
     "console",
+    "escaped",
     "failure",
     "instant",
     "isatty",
     "json_line",
     "line",
     "print_json",
-    "shown",
     "spelled",
     "text",
 ]
 
-_NARROWEST = 8  # characters a column keeps, however little room there is
+_NARROWEST = 8  # characters: the minimum width of a column, also in a narrow terminal
 Cell = str | tuple[str, str]  # a text, or a text and its style
 
 STYLES = {
@@ -44,11 +44,11 @@ STYLES = {
 }  # fmt: skip
 
 
-def shown(value: str, *, lines: bool = False) -> str:
-    """Return a text with whatever is not printable spelled out, as in Python.
+def escaped(value: str, *, lines: bool = False) -> str:
+    """Return text with unprintable characters escaped as in Python.
 
     Args:
-        value: Any text; in a file that somebody has tinkered with, it may be none.
+        value: Text. A value of another type, from a file that another program has edited, is converted.
         lines: Whether line breaks and tabs stay.
     """
     value = str(value)
@@ -59,61 +59,61 @@ def shown(value: str, *, lines: bool = False) -> str:
 
 def spelled(value: Any) -> str:
     """Return a value as JSON."""
-    return shown(json.dumps(value, ensure_ascii=False))
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def brief(value: Any) -> str:
-    """Return a value as short as it can be understood, for a terminal; elsewhere as JSON, which programs read."""
+    """Return a value in a short form on a terminal, and as JSON in a pipe."""
     if not isatty():
         return spelled(value)
     if isinstance(value, dict) and value:
-        return " ".join(f"{shown(str(key))}={brief(item)}" for key, item in value.items())
+        return " ".join(f"{escaped(str(key))}={brief(item)}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.6g}"
-    return shown(value) if isinstance(value, str) else spelled(value)
+    return escaped(value) if isinstance(value, str) else spelled(value)
 
 
 def failure(cause: str, type_: str, message: str) -> str:
-    """Return in one line why an evaluation failed: what the function raised, or what else came to pass."""
+    """Return one line with the reason of a failure: the exception, or the cause and its message."""
     first = message.strip().partition("\n")[0]
     if cause in ("exception", "unserializable"):
-        return shown(f"{type_}: {first}" if first else type_)
-    return shown(f"{cause}: {first}")
+        return escaped(f"{type_}: {first}" if first else type_)
+    return escaped(f"{cause}: {first}")
 
 
 def instant(moment: float | None) -> str:
-    """Return a moment in local time."""
+    """Return a Unix time as local date and time."""
     if moment is None:
         return ""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-    except (OverflowError, TypeError, ValueError, OSError):  # in a file that somebody has tinkered with
-        return shown(str(moment))
+    except (OverflowError, TypeError, ValueError, OSError):  # the file was edited by another program
+        return escaped(str(moment))
 
 
 def text(*parts: Cell) -> Text:
-    """Return parts, each a text or a text and its style, as what rich prints as it is."""
+    """Return parts, each text or (text, style), as one rich ``Text`` without markup."""
     from rich.text import Text
 
-    fit = [(shown(part[0]), part[1]) if isinstance(part, tuple) else shown(part) for part in parts]
+    fit = [(escaped(part[0]), part[1]) if isinstance(part, tuple) else escaped(part) for part in parts]
     return Text.assemble(*fit, no_wrap=True, overflow="ellipsis")
 
 
 @cache
 def console() -> Console:
-    """Return what writes to stdout, with colours if that is a terminal, and never obeying markup."""
+    """Return the console for stdout: colours on a terminal, markup always off."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def isatty() -> bool:
-    """Tell whether stdout is a terminal that a person looks at."""
+    """Tell whether stdout is a terminal."""
     return sys.stdout.isatty()
 
 
 def line(*parts: Cell) -> None:
-    """Print one line of parts, each a text or a text and its style; long ones are not cut."""
+    """Print one line of parts, each text or (text, style); long lines are not truncated."""
     if isatty():
         console().print(text(*parts), soft_wrap=True)
     else:
@@ -121,11 +121,11 @@ def line(*parts: Cell) -> None:
 
 
 def _plain(cell: Cell) -> str:
-    return shown(cell[0] if isinstance(cell, tuple) else cell)
+    return escaped(cell[0] if isinstance(cell, tuple) else cell)
 
 
 def json_line(value: Any) -> str:
-    """Return a value as one line of JSON, in ASCII, so that no terminal obeys anything in it."""
+    """Return a value as one line of ASCII JSON, which no terminal can interpret as a control sequence."""
     return json.dumps(value, default=repr) + "\n"
 
 
@@ -137,13 +137,13 @@ def print_json(value: Any) -> None:
 def columns(
     head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Collection[int] = (), keep: Collection[int] = ()
 ) -> None:
-    """Print rows as they come: in a terminal in columns as wide as the first rows want, else with tabs between.
+    """Print rows as they arrive: on a terminal in columns sized by the first rows, in a pipe separated by tabs.
 
     Args:
         head: The names of the columns.
-        rows: Cells, each a text or a text and its style.
-        right: Which columns are numbers.
-        keep: Which columns give way last where there is little room.
+        rows: Cells, each text or (text, style).
+        right: The columns to align right.
+        keep: The columns to shrink last in a narrow terminal.
     """
     if not isatty():
         sys.stdout.write("\t".join(head) + "\n")
@@ -181,7 +181,7 @@ def _aligned(head: Sequence[str], rows: Iterable[Sequence[Cell]], right: Collect
 
 
 def _fitted(wanted: list[int], room: int, keep: Collection[int]) -> list[int]:
-    """Return widths that fit into the room: the widest columns give way first."""
+    """Return widths that fit into ``room`` characters; the widest column shrinks first."""
     widths = [min(width, room) for width in wanted]
     for indices in ([i for i in range(len(widths)) if i not in keep], range(len(widths))):
         while sum(widths) > room and (widest := max(indices, key=widths.__getitem__, default=None)) is not None:

@@ -1,7 +1,7 @@
-"""Functions and eval spaces, as they are named on a command line.
+"""Functions and eval spaces named on a command line.
 
-Owns the way from ``module:function`` to a function, and from a file or a grid to an eval space. Invariant: whatever can't be
-read is an error that names the file and the line.
+Owns the conversion of ``module:function`` to a function, and of a file or a grid to an eval space. Invariant: an input that
+can't be read is an error that names the file and the line.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["load_object", "load_space"]
 
 
 def load_object(reference: str, what: str) -> Any:
-    """Return what ``module:name`` or ``file.py:name`` stands for.
+    """Import and return the object that ``module:name`` or ``file.py:name`` names.
 
     Raises:
-        ClickException: there is no such thing, or its module can't be imported.
+        ClickException: the object does not exist, or its module can't be imported.
     """
     where, _, name = reference.rpartition(":")
     if not where or not name:
-        raise click.ClickException(f"{reference!r} is no {what}; write module:name or file.py:name")
+        raise click.ClickException(f"{reference!r} does not name a {what}; write module:name or file.py:name")
     module = _from_file(Path(where)) if where.endswith(".py") or "/" in where else _by_name(where)
     found: Any = module
     for part in name.split("."):
@@ -47,7 +47,7 @@ def load_object(reference: str, what: str) -> Any:
 
 
 def _by_name(name: str) -> ModuleType:
-    # As `python -m` does; the command itself lives elsewhere.
+    # As `python -m` does: the first entry of sys.path is the folder of the command, not the current folder.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     with _imported(name):
@@ -56,36 +56,36 @@ def _by_name(name: str) -> ModuleType:
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise click.ClickException(f"{path} is not there")
-    # What stands beside it can be imported, as if it were started as a script.
+        raise click.ClickException(f"{path} does not exist")
+    # The file can import modules from its own folder, as a script can.
     if (folder := str(path.parent.absolute())) not in sys.path:
         sys.path.insert(0, folder)
     with _imported(str(path)):
         module = importlib.import_module(path.stem)
     if module.__file__ is None or not path.samefile(module.__file__):
-        raise click.ClickException(
-            f"{path} can't be imported: there is another module {path.stem!r}; give the file another name"
-        )
+        raise click.ClickException(f"can't import {path}: another module is named {path.stem!r}; give the file another name")
     return module
 
 
 @contextmanager
 def _imported(what: str) -> Iterator[None]:
-    """Turn whatever an import raises into one line; a call of speval at a module's top level is refused there."""
+    """Turn an exception during an import into a one-line error; refuse a call of speval at the top level of a module."""
     sys.speval_loading = True  # type: ignore[attr-defined]
     try:
         yield
     except CalledInWorkerError:
-        raise click.ClickException(f'{what} calls speval at its top level; put that under if __name__ == "__main__"') from None
+        raise click.ClickException(
+            f'{what} calls speval at its top level; move the call under if __name__ == "__main__"'
+        ) from None
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{what} can't be imported: {error}") from None
+        raise click.ClickException(f"can't import {what}: {error}") from None
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{frame.filename}:{frame.lineno}"
         if isinstance(error, SyntaxError):
             place = f"{error.filename}:{error.lineno}"
         problem = traceback.format_exception_only(error)[-1].strip()
-        raise click.ClickException(f"{what} can't be imported: {problem} ({place})") from None
+        raise click.ClickException(f"can't import {what}: {problem} ({place})") from None
     finally:
         del sys.speval_loading  # type: ignore[attr-defined]
 
@@ -96,10 +96,10 @@ def load_space(source: str, name_key: str | None) -> Mapping[str, Any] | Iterabl
     Args:
         source: A file of JSON lines (.jsonl), a table (.csv), ``grid:lr=0.1,0.01;depth=2,4``, or ``module:name`` of a space or
             of a function that returns one.
-        name_key: Which of the args is the name of the evaluation.
+        name_key: The key in the args that holds the name of the evaluation.
 
     Raises:
-        ClickException: it can't be read.
+        ClickException: the source can't be read.
     """
     if source.startswith("grid:"):
         return _named_by(name_key, enumerate(_grid(source).values(), 1), source) if name_key else _grid(source)
@@ -107,25 +107,27 @@ def load_space(source: str, name_key: str | None) -> Mapping[str, Any] | Iterabl
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".csv"):
         if not path.is_file():
-            raise click.ClickException(f"{source} is not there")
+            raise click.ClickException(f"{source} does not exist")
         rows = _csv_rows(path) if suffix == ".csv" else _json_lines(path)
         return _named_by(name_key, rows, source) if name_key else (args for _, args in rows)
     if ":" in source:
         space = load_object(source, "eval space")
         space = space() if callable(space) and not isinstance(space, Mapping) else space
         return _named_by(name_key, enumerate(space, 1), source) if name_key else space
-    raise click.ClickException(f"--space {source}: name a .jsonl or .csv file, grid:lr=0.1,0.01;depth=2,4, or module:name")
+    raise click.ClickException(f"--space {source}: expected a .jsonl or .csv file, grid:lr=0.1,0.01;depth=2,4 or module:name")
 
 
 def _grid(source: str) -> dict[str, dict[str, Any]]:
-    """Return a grid, each evaluation named by its args, so that a grid may grow."""
+    """Return a grid whose evaluations are named by their args, so that the grid can grow later."""
     axes: dict[str, list[str]] = {}
     for part in source.removeprefix("grid:").split(";"):
         key, equals, values = part.strip().partition("=")
         if not equals or not key.strip() or not values.strip():
-            raise click.ClickException(f"--space {source}: {part!r} is not like lr=0.1,0.01 (quote the whole, for the shell)")
+            raise click.ClickException(
+                f"--space {source}: expected KEY=VALUE,VALUE instead of {part!r}; quote the whole grid for the shell"
+            )
         if key.strip() in axes:
-            raise click.ClickException(f"--space {source}: {key.strip()!r} is twice in it")
+            raise click.ClickException(f"--space {source}: {key.strip()!r} appears twice")
         axes[key.strip()] = list(dict.fromkeys(value.strip() for value in values.split(",")))
     points = itertools.product(*axes.values())
     return {
@@ -137,7 +139,7 @@ def _grid(source: str) -> dict[str, dict[str, Any]]:
 
 
 def _scalar(text: str) -> Any:
-    """Return what a text in a table or a grid stands for: a number, true, false, nothing, or itself."""
+    """Return the value of a text in a table or a grid: a number, True, False, None if it is empty, or the text."""
     if text == "":
         return None
     if text in ("true", "false", "True", "False"):
@@ -147,7 +149,7 @@ def _scalar(text: str) -> Any:
             value = kind(text)
         except ValueError:
             continue
-        # 007, 1_000 and the like are names and numbers of things, not numbers to calculate with.
+        # 007 and 1_000 are identifiers: they stay text.
         is_plain = "_" not in text and not (text.lstrip("+-")[:1] == "0" and text.lstrip("+-")[1:2].isdigit())
         return value if is_plain and (math.isfinite(value) or "n" in text.lower()) else text
     return text
@@ -159,7 +161,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise click.ClickException(f"{path}:{reader.line_num}: it has not as many values as there are columns")
+                    raise click.ClickException(f"{path}:{reader.line_num}: the number of values differs from the header")
                 yield reader.line_num, {key: _scalar(value) for key, value in row.items()}
         except (csv.Error, UnicodeDecodeError) as error:
             raise click.ClickException(f"{path}:{reader.line_num + 1}: {error}") from None
@@ -173,17 +175,17 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise click.ClickException(f"{path}:{max(1, number)}: it is no JSON ({error})") from None
+        raise click.ClickException(f"{path}:{max(1, number)}: invalid JSON ({error})") from None
 
 
 def _named_by(key: str, rows: Iterable[tuple[int, Any]], source: str) -> dict[str, Any]:
-    """Return args by the name that one of them is."""
+    """Return args by name; the name is the value of ``key`` in the args."""
     space: dict[str, Any] = {}
     for number, args in rows:
         if not isinstance(args, dict) or args.get(key) is None:
-            raise click.ClickException(f"{source}:{number}: it has no {key!r} to be named by")
+            raise click.ClickException(f"{source}:{number}: --name {key}: the args have no key {key!r}")
         name = args[key] if isinstance(args[key], str) else json.dumps(args[key])
         if name in space:
-            raise click.ClickException(f"{source}:{number}: another evaluation is named {name!r} as well")
+            raise click.ClickException(f"{source}:{number}: another evaluation already has the name {name!r}")
         space[name] = args
     return space

@@ -1,7 +1,7 @@
-"""What the log says on a terminal.
+"""Log output of ``speval run``.
 
-Owns the handler that ``speval run`` shows warnings with. Invariant: no text of the user's function reaches the terminal as an
-escape sequence.
+Owns the handler that prints warnings. Invariant: text from the user's function never reaches the terminal as an escape
+sequence.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 
 from ..model import Summary
-from .format import shown
+from .format import escaped
 
 __all__ = ["show_warnings"]
 
 
 class _Shown(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record), lines=True)
+        return escaped(super().format(record), lines=True)
 
 
 def show_warnings() -> None:

@@ -1,7 +1,6 @@
-"""The arguments that several subcommands take.
+"""Arguments that several subcommands share.
 
-Owns what they are called, what they accept and how a shell completes them. Invariant: what a subcommand is handed can name a
-database.
+Owns their names, values and shell completion. Invariant: a subcommand only gets a valid database argument.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ __all__ += ["named", "names_of", "pattern", "status"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_COMPLETED = 100  # names a shell offers
+_COMPLETED = 100  # the maximum number of names that a shell offers
 
 
 class _Database(click.Path):
-    """The path of a SQLite file, or the URL of a database."""
+    """The path of a SQLite file, or the URL of a PostgreSQL database."""
 
     name = "database"
 
@@ -39,43 +38,44 @@ class _Database(click.Path):
 
 
 class _Name(click.ParamType):  # type: ignore[type-arg]
-    """The name of an evaluation in the database that stands before it."""
+    """The name of an evaluation in the database given before it."""
 
     name = "name"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        beginning = incomplete.replace("*", "?")  # a star that is part of a name fits a question mark as well
+        beginning = incomplete.replace("*", "?")  # the name may contain a literal star, which "?" also matches
         try:
             with Database(ctx.params["db"]) as opened:
                 found = [e["name"] for e in opened.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
         except (SpevalError, KeyError, OSError):
             return []
-        # What can't be printed can't be typed either, and a shell would send it to the terminal.
+        # A shell would print unprintable characters to the terminal.
         return [CompletionItem(name, stored=True) for name in found if name.startswith(incomplete) and name.isprintable()]
 
 
 DB = _Database()
 database = click.argument("db", type=DB, metavar="DB")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
-status = click.option("--status", "-s", type=click.Choice(get_args(Status)), help="Only those of this status.")
-cause = click.option("--cause", "-c", type=click.Choice(get_args(Cause)), help="Only those that failed for this cause.")
+status = click.option("--status", "-s", type=click.Choice(get_args(Status)), help="Only evaluations with this status.")
+cause = click.option("--cause", "-c", type=click.Choice(get_args(Cause)), help="Only evaluations that failed for this cause.")
 pattern = click.option(
-    "--match", "-m", "pattern", metavar="PATTERN", help="Only those whose name fits: * is any text, ? any character."
-)
+    "--match", "-m", "pattern", metavar="PATTERN",
+    help="Only evaluations whose name matches: * is any text, ? any character.",
+)  # fmt: skip
 
 
 def database_name(db: str) -> str:
-    """Return what a database is called on the screen: as it was given, but for what nobody should see."""
+    """Return the database argument for display: as given, without a password."""
     checked = checked_database(db)
     return checked.shown if isinstance(checked, PostgresUrl) else db
 
 
 @contextmanager
 def as_private_as(db: str) -> Iterator[None]:
-    """See that the files made meanwhile are open to those only who may read and write the database, if that is a file."""
+    """Limit the permissions of files that are made in the body to those of the database, if it is a file."""
     checked = checked_database(db)
     forbidden = 0
-    with suppress(OSError):  # it is not there, which those who read it will say
+    with suppress(OSError):  # the file does not exist; opening it reports that
         forbidden = 0 if isinstance(checked, PostgresUrl) else ~checked.stat().st_mode & 0o077
     old = os.umask(0o077)
     os.umask(old | forbidden)
@@ -86,22 +86,22 @@ def as_private_as(db: str) -> Iterator[None]:
 
 
 def named(*, many: bool) -> Callable[[F], F]:
-    """Return the argument for one name, or for any number of them."""
+    """Return the argument for one name, or for any number of names."""
     if many:
         return click.argument("names", type=_Name(), metavar="[NAME]...", nargs=-1)
     return click.argument("name", type=_Name(), metavar="NAME")
 
 
 def filters(command: F) -> F:
-    """Give a subcommand the options by which evaluations are chosen."""
+    """Add the options that select evaluations to a subcommand."""
     return status(cause(pattern(command)))
 
 
 def names_of(db: str, names: tuple[str, ...], *, status: Status | None, cause: Cause | None, pattern: str | None) -> list[str]:
-    """Return the names that names and filters together choose, in eval-space order where filters are given.
+    """Return the names that the arguments select, in eval-space order if there are filters.
 
     Raises:
-        UnknownNameError: one of the names given is not in the database.
+        UnknownNameError: the database has no evaluation with one of the given names.
     """
     if status is None and cause is None and pattern is None:
         return list(names)

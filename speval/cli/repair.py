@@ -1,6 +1,6 @@
-"""The subcommands that put a database in order: compact, salvage.
+"""The subcommands for maintenance: compact, salvage.
 
-Owns what they answer. Invariant: what was lost is named, and neither changes what an evaluation says.
+Owns what they print. Invariant: salvage names every damaged evaluation, and both leave the content of evaluations unchanged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import click
 from ..database import Database
 from ..model import counted
 from ..stores.copying import salvage as salvage_all
-from .format import line, print_json, shown
+from .format import escaped, line, print_json
 from .params import DB, as_json, database, database_name
 
 __all__ = ["compact", "salvage"]
@@ -20,16 +20,16 @@ __all__ = ["compact", "salvage"]
 @database
 @as_json
 def compact(db: str, as_json: bool) -> None:
-    """Give back the room of what was dropped, and forget workers that left and that no attempt names.
+    """Return the disk space of dropped evaluations to the system, and delete ended workers without attempts.
 
-    Refused while workers are at work, who would have to wait for long.
+    Fails while workers are alive, because they would wait for a long time.
     """
     with Database(db) as opened:
         done = opened.compact()
     if as_json:
         print_json(done._asdict())
     else:
-        line(f"{done.before:,} bytes before, {done.after:,} now; {counted(done.workers, 'worker')} forgotten")
+        line(f"{done.before:,} bytes before, {done.after:,} now; {counted(done.workers, 'worker')} deleted")
 
 
 @click.command()
@@ -37,10 +37,10 @@ def compact(db: str, as_json: bool) -> None:
 @click.argument("target", type=DB, metavar="NEW")
 @as_json
 def salvage(db: str, target: str, as_json: bool) -> int:
-    """Copy what is sound in the damaged file DB to NEW, which must be new or empty, and name what is lost.
+    """Copy all intact data of the damaged file DB to NEW, which must be new or empty, and name the damaged evaluations.
 
-    An evaluation whose result is lost is pending in NEW; one whose args are lost is brought back by its eval space. Exits
-    with 1 if something is lost.
+    An evaluation with a damaged result is pending in NEW. An evaluation with damaged args is missing in NEW; the next run with
+    its eval space adds it again. Exits with 1 if an evaluation is damaged.
     """
     done = salvage_all(db, target)
     if as_json:
@@ -48,9 +48,9 @@ def salvage(db: str, target: str, as_json: bool) -> int:
         print_json({**done.copied._asdict(), "lost": lost, "lost_count": done.lost_count})
     else:
         for error in done.lost:
-            line("lost ", shown(f"{error.name!r}: {error.what}"))
+            line("lost ", escaped(f"{error.name!r}: {error.what}"))
         if done.lost_count > len(done.lost):
             line(f"and {done.lost_count - len(done.lost)} more")
         saved = f"{counted(done.copied.evaluations)} and {counted(done.copied.attempts, 'attempt')}"
-        line(f"{saved} saved to {shown(database_name(target))}, {done.lost_count} lost or damaged")
+        line(f"{saved} saved to {escaped(database_name(target))}, {done.lost_count} lost or damaged")
     return 1 if done.lost_count else 0

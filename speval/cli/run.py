@@ -1,7 +1,6 @@
-"""The subcommand that evaluates: run.
+"""The subcommand run: a call of ``speval()`` from the command line.
 
-Owns how a call of ``speval()`` is written on a command line. Invariant: its options are those of the call, with the same
-defaults.
+Owns its arguments and options. Invariant: the options are those of the call, with the same defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ __all__ = ["run"]
 
 
 class _Failures(click.ParamType):  # type: ignore[type-arg]
-    """A number of failures, or a share of them."""
+    """A number of failures, or a fraction of the eval space."""
 
-    name = "count or share"
+    name = "count or fraction"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         try:
@@ -33,44 +32,51 @@ class _Failures(click.ParamType):  # type: ignore[type-arg]
                 return float(str(value)[:-1]) / 100
             return int(value) if str(value).isdecimal() else float(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a count (10) nor a share (0.1 or 10%)", param, ctx)
+            self.fail(f"{value!r} is neither a count (10) nor a fraction (0.1 or 10%)", param, ctx)
 
 
 class _ExceptionType(click.ParamType):  # type: ignore[type-arg]
-    """The type of an exception: a name of Python's own, or module:Name."""
+    """An exception type: the name of a builtin one, or module:Name."""
 
     name = "type"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> type[Exception]:
         found = load_object(value, "exception type") if ":" in value else getattr(builtins, value, None)
         if not isinstance(found, type) or not issubclass(found, Exception):
-            self.fail(f"{value!r} is no exception; write ConnectionError or module:Name", param, ctx)
+            self.fail(f"{value!r} does not name an exception type; write ConnectionError or module:Name", param, ctx)
         return found
 
 
 @click.command()
 @click.argument("func", metavar="FUNC")
 @database
-@click.option("--space", "source", metavar="SPACE", required=True, help="What to evaluate it over, see above.")
-@click.option("--name", "name_key", metavar="KEY", help="Name evaluations by this one of their args.")
-@click.option("--timeout", "-t", type=float, metavar="SECONDS", help="How long one attempt may run. [default: no limit]")
+@click.option("--space", "source", metavar="SPACE", required=True, help="The eval space, see above.")
+@click.option("--name", "name_key", metavar="KEY", help="Use this key of the args as the name of an evaluation.")
+@click.option("--timeout", "-t", type=float, metavar="SECONDS", help="The time limit of one attempt. [default: no limit]")
 @click.option("--concurrency", "-j", type=int, default=1, show_default=True, metavar="N", help="Evaluations to run at once.")
 @click.option("--executor", type=click.Choice(["auto", "coroutine", "thread", "process"]), default="auto", show_default=True)
-@click.option("--max-attempts", type=int, default=3, show_default=True, metavar="N", help="Attempts an evaluation gets.")
-@click.option("--retry-on", type=_ExceptionType(), multiple=True, metavar="TYPE", help="An exception to try again after.")
-@click.option("--backoff", type=float, default=1.0, show_default=True, metavar="SECONDS", help="Before the second attempt.")
-@click.option("--lease", type=float, default=30.0, show_default=True, metavar="SECONDS", help="When a silent copy is dead.")
+@click.option("--max-attempts", type=int, default=3, show_default=True, metavar="N", help="Attempts per evaluation.")
+@click.option("--retry-on", type=_ExceptionType(), multiple=True, metavar="TYPE", help="Try again after this exception.")
+@click.option("--backoff", type=float, default=1.0, show_default=True, metavar="SECONDS", help="Wait before attempt 2.")
+@click.option(
+    "--lease",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Without a renewal for this time a worker is dead.",
+)
 @click.option(
     "--on-changed", type=click.Choice(["error", "keep", "rerun"]), default="error", show_default=True,
-    help="What to do where names are stored with other args.",
+    help="What to do with names that are stored with different args.",
 )  # fmt: skip
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait for what other copies run.")
-@click.option("--max-failures", type=_Failures(), metavar="N", help="Stop at so many failures, or this share (10%).")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Wait for evaluations that other workers run.")
+@click.option("--max-failures", type=_Failures(), metavar="N", help="Stop after N failures, or at a fraction (10%).")
 @click.option(
     "--durability", type=click.Choice(["process", "power"]), default="process", show_default=True,
-    help="What a recorded answer survives.",
+    help="What a recorded result survives: a killed process, or a power failure.",
 )  # fmt: skip
-@click.option("--progress/--no-progress", default=None, help="Show a progress bar. [default: in a terminal]")
+@click.option("--progress/--no-progress", default=None, help="Show a progress bar. [default: on a terminal]")
 @as_json
 def run(
     func: str,
@@ -92,18 +98,18 @@ def run(
     progress: bool | None,
     as_json: bool,
 ) -> int:
-    """Evaluate FUNC over an eval space, as speval() does; started again, it goes on where it was.
+    """Evaluate FUNC over an eval space, as speval() does. Run the command again to continue.
 
-    FUNC is module:function or file.py:function, plain or async, of one argument.
+    FUNC is module:function or file.py:function: a plain or async function of one argument.
 
-    SPACE is a file of JSON lines (.jsonl, the args of one evaluation a line), a table (.csv, a column for each argument), a
-    grid ("grid:lr=0.1,0.01;depth=2,4"), or module:name of a space or of a function that returns one.
+    SPACE is a file of JSON lines (.jsonl, each line the args of one evaluation), a table (.csv, a column for each argument), a
+    grid ("grid:lr=0.1,0.01;depth=2,4"), or module:name of an eval space or of a function that returns one.
 
     Exits with 1 when an evaluation failed or is unfinished.
     """
     function = load_object(func, "function")
     if not callable(function):
-        raise click.ClickException(f"{func} is no function")
+        raise click.ClickException(f"{func} is not a function")
     show_warnings()
     summary = speval(
         function,

@@ -1,6 +1,6 @@
-"""The subcommands that change something: retry, pause, resume, set, unset, drop, copy.
+"""The subcommands that change a database: retry, pause, resume, set, unset, drop, copy.
 
-Owns what they ask and answer. Invariant: they go through the database alone; no worker is spoken to.
+Owns what they ask and print. Invariant: they only use the database and never contact a worker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..database import Database
 from ..model import MOST_CONCURRENCY, Cause, Status, counted
 from ..stores.copying import copy as copy_all
 from ..sync import retry as put_back
-from .format import line, print_json, shown
+from .format import escaped, line, print_json
 from .params import DB, as_json, cause, database, database_name, filters, named, names_of, pattern
 
 __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
@@ -24,13 +24,13 @@ __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 @named(many=True)
 @click.option(
     "--status", "-s", type=click.Choice(["failed", "completed"]), default="failed", show_default=True,
-    help="Put back those of this status; others stay as they are.",
+    help="Only evaluations with this status; others stay unchanged.",
 )  # fmt: skip
 @cause
 @pattern
 @as_json
 def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, pattern: str | None, as_json: bool) -> None:
-    """Put evaluations back to pending with a fresh budget of attempts: all failed ones, or those named."""
+    """Make evaluations pending again with a new attempt budget: all failed ones, or those named."""
     chosen: list[str] | None = list(names) or None
     if cause is not None or pattern is not None:
         chosen = names_of(db, names, status=status, cause=cause, pattern=pattern)
@@ -38,13 +38,13 @@ def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, 
     if as_json:
         print_json({"retried": count})
     else:
-        line(f"{counted(count)} put back")
+        line(f"{counted(count)} pending again")
 
 
 @click.command()
 @database
 def pause(db: str) -> None:
-    """Let all workers claim nothing more; what runs goes on, and they wait for `speval resume`."""
+    """Stop all workers from claiming evaluations. Running evaluations continue; the workers wait for `speval resume`."""
     with Database(db) as opened:
         opened.pause()
         seen = opened.status(failures=0, runs=0)
@@ -54,7 +54,7 @@ def pause(db: str) -> None:
 @click.command()
 @database
 def resume(db: str) -> None:
-    """Let the workers go on after `speval pause`."""
+    """Let workers claim evaluations again after `speval pause`."""
     with Database(db) as opened:
         opened.resume()
         seen = opened.status(failures=0, runs=0)
@@ -69,7 +69,7 @@ _SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
 @_SETTING
 @click.argument("value", type=click.IntRange(1, MOST_CONCURRENCY), metavar="N")
 def set_(db: str, setting: str, value: int) -> None:
-    """Have each worker run N evaluations at once, whatever its call was given, now and later."""
+    """Set the number of evaluations that each worker runs at once. It overrides the argument of the call, now and later."""
     with Database(db) as opened:
         opened.set(concurrency=value)
     line(f"{setting} set to {value} for every worker")
@@ -79,10 +79,10 @@ def set_(db: str, setting: str, value: int) -> None:
 @database
 @_SETTING
 def unset(db: str, setting: str) -> None:
-    """Have each worker run as many evaluations at once as its call was given."""
+    """Remove the setting: each worker runs as many evaluations at once as its call says."""
     with Database(db) as opened:
         opened.unset("concurrency")
-    line(f"{setting} as each call was given it")
+    line(f"{setting} not set; each worker uses the value of its call")
 
 
 @click.command()
@@ -100,19 +100,19 @@ def drop(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Forget evaluations with all their attempts and results, for good; what is in progress is not dropped.
+    """Delete evaluations with all attempts and results. Evaluations in progress can't be dropped.
 
-    A space that still has them brings them back as new ones.
+    A later run whose eval space still has them adds them as new evaluations.
     """
     is_whole_status = status is not None and not names and cause is None and pattern is None
     if not names and status is None and cause is None and pattern is None:
-        raise click.UsageError("name what to drop, or choose with --status, --cause or --match")
+        raise click.UsageError("name the evaluations to drop, or select them with --status, --cause or --match")
     chosen = [] if is_whole_status else names_of(db, names, status=status, cause=cause, pattern=pattern)
     count = _count(db, status) if status is not None and is_whole_status else len(chosen)
     if count and not yes:
         if not sys.stdin.isatty():
-            raise click.ClickException(f"this drops {counted(count)} with what is recorded of them; say --yes to do so")
-        click.confirm(f"Drop {counted(count)} with all that is recorded of them?", abort=True, err=True)
+            raise click.ClickException(f"this deletes {counted(count)} with all attempts and results; pass --yes to confirm")
+        click.confirm(f"Delete {counted(count)} with all attempts and results?", abort=True, err=True)
     with Database(db) as opened:
         dropped = opened.drop(status=status) if is_whole_status else opened.drop(chosen)
     if as_json:
@@ -126,17 +126,16 @@ def drop(
 @click.argument("target", type=DB, metavar="TARGET")
 @as_json
 def copy(db: str, target: str, as_json: bool) -> None:
-    """Copy all that is in DB to TARGET, which must be new or empty: from a file to a server, or back.
+    """Copy the whole database DB to TARGET, which must be new or empty: from a file to a server, or back.
 
-    Workers may go on with DB meanwhile. What they hold is pending in the copy.
+    Workers may continue to use DB meanwhile. Evaluations in progress are pending in TARGET.
     """
     copied = copy_all(db, target)
     if as_json:
         print_json(copied._asdict())
     else:
-        line(
-            f"{counted(copied.evaluations)} and {counted(copied.attempts, 'attempt')} copied to {shown(database_name(target))}"
-        )
+        what = f"{counted(copied.evaluations)} and {counted(copied.attempts, 'attempt')}"
+        line(f"{what} copied to {escaped(database_name(target))}")
 
 
 def _count(db: str, status: Status) -> int:

@@ -1,7 +1,7 @@
-"""The subcommand that watches: a live picture of what all workers do.
+"""The subcommand watch: a live picture of all workers.
 
-Owns the picture and how often it is drawn. Invariant: it takes a small share of the time for looking, however large the
-database, and ends by itself when everything has ended.
+Owns the picture and how often it is drawn. Invariant: reading takes at most 2 % of the time, for a database of any size, and
+the command exits when every evaluation has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from ..database import Database
 from ..escape import span
 from ..model import Failure, Overview, WorkerView
-from .format import STYLES, console, failure, instant, line, print_json, shown, text
+from .format import STYLES, console, escaped, failure, instant, line, print_json, text
 from .look import counts_text, eta, progress_text
 from .params import as_json, database, database_name
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 __all__ = ["picture", "watch"]
 
-_SHARE = 0.02  # of the time may go into looking
+_SHARE = 0.02  # the fraction of the time spent reading the database
 _FAILURES = 5
-_HIGHEST = 200  # lines of what stays in the terminal
-_RUNS = 20  # names of a worker, as far as they fit
+_HIGHEST = 200  # lines of the last picture, which stays in the terminal
+_RUNS = 20  # the maximum number of running evaluations to name per worker
 
 
 @click.command()
 @database
 @click.option(
-    "--interval", "-i", type=click.FloatRange(min=0.05), default=0.5, show_default=True, help="Seconds between looks."
+    "--interval", "-i", type=click.FloatRange(min=0.05), default=0.5, show_default=True, help="Seconds between updates."
 )
-@click.option("--keep", is_flag=True, help="Go on when everything has ended, until Ctrl-C.")
+@click.option("--keep", is_flag=True, help="Continue until Ctrl-C, also when every evaluation has ended.")
 @as_json
 def watch(db: str, interval: float, keep: bool, as_json: bool) -> int:
-    """Watch the workers live: done, failed, rate, time left, who runs what, the last failures.
+    """Watch all workers live: progress, failures, rate, time left, and what each worker runs.
 
-    Ends when every evaluation has ended. Works from any terminal over the database alone. In a pipe it prints a line whenever
-    something has changed.
+    Exits when every evaluation has ended. It only reads the database, so it works from any terminal. In a pipe it prints a
+    line after each change.
     """
     with Database(db) as opened:
         if as_json:
@@ -60,7 +60,7 @@ def _is_over(seen: Overview, keep: bool) -> bool:
 
 
 class _Looks:
-    """Looks at intervals, which grow where a look takes long."""
+    """Reads the overview at intervals, which grow when reading is slow."""
 
     def __init__(self, opened: Database, interval: float) -> None:
         self._database = opened
@@ -111,7 +111,7 @@ def _follow_live(db: str, opened: Database, interval: float, keep: bool) -> Over
     looks = _Looks(opened, interval)
     seen = looks.look()
     try:
-        # On a screen of its own, so that a window may change its size; what was seen last stays in the terminal.
+        # Use the alternate screen, so that the window can change its size; the last picture stays in the terminal.
         with Live(picture(db, seen, out.width, out.height), console=out, screen=True, auto_refresh=False) as live:
             while not _is_over(seen, keep):
                 looks.pause()
@@ -123,14 +123,14 @@ def _follow_live(db: str, opened: Database, interval: float, keep: bool) -> Over
 
 
 def picture(db: str, seen: Overview, width: int, height: int) -> Group:
-    """Return the picture of a moment, as large as there is room for."""
+    """Return the picture of one overview, at most ``width`` by ``height``."""
     from rich.console import Group
 
     counts = text(" ", *counts_text(seen))
     if counts.cell_len > width:
         counts = text(" ", *counts_text(seen, with_causes=False))
     lines = [_title(db, seen, width), _bar(seen, width), counts, text(" ", *progress_text(seen))]
-    # The workers have two thirds of the room, if they want it.
+    # Workers get up to two thirds of the lines.
     failures = _failures(seen.failures[: max(1, height // 3 - len(lines) + 1)], seen.at)
     room = height - 1 - len(lines) - (len(failures) + 1 if failures else 0)
     lines += _workers(seen, width, max(3, room))
@@ -141,19 +141,19 @@ def picture(db: str, seen: Overview, width: int, height: int) -> Group:
 
 def _title(db: str, seen: Overview, width: int) -> Text:
     clock = instant(seen.at)[-8:]
-    title = text(" ", (shown(db), "bold"))
+    title = text(" ", (escaped(db), "bold"))
     title.truncate(max(1, width - len(clock) - 2), overflow="ellipsis")
     title.pad_right(width - title.cell_len - len(clock) - 1)
     return text().append_text(title).append(clock, "dim")
 
 
 def _bar(seen: Overview, width: int) -> Text:
-    """Return a bar of what is completed, failed and in progress."""
+    """Return the bar: completed, failed, in progress."""
     share = f"{_percent(seen)} %"
     room = max(4, width - 3 - 6)
     total = max(1, seen.total)
     ends = [round(room * part / total) for part in _running_sums(seen.completed, seen.failed, seen.in_progress)]
-    # What is there at all is seen, however little it is.
+    # A status with at least one evaluation gets at least one character.
     failed = max(ends[1] - ends[0], 1 if seen.failed else 0)
     held = max(ends[2] - ends[1], 1 if seen.in_progress else 0)
     done = max(0, min(ends[0], room - failed - held))
@@ -165,7 +165,7 @@ def _bar(seen: Overview, width: int) -> Text:
 
 
 def _percent(seen: Overview) -> int:
-    """Return how much has ended, 100 only when that is everything."""
+    """Return the percentage that has ended, rounded down: 100 means everything."""
     return (seen.completed + seen.failed) * 100 // seen.total if seen.total else 0
 
 
@@ -181,7 +181,7 @@ def _workers(seen: Overview, width: int, room: int) -> list[Text]:
         return []
     label = max(len(_label(worker)) for worker in seen.workers)
     lines = [text(), text((f" {'worker':{label}}  {'state':6}  {'for':>9}  runs", "bold"))]
-    # Those that are dead or do something first, if there is no room for all.
+    # If not all workers fit, show dead ones and busy ones first.
     shown_first = sorted(seen.workers, key=lambda w: (w.state == "alive", not w.running, w.started_at))
     fits = shown_first[: room - 2] if len(seen.workers) <= room - 2 else shown_first[: max(1, room - 3)]
     lines += [_worker(worker, seen.at, label, width) for worker in sorted(fits, key=lambda w: (w.started_at, w.worker))]
@@ -191,7 +191,7 @@ def _workers(seen: Overview, width: int, room: int) -> list[Text]:
 
 
 def _label(worker: WorkerView) -> str:
-    return shown(f"{worker.host}:{worker.pid}")
+    return escaped(f"{worker.host}:{worker.pid}")
 
 
 def _worker(worker: WorkerView, at: float, label: int, width: int) -> Text:
@@ -202,7 +202,7 @@ def _worker(worker: WorkerView, at: float, label: int, width: int) -> Text:
         return row.append(waits if not worker.ahead else f"{worker.ahead} claimed ahead", "dim")
     left = width - row.cell_len
     for i, run in enumerate(worker.runs):
-        part = text((shown(run.name), STYLES["in_progress"]), (f" {span(max(0.0, at - run.since))}", "dim"))
+        part = text((escaped(run.name), STYLES["in_progress"]), (f" {span(max(0.0, at - run.since))}", "dim"))
         more = worker.running - i - 1
         reserved = len(f"  and {more} more") if more else 0
         if i and part.cell_len + 2 + reserved > left:
@@ -222,9 +222,9 @@ def _failures(failures: tuple[Failure, ...], at: float) -> list[Text]:
     if not failures:
         return []
     lines = [text((" last failures", "bold"))]
-    name = min(24, max(len(shown(f.name)) for f in failures))
+    name = min(24, max(len(escaped(f.name)) for f in failures))
     for last in failures:
-        label = text((shown(last.name), STYLES["failed"]))
+        label = text((escaped(last.name), STYLES["failed"]))
         label.truncate(name, overflow="ellipsis", pad=True)
         ago = span(max(0.0, at - last.ended_at))
         told = failure(last.cause, last.type, last.message)

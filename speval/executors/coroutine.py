@@ -127,12 +127,16 @@ class _CoroutineSlot(Slot):
             self._work.ended(self._claim, task.result())
             self._is_told = True
             claim = self._next()
-            if claim is None:
-                self._wake()
-            else:
-                self._begin(claim)
-        except BaseException as error:  # comes out where somebody waits
+            if claim is not None or not self._work.park(self._go_on):
+                self._go_on(claim)
+        except BaseException as error:  # raised where the slot waits
             self._waiter.set_exception(error)
+
+    def _go_on(self, claim: Claim | None) -> None:
+        if claim is None:
+            self._wake()
+        else:
+            self._begin(claim)
 
     def _set_alarm(self, alarm: asyncio.TimerHandle | None) -> None:
         if self._alarm is not None:

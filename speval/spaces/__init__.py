@@ -1,1 +1,1 @@
-"""Eval spaces: encoded at once, or read from an iterator during the run."""
+"""Eval spaces: eager ones, encoded before the run, and lazy ones, read from an iterator during the run."""

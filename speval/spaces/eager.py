@@ -1,8 +1,7 @@
-"""The eval space, encoded once and spooled.
+"""An eager eval space: read and encoded before the run.
 
-Owns the way from whatever the user hands in to rows of (name, args as JSON text). Invariant: the space is read exactly
-once, in order, before a database is touched, and never stands in memory as a whole: a space that can't be encoded
-leaves no trace.
+Owns the conversion of the user's space to rows of (name, args as JSON text). Invariant: the space is read exactly once, in
+order, before the database is opened, and is never in memory as a whole. A space that can't be encoded leaves no trace.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from ..model import EvalSpace
 
 __all__ = ["Key", "Space", "checked_name", "name_to_key"]
 
-# How names are stored: a decimal number as an integer, since those of a list space then arrive in the index's own order.
+# The stored form of a name: a decimal number is an integer, so the names of a list space are inserted in index order.
 Key = int | str
 
 _SPOOL_IN_MEMORY = 8 * 2**20  # bytes; a larger space goes to a temporary file
-_STEP = 1000  # evaluations encoded between two chances for others to run
+_STEP = 1000  # evaluations encoded before other tasks may run
 
 
 def name_to_key(name: str) -> Key:
@@ -52,21 +51,21 @@ class Space:
         return f"<Space of {self.count}>"
 
     def fill(self, eval_space: EvalSpace) -> Iterator[None]:
-        """Encode the eval space, handing control back after every thousand evaluations.
+        """Encode the eval space, yielding after every thousand evaluations.
 
         Raises:
-            OptionError: it is neither a mapping nor an iterable.
-            SpaceError: a key is no name, or two keys are the same name.
+            OptionError: the space is neither a mapping nor an iterable.
+            SpaceError: a key is not a valid name, or two keys are the same name.
             UnserializableError: some args can't be written as JSON.
         """
         named = _named(eval_space)
         hashed = hashlib.blake2b(digest_size=16)
         lines: list[str] = []
         for key, args in named:
-            # A name stands in front of its args, so numbers need no quotes and text ends where JSON says.
-            shown = key if type(key) is int else json.dumps(key)
+            # A line is name, tab, args: a number needs no quotes, and JSON has no raw tabs.
+            name = key if type(key) is int else json.dumps(key)
             what = f"the args of evaluation {str(key)!r}"
-            lines.append(f"{shown}\t{encode(args, what)}\n")
+            lines.append(f"{name}\t{encode(args, what)}\n")
             if len(lines) == _STEP:
                 self._write(hashed, lines)
                 yield
@@ -82,14 +81,14 @@ class Space:
         lines.clear()
 
     def rows(self) -> Iterator[tuple[Key, str]]:
-        """Yield (key, args as JSON text) in the order of the space; any number of times."""
+        """Yield (key, args as JSON text) in the order of the space; may be called repeatedly."""
         self._spool.seek(0)
         for line in self._spool:
             name, _, args = line.decode().rstrip("\n").partition("\t")
             yield (json.loads(name) if name[0] == '"' else int(name)), args
 
     def close(self) -> None:
-        """Give back the spool's memory or file."""
+        """Release the memory or the temporary file of the spool."""
         self._spool.close()
 
 
@@ -97,16 +96,16 @@ def _named(eval_space: EvalSpace) -> Iterator[tuple[Key, Any]]:
     if isinstance(eval_space, Mapping):
         return _from_mapping(eval_space)
     if isinstance(eval_space, str | bytes | bytearray):
-        raise OptionError("eval_space", repr(eval_space)[:40], "text is one value; pass a list of args, or a dict of them")
+        raise OptionError("eval_space", repr(eval_space)[:40], "text is a single value; pass a list or a dict of args")
     try:
         return enumerate(iter(eval_space))  # type: ignore[arg-type]
     except TypeError:
-        expected = "pass a list, a dict, any other mapping or iterable of args, an async iterator or a generator function"
+        expected = "pass a list, a dict, another mapping or iterable of args, an async iterator or a generator function"
         raise OptionError("eval_space", repr(eval_space)[:60], expected) from None
 
 
 def _from_mapping(eval_space: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
-    # Only a dict with nothing but text for keys can't hold one name twice.
+    # Only a dict whose keys are all strings can't contain a name twice.
     seen: set[Key] | None = None
     if type(eval_space) is not dict or not all(type(key) is str for key in eval_space):
         seen = set()
@@ -114,24 +113,24 @@ def _from_mapping(eval_space: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
         key = checked_name(name)
         if seen is not None:
             if key in seen:
-                raise SpaceError(repr(str(key)), "two evaluations have this name; names are compared as strings")
+                raise SpaceError(repr(str(key)), "two evaluations have this name (names are compared as strings)")
             seen.add(key)
         yield key, args
 
 
 def checked_name(name: Any) -> Key:
-    """Return the stored form of what a user gave as a name.
+    """Return the stored form of a user's name.
 
     Raises:
-        SpaceError: it is none.
+        SpaceError: it is not a valid name.
     """
     if isinstance(name, str):
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise SpaceError(ascii(name), "the name has a lone surrogate, which can't be stored") from None
-        return name_to_key(str.__str__(name))  # what it holds: an enum calls itself otherwise
+            raise SpaceError(ascii(name), "the name contains a lone surrogate, which can't be stored") from None
+        return name_to_key(str.__str__(name))  # the value itself: str() of an enum member is something else
     if not isinstance(name, bool):
-        with suppress(TypeError, ValueError):  # no whole number, or one of more digits than Python writes
+        with suppress(TypeError, ValueError):  # not a whole number, or one with more digits than Python converts
             return name_to_key(str(operator.index(name)))
-    raise SpaceError(repr(name), f"a name is a string, this is a {type(name).__name__}; use str(...) of it as the key")
+    raise SpaceError(repr(name), f"a name must be a string, not {type(name).__name__}; convert the key with str(...)")

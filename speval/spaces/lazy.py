@@ -1,8 +1,8 @@
-"""An eval space that does not exist yet: evaluations are drawn from it while the run goes on.
+"""A lazy eval space, read from an iterator during the run.
 
-Owns the way from an async iterator, or from a function that looks at what has ended so far, to rows of (name, args as JSON
-text). Invariant: whoever draws decides when it is asked for more; and what a plain generator does, it does in a thread of
-its own, so it may take its time.
+Owns the conversion of an async iterator, or of a function that reads the ended evaluations (an adaptive space), to rows of
+(name, args as JSON text). Invariant: the space is only advanced when the caller polls it; a plain generator runs in a separate
+thread, so it may block.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ __all__ = ["Ended", "Source", "is_source"]
 
 T = TypeVar("T")
 
-Ended = Callable[[], Awaitable[list[Evaluation]]]  # what has ended since it was last called
+Ended = Callable[[], Awaitable[list[Evaluation]]]  # returns the evaluations that ended since the last call
 
 _OVER = object()
 
 
 def is_source(eval_space: EvalSpace) -> bool:
-    """Tell whether an eval space is to be drawn from bit by bit."""
+    """Tell whether an eval space is lazy."""
     if isinstance(eval_space, Mapping) or hasattr(type(eval_space), "__iter__"):
         return False
     return isinstance(eval_space, AsyncIterable) or callable(eval_space)
 
 
 class Source:
-    """Draws evaluations from an async iterator of args, or from what a function yields.
+    """Reads evaluations from an async iterator of args, or from an adaptive space.
 
     Args:
-        eval_space: An async iterable of args, named by their positions; or a function, see ``aio.speval``.
+        eval_space: An async iterable of args, named by their positions; or a function, see ``speval``.
 
     Attributes:
-        count: None, since nobody knows how many there will be.
-        looks_back: It looks at what has ended, so it should be asked as late as can be: by then, more has.
+        count: None: the size is unknown.
+        looks_back: Whether the space is adaptive. Adaptive spaces are polled one item at a time, as late as possible, so
+            that more evaluations have ended by then.
     """
 
     count: None = None
@@ -57,23 +58,23 @@ class Source:
         return f"<Source {self._eval_space!r}>"
 
     async def rows(self, ended: Ended) -> AsyncGenerator[tuple[Key, str] | None, None]:
-        """Yield (name, args as JSON text) of each evaluation, and None where there is none for the time being.
+        """Yield (name, args as JSON text) of each evaluation, or None when there is nothing to evaluate at the moment.
 
         Args:
-            ended: For a function that wants to know.
+            ended: Passed to the function of an adaptive space.
 
         Raises:
-            OptionError: the function returns nothing that can be iterated over.
-            SpaceError: what comes is no pair of a name and args.
+            OptionError: the function does not return an iterator.
+            SpaceError: an item is not a pair of a name and args.
             UnserializableError: some args can't be written as JSON.
-            Exception: whatever the iterator raises.
+            Exception: an exception that the iterator raised.
         """
         async with aclosing(_items(self._eval_space, ended)) as items:
             async for item in items:
                 yield None if item is None else _row(item)
 
     def close(self) -> None:
-        """Do nothing: what there is to give back is given back when ``rows`` is closed."""
+        """Do nothing: closing ``rows`` releases everything."""
 
 
 def _items(eval_space: AsyncIterable[Any] | Callable[..., Any], ended: Ended) -> AsyncGenerator[Any, None]:
@@ -93,11 +94,11 @@ async def _numbered(args: AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
             position += 1
     finally:
         if isinstance(args, AsyncGenerator):
-            await args.aclose()  # a loop that is left does not do that, and it may hold a connection
+            await args.aclose()  # leaving the loop does not close it, and it may hold a connection
 
 
 async def _in_thread(function: Callable[..., Any], ended: Ended) -> AsyncGenerator[Any, None]:
-    """Iterate in a thread over what the function returns."""
+    """Iterate over the items of the function in a separate thread."""
     loop = asyncio.get_running_loop()
 
     async def fetched() -> list[Evaluation]:
@@ -106,7 +107,7 @@ async def _in_thread(function: Callable[..., Any], ended: Ended) -> AsyncGenerat
     def started() -> Iterator[Any]:
         items = function(lambda: asyncio.run_coroutine_threadsafe(fetched(), loop).result())
         if not hasattr(type(items), "__iter__"):
-            expected = "a function that is to serve as an eval space has to be a generator, or to return an iterator"
+            expected = "a function used as an eval space must be a generator function or return an iterator"
             raise OptionError("eval_space", repr(function)[:60], expected)
         return iter(items)
 
@@ -120,7 +121,7 @@ async def _in_thread(function: Callable[..., Any], ended: Ended) -> AsyncGenerat
 
 
 def _contained(function: Callable[..., T], *args: Any) -> T:
-    """Call the function; what would end the program where it comes out is an error like any other."""
+    """Call the function; turn SystemExit and the like into a RuntimeError, which does not end the program."""
     try:
         return function(*args)
     except Exception:
@@ -131,7 +132,7 @@ def _contained(function: Callable[..., T], *args: Any) -> T:
 
 def _row(item: Any) -> tuple[Key, str]:
     if not isinstance(item, tuple) or len(item) != 2:
-        raise SpaceError(repr(item)[:60], "a function that serves as an eval space yields pairs of a name and args, or None")
+        raise SpaceError(repr(item)[:60], "a function used as an eval space must yield pairs of a name and args, or None")
     name, args = item
     key = checked_name(name)
     return key, encode(args, f"the args of evaluation {str(key)!r}")

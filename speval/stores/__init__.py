@@ -1,7 +1,7 @@
-"""Stores: where evaluations live.
+"""Stores: databases of evaluations.
 
-Owns the contract (``base``) and its implementations, and the choice between them. Invariant: nothing above this package
-knows any SQL, and a store's module is imported only when a database of its kind is used.
+Owns the contract (``base``), its implementations, and the choice between them. Invariant: no module above this package
+contains SQL, and the module of a store is imported only when a database of its kind is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["make_archive", "make_control", "make_salvage", "make_store"]
 def make_store(
     db: Location, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
-    """Return a store for a checked database, not opened yet."""
+    """Return a store for a validated database; it is not open yet."""
     if isinstance(db, PostgresUrl):
         from .postgres.store import PostgresStore
 
@@ -36,16 +36,16 @@ def make_store(
 def make_control(
     db: Location, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
 ) -> Control:
-    """Return what people use a checked database with, opened.
+    """Open a validated database for users: to read it, or to change it.
 
     Args:
-        db: The database, which must be there.
-        mode: ``read`` changes nothing; ``write`` is for what changes something.
-        clock: Where the time comes from.
-        given_up: Set by others to end all waiting, that for the database to open included.
+        db: The database; it must exist.
+        mode: ``read`` changes nothing.
+        clock: The source of the time.
+        given_up: Other threads set it to end all waiting, also the waiting to open the database.
 
     Raises:
-        DatabaseError: it is not there, or can't be used.
+        DatabaseError: the database does not exist, or can't be used.
     """
     if isinstance(db, PostgresUrl):
         from .postgres.control import PostgresControl
@@ -57,10 +57,10 @@ def make_control(
 
 
 def make_salvage(path: Path) -> Archive:
-    """Return what a damaged file is read with, as far as it can be.
+    """Return an archive that reads the intact rows of a damaged file.
 
     Raises:
-        DatabaseError: nothing of it can be read.
+        DatabaseError: the file can't be read at all.
     """
     from .sqlite.salvage import SqliteSalvage
 
@@ -68,10 +68,10 @@ def make_salvage(path: Path) -> Archive:
 
 
 def make_archive(db: Location, mode: StoreMode) -> Archive:
-    """Return what a checked database is read or filled as a whole with, opened.
+    """Open a validated database, to read or to fill it as a whole.
 
     Raises:
-        DatabaseError: it is not there and was to be read, or can't be used.
+        DatabaseError: the database can't be used, or does not exist and the mode is not "create".
     """
     if isinstance(db, PostgresUrl):
         from .postgres.archive import PostgresArchive

@@ -1,7 +1,6 @@
-"""A whole database as a stream, on its way from one store to another.
+"""A whole database as a stream, for copying.
 
-Owns the contract of copying. Invariant: what is read is one moment of the source, and what is written is there as a whole or
-not at all.
+Owns the contract of copying. Invariant: reading yields a snapshot of the source, and writing is all or nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ R = TypeVar("R", bound="tuple[object, ...]")
 
 
 class StoredEvaluation(NamedTuple):
-    """An evaluation and how it stands; its status is ``pending``, ``completed`` or ``failed``, as nobody holds it in a copy."""
+    """An evaluation with its status: ``pending``, ``completed`` or ``failed``; a copied database has no claims."""
 
     id: int
     name: str
@@ -56,7 +55,7 @@ class StoredAttempt(NamedTuple):
 
 
 class StoredWorker(NamedTuple):
-    """A worker, as whoever made an attempt; in a copy it has left."""
+    """A worker that made an attempt; in the copied database it has left."""
 
     id: int
     host: str
@@ -70,7 +69,7 @@ class StoredWorker(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much was copied."""
+    """The number of copied evaluations and attempts."""
 
     evaluations: int
     attempts: int
@@ -78,11 +77,11 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """All that is in a database; each of the iterators is read once, to its end, in this order.
+    """The content of a database; each iterator is read once, to its end, in this order.
 
     Attributes:
-        settings: What is set for all workers.
-        workers: In no order.
+        settings: The settings for all workers.
+        workers: In any order.
         attempts: In the order of their numbers.
         evaluations: In the order of their ids.
     """
@@ -94,7 +93,7 @@ class Content:
 
 
 def pieces(rows: Iterable[R]) -> Iterator[list[R]]:
-    """Yield rows in lists that are bounded in number and in the text that they hold."""
+    """Yield rows in lists; the number of rows and the size of their text are bounded."""
     piece: list[R] = []
     size = 0
     for row in rows:
@@ -108,25 +107,25 @@ def pieces(rows: Iterable[R]) -> Iterator[list[R]]:
 
 
 class Archive(ABC):
-    """A database that is read or filled as a whole: blocking, opened when it is made.
+    """A database that is read or filled as a whole. Methods block; the constructor opens it.
 
     Attributes:
-        damaged: What was found not to be as it was written, and left out of what is read; an evaluation of which only the
-            result is damaged is pending there. Closing the archive warns of it.
+        damaged: Damaged evaluations, which reading skips; if only the result is damaged, the evaluation is read as pending.
+            Closing the archive logs a warning about them.
     """
 
     damaged: Damaged
 
     @abstractmethod
     def read(self, work: Callable[[Content], T]) -> T:
-        """Run ``work`` with all that is in the database at one moment, and return what it returns."""
+        """Call ``work`` with a snapshot of the database, and return its result."""
 
     @abstractmethod
     def fill(self, content: Content) -> Counts:
-        """Store everything, in one transaction.
+        """Store the whole content in one transaction.
 
         Raises:
-            DatabaseNotEmptyError: there is something in it already; nothing was changed.
+            DatabaseNotEmptyError: the database already has evaluations; nothing was changed.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
-"""What a store does for a worker, whatever it keeps its evaluations in.
+"""The interface that a worker uses, for every kind of database.
 
-Owns the contract between the engine and its stores; the docstrings here are that contract. Invariant: every write
-about an attempt carries its fencing token, and what a method has returned is durable.
+Owns the contract between the engine and its stores; the docstrings here are that contract. Invariant: every write about an
+attempt carries its fencing token, and a write is durable when the method returns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "TakenIn",
 ]
 
-StoreMode = Literal["create", "write", "read"]  # make it if it is missing; it must be there; change nothing
+StoreMode = Literal["create", "write", "read"]  # create it if it is missing; it must exist; only read
 
 
 class Ended(NamedTuple):
@@ -43,12 +43,12 @@ class Ended(NamedTuple):
 
     claim: Claim
     outcome: Outcome
-    again: bool  # hold it for another attempt instead of failing it
+    again: bool  # another attempt follows: hold the evaluation instead of failing it
 
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
-    """What seeding an eval space found; counts of evaluations."""
+    """The result of seeding an eval space: counts of evaluations."""
 
     new: int
     unchanged: int
@@ -58,17 +58,17 @@ class Seeded:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a worker has to write, and what it wants.
+    """What a worker writes, and how many claims it wants.
 
     Attributes:
         worker: Its id.
-        ended: Attempts to record, whatever the worker id of their claim.
-        released: Claims to give back unused; no attempt is charged.
+        ended: Attempts to record; their claims may belong to an earlier id of this worker.
+        released: Claims to release; no attempt is charged.
         due: Claims whose backoff is over: any worker may claim them now.
-        idle: Claims wanted for slots that are free.
-        ahead: Claims wanted besides, to be started soon. Only evaluations without an earlier attempt are given for it. One that
-            its worker dies with is not charged the first time, and not claimed ahead again: an evaluation that kills its
-            worker can't use up the attempts of others that never started.
+        idle: The number of claims wanted for idle slots.
+        ahead: The number of claims wanted ahead, to start soon. Only evaluations without an earlier attempt are claimed ahead.
+            If the worker dies, such an evaluation is not charged the first time, and is not claimed ahead again: an evaluation
+            that kills its worker can't use up the attempts of others that never started.
         count_failures: Whether to count the failures so far.
     """
 
@@ -87,16 +87,16 @@ _NOTHING_SET = Settings()
 
 @dataclass(slots=True)
 class Recorded:
-    """What one ``record`` did.
+    """The result of one ``record``.
 
     Attributes:
-        refused: The attempts among the ended ones whose token was stale; nothing was written about them.
+        refused: Ended attempts with a stale token; nothing was written about them.
         claims: The new claims, in eval-space order.
-        lost: The worker has been declared dead; it must register anew before it can claim.
-        open: Whether an evaluation of the space is still neither completed nor failed; None when not looked up,
-            which is so as long as there was something to claim.
-        failures: Evaluations of the space that failed since ``seed``, whoever recorded them; None when not asked for.
-        settings: What is set for all workers; while they are paused, there are no claims.
+        lost: The worker has been declared dead; it must register again before it can claim.
+        open: Whether an evaluation of the space is still pending or in progress; None if this was not checked, because there
+            was something to claim.
+        failures: Evaluations of the space that failed since ``seed``, recorded by any worker; None if not requested.
+        settings: The settings for all workers; while paused, there are no claims.
     """
 
     refused: list[Claim] = field(default_factory=list)
@@ -109,12 +109,12 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """What was taken back from dead workers.
+    """What was reclaimed from dead workers.
 
     Attributes:
-        workers: The dead ones, as people read them.
-        pending: Evaluations that are pending again.
-        failed: Names of those that had no attempt left and failed.
+        workers: The display names of the dead workers.
+        pending: The number of evaluations that are pending again.
+        failed: The names of evaluations that had no attempt left and failed.
     """
 
     workers: list[str] = field(default_factory=list)
@@ -124,13 +124,13 @@ class Reclaimed:
 
 @dataclass(slots=True)
 class TakenIn:
-    """What became of results that an earlier run could not record.
+    """What happened to the results from side files.
 
     Attributes:
-        recorded: The attempts recorded now.
-        known: Those that were recorded already.
-        waits: Those that can't be recorded now and may be later, with the reason.
-        refused: Those that never can, with the reason.
+        recorded: Attempts recorded now.
+        known: Attempts that were already recorded.
+        waits: Attempts that can't be recorded now but perhaps later, with the reason.
+        refused: Attempts that can never be recorded, with the reason.
     """
 
     recorded: list[Claim] = field(default_factory=list)
@@ -140,35 +140,35 @@ class TakenIn:
 
 
 class LeaseKeeping(ABC):
-    """The part of a store that one worker's lease thread uses: blocking, with a connection of its own."""
+    """The part of a store for the lease thread of one worker. Methods block; it may have a separate connection."""
 
     @abstractmethod
     def renew(self, worker: int, patience: float) -> bool:
-        """Prove that the worker lives.
+        """Renew the lease of the worker.
 
         Args:
             worker: Its id.
-            patience: Seconds to keep trying while others hold the database.
+            patience: Seconds to retry while other programs lock the database.
 
         Returns:
-            False if the worker has been declared dead; its claims are no longer its own then.
+            False if the worker has been declared dead; its claims are then no longer valid.
         """
 
     @abstractmethod
     def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
-        """Take back what dead workers hold, a bounded number at a time.
+        """Reclaim the evaluations of dead workers, in transactions of bounded size.
 
-        A worker is dead when its process on this machine is gone, or when its beat has stood still for its whole lease
-        as watched by this object on its own monotonic clock.
+        A worker is dead when its process on this machine has ended, or when its lease has expired: its beat has not changed for
+        a whole lease on the monotonic clock of this object, or the server clock says so.
         """
 
     @abstractmethod
     def forget(self) -> None:
-        """Start all watching anew, after a time in which this machine itself stood still."""
+        """Start watching all workers anew, after this machine was suspended."""
 
     @abstractmethod
     def give_up(self) -> None:
-        """Make a call that waits for others fail soon; callable from any thread."""
+        """Make a waiting call fail soon; callable from any thread."""
 
     @abstractmethod
     def close(self) -> None:
@@ -176,12 +176,12 @@ class LeaseKeeping(ABC):
 
 
 class Store(ABC):
-    """Evaluations of one database, used by one worker or reader.
+    """The evaluations of one database, for one worker.
 
-    Every method may be cancelled: what it had begun is then either done or undone, and no lock stays behind.
+    Every method may be cancelled: its transaction is then committed or rolled back, and no lock remains.
 
     Attributes:
-        damaged: What was found not to be as it was written, and left out; closing the store warns of it.
+        damaged: Damaged evaluations, which reading skips; closing the store logs a warning about them.
     """
 
     damaged: Damaged
@@ -189,89 +189,88 @@ class Store(ABC):
     @property
     @abstractmethod
     def shown(self) -> str:
-        """Return the database as messages name it."""
+        """Return the display name of the database, for messages."""
 
     @property
     @abstractmethod
     def beside(self) -> Path:
-        """Return the path that files are named after which belong to the database and lie outside of it."""
+        """Return the path from which the names of side files are made."""
 
     @abstractmethod
     async def open(self) -> None:
-        """Open the database; nothing else may be called before.
+        """Open the database; call this before any other method.
 
         Raises:
-            DatabaseError: it can't be used; it is as it was.
+            DatabaseError: the database can't be used; it was not changed.
         """
 
     @abstractmethod
     async def seed(self, space: Space, on_changed: OnChanged) -> Seeded:
-        """Add what is new in the space; later calls speak of the evaluations of this space only.
+        """Add the new evaluations of the space; later calls are limited to this space.
 
-        Idempotent, also when many do it at once. Nothing is written before the whole space has been compared.
+        Idempotent, also when many workers do it at once. The whole space is compared before the first write.
 
         Raises:
-            ArgsChangedError: evaluations are stored with other args and ``on_changed`` is "error".
+            ArgsChangedError: evaluations are stored with different args, and ``on_changed`` is "error".
         """
 
     @abstractmethod
     async def follow(self) -> None:
-        """Make the space all that is stored, now and later; in place of ``seed`` for a space that is drawn bit by bit."""
+        """Make the space of this store everything that is stored, now and later; replaces ``seed`` for a lazy space."""
 
     @abstractmethod
     async def extend(self, rows: Sequence[tuple[Key, str]], on_changed: OnChanged) -> Seeded:
-        """Add those of a few evaluations whose names are not stored yet, in one transaction.
+        """Add a few evaluations whose names are not stored yet, in one transaction.
 
         Args:
-            rows: Keys and args as JSON text; no key comes twice.
-            on_changed: What to do about names that are stored with other args, as ``seed`` does it.
+            rows: Keys and args as JSON text; keys are unique.
+            on_changed: What to do with names that are stored with different args, as in ``seed``.
 
         Raises:
-            ArgsChangedError: evaluations are stored with other args and ``on_changed`` is "error"; none was added.
+            ArgsChangedError: evaluations are stored with different args, and ``on_changed`` is "error"; nothing was added.
         """
 
     @abstractmethod
     async def register(self, lease: float) -> int:
-        """Enter a worker and return its id; its lease runs from now, for ``lease`` seconds."""
+        """Register a worker and return its id; its lease starts now and lasts ``lease`` seconds."""
 
     @abstractmethod
     def lease_keeping(self) -> LeaseKeeping:
-        """Return what the worker's lease thread needs."""
+        """Return the interface for the lease thread of the worker."""
 
     @abstractmethod
     async def record(self, record: Record) -> Recorded:
-        """Record attempts that ended, give claims back and take new ones, all in one transaction.
+        """Record ended attempts, release claims and claim evaluations, all in one transaction.
 
-        With nothing to write and nothing wanted, it only looks: at the settings, and whether an evaluation is still open.
+        With nothing to write and no claims wanted, it only reads the settings and whether an evaluation is still open.
         """
 
     @abstractmethod
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
-        """Record what an earlier run could not, in one transaction; each attempt once, however often it is handed in.
+        """Record results from side files in one transaction; each attempt is recorded once, also when it is passed again.
 
-        An attempt is recorded when its evaluation, found by its name, has the same args, is not completed, and no living worker
-        holds it under another token. A number that is taken by now is replaced by the next one.
+        An attempt is recorded when its evaluation, found by name, has the same args, is not completed, and is not held by a
+        live worker with another token. An attempt number that is already used is replaced by the next one.
         """
 
     @abstractmethod
     async def leave(self, worker: int) -> None:
-        """Give back all the worker still holds, charging nothing, and end it."""
+        """Release all claims of the worker without charging attempts, and end the worker."""
 
     @abstractmethod
     async def changed(self) -> bool:
-        """Tell whether anybody else has written since the last call; cheap enough to ask many times a second."""
+        """Tell whether another worker may have written since the last call; cheap enough to call many times a second."""
 
     @abstractmethod
     async def ended_since(self, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
-        """Return evaluations of the space that ended after the cursor, in the order they ended.
+        """Return evaluations of the space that ended after the cursor, in the order of their ends.
 
         Args:
-            cursor: 0 for the beginning, else what the last call returned.
-            limit: How many at most.
+            cursor: 0 for the beginning, or the cursor that the last call returned.
+            limit: The maximum number.
 
         Returns:
-            The next cursor and pairs of (id, evaluation). An evaluation that ended, was put back and ended again comes
-            again.
+            The next cursor and pairs of (id, evaluation). An evaluation that ends again after a retry is returned again.
         """
 
     @abstractmethod
@@ -279,14 +278,14 @@ class Store(ABC):
         """Count the evaluations of the space by status, and the failed ones by cause.
 
         Args:
-            at_end: Look for the attempts of the ended ones as well, as far as that is cheap: an evaluation without its attempt
-                is not counted then.
+            at_end: Also check that ended evaluations still have their attempts, if that is cheap; an evaluation without its
+                attempt is not counted.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Close the connection; whatever a cancelled call had begun is ended first."""
+        """Close the connection, after the transaction of a cancelled call has ended."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """Let go at once without waiting for anything, for the second Ctrl-C; callable from any thread."""
+        """Abandon all work at once without waiting, for the second Ctrl-C; callable from any thread."""

@@ -1,7 +1,6 @@
-"""One database copied to another, of whatever kind.
+"""Copies one database to another one of any kind.
 
-Owns the order in which things are done. Invariant: the source is read and never written to, and the target is filled as a
-whole or left as it was.
+Owns the order of the steps. Invariant: the source is only read, and the target is filled completely or not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["Salvaged", "copy", "salvage"]
 
 
 class Salvaged(NamedTuple):
-    """What was saved of a damaged database, and what was not."""
+    """The result of a salvage: the counts of what was saved, and the damaged evaluations."""
 
     copied: Counts
     lost: list[EvaluationDamagedError]  # the first thousand
@@ -27,21 +26,21 @@ class Salvaged(NamedTuple):
 
 
 def copy(source: str | PathLike[str] | Location, target: str | PathLike[str]) -> Counts:
-    """Copy all of a database to an empty one: evaluations, how they stand, their attempts, and the settings.
+    """Copy a whole database to an empty one: evaluations with their status, attempts, and settings.
 
-    Workers may go on with the source meanwhile: what is copied is one moment of it. What they hold then is pending in the
-    copy, and no attempt is charged for it there.
+    Workers may use the source meanwhile: the copy is a snapshot. Evaluations in progress are pending in the target, and no
+    attempt is charged for them.
 
     Args:
         source: A file name or a URL; also a database of speval 0.1.1.
-        target: A file name or a URL; made if it is missing.
+        target: A file name or a URL; created if it does not exist.
 
     Returns:
-        How many evaluations and attempts were copied; they are durable.
+        The number of evaluations and attempts copied; they are durable.
 
     Raises:
-        DatabaseNotEmptyError: there are evaluations in the target; it is as it was.
-        DatabaseError: one of the two can't be used; the target has no evaluations then.
+        DatabaseNotEmptyError: the target has evaluations; it was not changed.
+        DatabaseError: one of the two can't be used; the target then has no evaluations.
     """
     read = make_archive(checked_database(source), "read")
     try:
@@ -55,21 +54,21 @@ def copy(source: str | PathLike[str] | Location, target: str | PathLike[str]) ->
 
 
 def salvage(source: str | PathLike[str], target: str | PathLike[str]) -> Salvaged:
-    """Copy what is sound in a damaged file to an empty database.
+    """Copy the intact rows of a damaged file to an empty database.
 
-    Nothing is written to the damaged file. An evaluation whose result is lost is pending in the new database.
+    The damaged file is only read. An evaluation with a damaged result is pending in the new database.
 
     Args:
         source: A file name.
-        target: A file name or a URL; made if it is missing.
+        target: A file name or a URL; created if it does not exist.
 
     Raises:
-        DatabaseNotEmptyError: there are evaluations in the target; it is as it was.
-        DatabaseError: nothing can be read of the source, or the target can't be used.
+        DatabaseNotEmptyError: the target has evaluations; it was not changed.
+        DatabaseError: the source can't be read at all, or the target can't be used.
     """
     path, new = checked_database(source), checked_database(target)
     if isinstance(path, PostgresUrl):
-        raise OptionError("source", repr(path.shown), "name a file; a server is mended with its own means and backups")
+        raise OptionError("source", repr(path.shown), "name a file; restore a server from its own backups")
     if path == new:
         raise DatabaseNotEmptyError(str(target))
     read = make_salvage(path)

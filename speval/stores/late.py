@@ -1,7 +1,7 @@
-"""Which results of an earlier run, kept outside of the database, may still be recorded.
+"""Which results from side files of an earlier run may still be recorded.
 
-Owns the rule, for both kinds of database. Invariant: an execution is recorded once, however often it is handed in, a completed
-evaluation is left as it is, and what a living worker holds is left to it.
+Owns the rule, for both kinds of database. Invariant: an execution is recorded once, however often it is passed in; a completed
+evaluation is not changed; and the claim of a live worker is not taken.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Status = Literal["pending", "in_progress", "completed", "failed"]
 
 
 class StoredEnd(NamedTuple):
-    """An attempt at the evaluation that is recorded already."""
+    """An attempt at the evaluation that is already recorded."""
 
     attempt: int
     worker: int | None
@@ -27,24 +27,24 @@ class StoredEnd(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How the evaluation of that name stands."""
+    """The stored state of an evaluation."""
 
     id: int
     args: str
-    status: Status  # of one held for its backoff: in_progress
+    status: Status  # in_progress also during a backoff
     attempt: int  # the latest
     released: int
-    worker: int | None  # who holds it
-    is_alive: bool  # whether that one is a worker that has neither left nor been declared dead
+    worker: int | None  # the worker that holds it
+    is_alive: bool  # whether that worker has neither left nor been declared dead
     ends: Sequence[StoredEnd]
 
 
 def standing_of(rows: Iterable[Sequence[Any]], ends: Iterable[Sequence[Any]]) -> dict[Any, Standing]:
-    """Return how evaluations stand.
+    """Return the stored states of evaluations by name.
 
     Args:
-        rows: Of each the name, and the fields of a ``Standing`` up to the last.
-        ends: Of each attempt its evaluation, and the fields of a ``StoredEnd``.
+        rows: Tuples of the name and the fields of a ``Standing`` without the last one.
+        ends: Tuples of the evaluation and the fields of a ``StoredEnd``, one for each attempt.
     """
     of: dict[int, list[StoredEnd]] = {}
     for evaluation, *rest in ends:
@@ -53,20 +53,20 @@ def standing_of(rows: Iterable[Sequence[Any]], ends: Iterable[Sequence[Any]]) ->
 
 
 class Adopted(NamedTuple):
-    """An attempt to record, with the token it gets."""
+    """An attempt to record, with its new fencing token."""
 
-    ended: Ended  # its claim has the id and the number under which it is recorded
-    released: int  # of the evaluation, from then on
-    in_place: bool  # of a row that says that this attempt was lost with its worker
+    ended: Ended  # its claim has the id and the attempt number to record
+    released: int  # the new value for the evaluation
+    in_place: bool  # whether it replaces a row with the outcome "lost"
 
 
 def sort_out(ended: Iterable[Ended], standing: Mapping[str, Standing]) -> tuple[TakenIn, list[Adopted]]:
-    """Judge all of them, by the standing of the evaluation of each name; of one evaluation only one is recorded at once."""
+    """Judge all results by the stored state of their evaluations; at most one result per evaluation is recorded at once."""
     taken, adopted, seen = TakenIn(), list[Adopted](), set[int]()
     for one in ended:
         judged = judge(one, standing.get(one.claim.name))
         if isinstance(judged, Adopted) and judged.ended.claim.id in seen:
-            judged = "waits", "another result of the evaluation comes first"
+            judged = "waits", "another result of this evaluation is recorded first"
         if isinstance(judged, Adopted):
             seen.add(judged.ended.claim.id)
             adopted.append(judged)
@@ -79,35 +79,35 @@ def sort_out(ended: Iterable[Ended], standing: Mapping[str, Standing]) -> tuple[
 
 
 def judge(ended: Ended, standing: Standing | None) -> Adopted | Literal["known"] | tuple[Literal["waits", "refused"], str]:
-    """Decide about one result: record it, it is recorded already, not now, or never."""
+    """Decide about one result: record it, known already, later, or never."""
     claim, outcome, _ = ended
-    # 1. What it is about has to be there.
+    # 1. The evaluation must exist and have the same args.
     if standing is None:
-        return "waits", "the database has no evaluation of that name"
+        return "waits", "the database has no evaluation with this name"
     if not same(standing.args, claim.args):
-        return "refused", "the evaluation has other args by now"
-    # 2. The same execution: an attempt of one worker has one number and one start.
+        return "refused", "the evaluation now has different args"
+    # 2. The same execution: worker and number, or worker and start time, identify an attempt.
     real = [end for end in standing.ends if end.outcome != "lost"]
     if any(e.worker == claim.worker and claim.attempt == e.attempt for e in real):
         return "known"
     if any(e.worker == claim.worker and e.started_at == outcome.started_at for e in real):
         return "known"
-    # 3. Its token is good still: the worker has died, or ended, without giving it back.
+    # 3. Its token is still valid: the worker died or ended without releasing the claim.
     id, number = standing.id, claim.attempt
     is_held = standing.status == "in_progress"
     if is_held and (id, standing.attempt, standing.worker) == (claim.id, number, claim.worker):
         return Adopted(ended, standing.released, False)
-    # 4. Somebody else has it, or has ended it.
+    # 4. Another worker holds it, or another attempt has ended it.
     if is_held and standing.is_alive:
         return "waits", "another worker holds the evaluation"
     if standing.status == "completed":
-        return "refused", "the evaluation has been completed by another attempt"
+        return "refused", "another attempt has completed the evaluation"
     if any(e.attempt > number and e.outcome == "completed" for e in real):
-        return "refused", "the evaluation was completed later, and put back since"
+        return "refused", "a later attempt completed the evaluation, and a retry made it pending again"
     newer = any(e.attempt >= number for e in real)
     if outcome.cause is not None and (newer or standing.status == "failed"):
         return "refused", "a later attempt has ended"
-    # 5. It is free: taken back as lost, given back, or of a database that was made anew.
+    # 5. The evaluation is free: reclaimed as lost, released, or in a new database.
     lost = any(e.attempt == number and e.outcome == "lost" for e in standing.ends)
     if number < standing.attempt or newer:
         number, released, lost = standing.attempt + 1, standing.released, False

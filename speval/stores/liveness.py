@@ -1,6 +1,6 @@
-"""Which workers are dead, and taking back what they hold, as far as it is the same in every store.
+"""Detecting dead workers and reclaiming their evaluations: the part that all stores share.
 
-Owns the verdict, from rows and the time alone. Invariant: nobody is declared dead by comparing two clocks.
+Owns the decision, from rows and the time alone. Invariant: a worker is never declared dead by comparing two clocks.
 """
 
 from __future__ import annotations
@@ -22,47 +22,48 @@ __all__ = ["Reclaiming", "Taken", "Watch", "WorkerRow", "gone_here", "pause", "u
 
 logger = logging.getLogger("speval.lease")
 
-_SILENCE = 60.0  # seconds of standing still before that is said
-_BOUND = 1000  # evaluations taken back in one transaction
-_LOOKS = 10.0  # looks per second of all workers together
-_FEW = 16  # workers that may all look at each beat
+_SILENCE = 60.0  # seconds without a new beat before a warning
+_BOUND = 1000  # evaluations reclaimed in one transaction
+_LOOKS = 10.0  # checks per second of all workers together
+_FEW = 16  # up to this many workers, each checks with every beat
 
 
 class WorkerRow(NamedTuple):
-    """Another worker, as its row says."""
+    """The row of another worker."""
 
     id: int
     process: Process
     lease: float
     beat: int
-    dead: bool  # somebody has declared it dead and was perhaps interrupted in taking back what it held
+    dead: bool  # it was declared dead, and reclaiming its evaluations may be unfinished
 
 
 @dataclass(slots=True)
 class _Sight:
     beat: int
     since: float  # monotonic seconds
-    is_told: bool = False  # that it stands still for long
+    is_told: bool = False  # whether the warning was logged
 
 
 class Watch:
     """Decides which workers are dead, from rows and the time alone.
 
     Args:
-        machine: The machine we are on, as ``Process.machine`` says.
+        machine: This machine, as in ``Process.machine``.
     """
 
     def __init__(self, machine: str) -> None:
         self._machine = machine
         self._sights: dict[int, _Sight] = {}
-        self._living: list[WorkerRow] = []  # as they were at the last look
+        self._living: list[WorkerRow] = []  # at the last check
         self._next_look = 0.0  # monotonic
 
     def is_due(self, me: int, now: float) -> bool:
-        """Tell whether to read the rows of the others again.
+        """Tell whether to read the rows of the other workers again.
 
-        Each worker looks the less often, the more there are, but as soon as a beat can have stood still for a lease: at most
-        once a lease for each, which is a third of the renewals. Meanwhile a process gone on this machine makes a look due.
+        The more workers there are, the less often each one checks, but at the latest when a lease can have expired. That is
+        at most one check per lease and worker, a third of the renewals. A process that has ended on this machine
+        makes a check due at once.
         """
         return now >= self._next_look or bool(gone_here(self._living, me, self._machine))
 
@@ -71,7 +72,7 @@ class Watch:
 
         Args:
             rows: All other workers that have not ended, ordered by id.
-            me: Our own id.
+            me: The id of this worker.
             now: Monotonic seconds.
         """
         dead = [row for row in rows if row.dead or self._stands_still(row, now)]
@@ -82,7 +83,7 @@ class Watch:
         told = {row.id for row in dead}
         self._living = [row for row in living if row.id not in told]
         expiries = (self._sights[row.id].since + row.lease for row in self._living)
-        # What a dead one holds may be refused to us for a lock; then the next beat tries again.
+        # Reclaiming may fail because of a lock; then the next beat tries again.
         self._next_look = now if dead else min(now + pause(len(self._living)), min(expiries, default=now))
         return dead
 
@@ -91,7 +92,7 @@ class Watch:
         if sight is None or sight.beat != row.beat:
             self._sights[row.id] = _Sight(row.beat, now)
             return False
-        # Not min(): a NaN has to be bounded too.
+        # min() would not limit a NaN.
         bounded = row.lease if row.lease <= LONGEST_LEASE else LONGEST_LEASE
         waited = now - sight.since
         if waited >= bounded:
@@ -99,26 +100,26 @@ class Watch:
         if not sight.is_told and waited >= (max(_SILENCE, bounded / 2) if bounded == row.lease else _SILENCE):
             sight.is_told = True
             text = (
-                "worker %s shows no sign of life for %.0f s; what it may hold is waited for until its lease of %.0f s is over"
+                "worker %s has not renewed its lease for %.0f s; its evaluations are reclaimed when the lease of %.0f s expires"
             )
             logger.warning(text, worker_label(row.id, row.process.host, row.process.pid), waited, bounded)
         return False
 
     def forget(self) -> None:
-        """Start all windows anew."""
+        """Start watching all workers anew."""
         self._sights.clear()
         self._next_look = 0.0
 
 
 def pause(living: int) -> float:
-    """Return the seconds until one of so many workers looks again."""
+    """Return the seconds until the next check of one worker among ``living``."""
     return living / _LOOKS * random.uniform(0.5, 1.5) if living > _FEW else 0.0
 
 
 def gone_here(rows: Iterable[WorkerRow], me: int, machine: str) -> list[WorkerRow]:
-    """Return those next to us, in the order of ids, whose process on this machine is gone."""
-    # Asking the kernel about every process from every process would grow with the square of their number. So each one
-    # looks after the next alive one only; whoever is dead in between is found on the way.
+    """Return the workers after this one in id order, up to the first live one, whose process on this machine is gone."""
+    # If every worker checked every process, the cost would grow with the square of their number. So each worker checks
+    # the following ids up to the next live worker, and every dead worker is found by one of them.
     dead = []
     for row in sorted((row for row in rows if row.process.machine == machine), key=lambda row: (row.id < me, row.id)):
         if not is_gone(row.process, machine):
@@ -128,20 +129,20 @@ def gone_here(rows: Iterable[WorkerRow], me: int, machine: str) -> list[WorkerRo
 
 
 def unknown_label(holder: object) -> str:
-    """Return how a worker is shown of which there is no row."""
+    """Return the display name of a worker without a row."""
     return f"?:?:{holder:012x}" if isinstance(holder, int) else f"?:?:{holder!r}"
 
 
 class Taken(NamedTuple):
-    """What one transaction has taken back."""
+    """What one transaction has reclaimed."""
 
-    more: bool  # there is more to take back from the same holder
+    more: bool  # whether the same holder has more evaluations to reclaim
     pending: int
     failed: list[str]  # names
 
 
 class Reclaiming(LeaseKeeping):
-    """Takes back in several transactions, so that none stops the others for long."""
+    """Reclaims in several short transactions, so that other workers never wait long."""
 
     def reclaim(self, worker: int, max_attempts: int) -> Reclaimed:
         dead, orphaned = self.look(worker)
@@ -157,19 +158,19 @@ class Reclaiming(LeaseKeeping):
 
     @abstractmethod
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
-        """Return who is dead, and who is said to hold something and is none of the workers that have not ended."""
+        """Return the dead workers, and the orphaned holders: ids in claims that no active worker has."""
 
     @abstractmethod
     def take_back(self, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
-        """Declare a worker dead and take back some of what it holds; None if it has renewed, or left, since we looked."""
+        """Declare a worker dead and reclaim up to ``bound`` evaluations; None if it has renewed or left in the meantime."""
 
     @abstractmethod
     def take_back_orphaned(self, holder: object, max_attempts: int, bound: int) -> Taken | None:
-        """Take back some of what is held by nobody; None if there is such a worker after all."""
+        """Reclaim up to ``bound`` evaluations of an orphaned holder; None if an active worker has this id."""
 
 
 def _take_all_back(reclaimed: Reclaimed, label: str, take_back: Callable[[], Taken | None]) -> int:
-    """Take back all that a holder holds; return how many are pending again."""
+    """Reclaim all evaluations of a holder; return how many are pending again."""
     taken = take_back()
     if taken is None:
         return 0

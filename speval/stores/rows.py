@@ -1,7 +1,7 @@
-"""What the rows of either kind of database mean.
+"""The meaning of rows, for both kinds of database.
 
-Owns the codes of the statuses, the ways from rows to an ``Evaluation`` and to ``Settings``, and the account of what can't be
-read. Invariant: a row that no speval has written is an error that names the evaluation, never a wrong value.
+Owns the status codes, the conversion of rows to ``Evaluation`` and ``Settings``, and the list of damaged evaluations.
+Invariant: a damaged row is an error that names the evaluation, never a wrong value.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 
 logger = logging.getLogger("speval.store")
 
-PAGE_SIZE = 4_000_000  # bytes of text that a page of reading holds besides its last row
-_NAMED = 5  # damaged evaluations that a warning names
-_KEPT = 1000  # that are kept for whoever wants more
+PAGE_SIZE = 4_000_000  # bytes of text in a page of rows without its last row
+_NAMED = 5  # the maximum number of damaged evaluations that a warning names
+_KEPT = 1000  # the maximum number that ``Damaged.first`` contains
 
 STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "pending"}
 CODES: dict[Status | None, str] = {
@@ -49,10 +49,10 @@ _SETTINGS = "SELECT key, value FROM meta WHERE key IN ('paused', 'concurrency')"
 
 
 class Damaged:
-    """An account of the evaluations that were left out of what was read.
+    """The damaged evaluations that reading has skipped.
 
     Args:
-        db: The database, as people read it.
+        db: The display name of the database.
     """
 
     def __init__(self, db: str) -> None:
@@ -61,21 +61,21 @@ class Damaged:
         self.first: list[EvaluationDamagedError] = []
 
     def add(self, error: EvaluationDamagedError) -> None:
-        """Note one."""
+        """Add one damaged evaluation."""
         self.count += 1
         if len(self.first) < _KEPT:
             self.first.append(error)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Note the evaluation that is found damaged inside, and go on."""
+        """Add the evaluation if the body raises ``EvaluationDamagedError``, and continue."""
         try:
             yield
         except EvaluationDamagedError as error:
             self.add(error)
 
     def findings(self, fix: str) -> list[Finding]:
-        """Return what was noted as what a doctor has found, instead of a warning."""
+        """Return the damaged evaluations as findings and clear the list, so that no warning follows."""
         found = [Finding(f"evaluation {error.name!r} is damaged: {error.what}", fix, True) for error in self.first]
         if self.count > len(found):
             found.append(Finding(f"{counted(self.count - len(found))} more are damaged", fix, True))
@@ -83,19 +83,19 @@ class Damaged:
         return found
 
     def tell(self) -> None:
-        """Warn of what was noted since the last time."""
+        """Log a warning about the damaged evaluations since the last call."""
         if self.count:
             named = "; ".join(visible(f"{error.name!r}: {error.what}") for error in self.first[:_NAMED])
             more = f"; and {self.count - _NAMED} more" if self.count > _NAMED else ""
             what = "1 evaluation is" if self.count == 1 else f"{self.count} evaluations are"
-            fix = f"`speval doctor {self._db}` names all, `speval salvage {self._db} NEW` saves the others"
-            logger.warning("%s: %s damaged and left out (%s%s); %s", self._db, what, named, more, fix)
+            fix = f"`speval doctor {self._db}` names all of them, `speval salvage {self._db} NEW` saves all others"
+            logger.warning("%s: skipped: %s damaged (%s%s); %s", self._db, what, named, more, fix)
         self.count = 0
         self.first = []
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Tell whether the whole name fits a pattern, in which ``*`` stands for any text and ``?`` for any one character."""
+    """Tell whether the whole name matches a pattern: ``*`` matches any text, ``?`` any single character."""
     return _compiled(pattern).fullmatch(name) is not None
 
 
@@ -105,25 +105,25 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def worker_label(id: int, host: str, pid: int) -> str:
-    """Return how a worker is shown to people."""
+    """Return the display name of a worker: host:pid:id."""
     return visible(f"{host}:{pid}:{id:012x}")
 
 
 def label_of(worker: Sequence[Any]) -> str | None:
-    """Return how a worker is shown whose id, host and pid may all be None."""
+    """Return the display name of a worker from its id, host and pid, which are None if it is not known."""
     return None if worker[0] is None else worker_label(*worker)
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that the values of a row stand for.
+    """Return the evaluation of a row.
 
     Args:
-        db: The database, for the error.
-        row: Name, code of the status, when it changed, args, attempts, result, outcome, type, message and traceback of its
+        db: The display name of the database, for the error.
+        row: Name, status code, time of the last change, args, attempts, result, outcome, type, message and traceback of its
             error, start, duration, and id, host and pid of the worker.
 
     Raises:
-        EvaluationDamagedError: its args or its result are no JSON, or too deep.
+        EvaluationDamagedError: its args or its result are not JSON, or nested too deeply.
     """
     name, code, updated, args, attempts, result, outcome, type_, message, traceback, started, duration, *worker = row
     status = STATUS[code]
@@ -142,30 +142,30 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
 
 
 def error_of(cause: Any, type_: str | None, message: str | None, traceback: str | None) -> Error:
-    """Return the error of an attempt that brought no result."""
+    """Return the error of a failed attempt."""
     return {"cause": cause, "type": str(type_ or ""), "message": str(message or ""), "traceback": str(traceback or "")}
 
 
 def decoded(db: str, name: object, text: str) -> Any:
-    """Return what stored JSON stands for.
+    """Return the value of stored JSON.
 
     Raises:
-        EvaluationDamagedError: it is none, or nested deeper than anything that speval writes.
+        EvaluationDamagedError: the text is not JSON, or is nested deeper than speval writes.
     """
     try:
         return read(text)
     except (TypeError, ValueError) as error:
-        raise EvaluationDamagedError(db, str(name), f"what is stored of it is no JSON ({error})") from error
+        raise EvaluationDamagedError(db, str(name), f"its stored args or result are not JSON ({error})") from error
 
 
 def settings_of(c: sqlite3.Connection) -> Settings:
-    """Return what is set for all workers."""
+    """Return the settings for all workers."""
     found = dict(c.execute(_SETTINGS).fetchall())
     concurrency = found.get("concurrency")
     return Settings(bool(found.get("paused")), concurrency_of(concurrency) if concurrency else None)
 
 
 def concurrency_of(stored: int | float | str) -> int:
-    """Return a stored concurrency, as near to it as a worker goes."""
-    # No int() of a text or an infinity that may be anything: compared as a float, every number ends up in between.
+    """Return a stored concurrency, limited to the allowed range."""
+    # Compare as float before int(): the stored value may be text or infinity.
     return int(min(max(float(stored), 1), MOST_CONCURRENCY))

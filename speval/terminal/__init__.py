@@ -1,1 +1,1 @@
-"""What a call draws in a terminal or a notebook while it runs."""
+"""The display of a running call in a terminal or a notebook."""

@@ -1,6 +1,6 @@
 """The progress bar.
 
-Owns when one is shown and what it says. Invariant: it only reads, seldom enough to cost next to nothing, and waits for no
+Owns when a bar is drawn and its text. Invariant: it only reads the database, at most 2 % of the time, and never waits for the
 terminal.
 """
 
@@ -28,36 +28,36 @@ __all__ = ["Progress", "progress"]
 
 logger = logging.getLogger("speval.progress")
 
-_EVERY = 0.3  # seconds between two looks
-_SHARE = 0.02  # of the time may go into looking; counting a million evaluations takes a while
-_WINDOW = 60.0  # seconds over which the rate is taken
+_EVERY = 0.3  # seconds between two updates
+_SHARE = 0.02  # the fraction of the time spent reading; counting a million evaluations is slow
+_WINDOW = 60.0  # seconds; the rate is an average over this time
 
 
 class Progress:
-    """What a call shows of its progress.
+    """The progress display of one call.
 
     Args:
-        wanted: True, False, or None for when somebody can see it.
-        screen: The terminal to show it in, or None.
+        wanted: True, False, or None: draw a bar on a terminal or in a notebook.
+        screen: The terminal, or None.
     """
 
     def __init__(self, wanted: bool | None, screen: Screen | None) -> None:
-        self._is_shown = wanted or (wanted is None and (screen is not None or _is_notebook()))
+        self._is_drawn = wanted or (wanted is None and (screen is not None or _is_notebook()))
         self._screen = screen
 
     @property
     def outputs(self) -> Outputs:
-        """Return what worker processes are to print to, so that it does not run into the bar."""
+        """Return the outputs for worker processes, which keep their output off the line of the bar."""
         return (None, None) if self._screen is None else self._screen.outputs
 
     @asynccontextmanager
     async def shown(self, worker: Worker) -> AsyncIterator[None]:
-        """Show a bar while the body runs, if one is wanted.
+        """Draw a bar while the body runs, if one is wanted.
 
         Args:
-            worker: Whose eval space to show.
+            worker: The worker whose eval space the bar describes.
         """
-        if not self._is_shown:
+        if not self._is_drawn:
             yield
             return
         task = asyncio.create_task(self._show(worker), name="speval progress")
@@ -65,9 +65,9 @@ class Progress:
             yield
         finally:
             task.cancel()
-            await asyncio.wait({task})  # which does not take a cancellation of the caller for the task's
+            await asyncio.wait({task})  # a cancellation of the caller stays apart from the task's own
             if not task.cancelled() and not isinstance(task.exception(), SpevalError | None):
-                logger.warning("the progress bar ended early: %r", task.exception())
+                logger.warning("the progress bar failed: %r", task.exception())
 
     async def _show(self, worker: Worker) -> None:
         summary = await worker.summary()
@@ -85,14 +85,14 @@ class Progress:
 
 
 class _Pace:
-    """How quick it goes, from what was seen at different times; what had ended before the first look says nothing about it."""
+    """Computes rates from counts at different times; evaluations that ended before the first count are excluded."""
 
     def __init__(self, summary: Summary) -> None:
         self._first = _ended(summary)
         self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), self._first)])
 
     def rate(self, summary: Summary) -> list[str]:
-        """Return the rate of the last minute, and how long it takes if it goes on like this."""
+        """Return the rate of the last minute, and the time left at this rate."""
         now, ended = time.monotonic(), _ended(summary)
         self._seen.append((now, ended))
         while len(self._seen) > 2 and self._seen[1][0] < now - _WINDOW:
@@ -104,12 +104,12 @@ class _Pace:
         return [rate(pace), f"{span((summary.total - ended) / pace)} left"]
 
     def overall(self, summary: Summary) -> list[str]:
-        """Return the rate of all that ended while we looked."""
+        """Return the average rate of the whole call."""
         ended = _ended(summary) - self._first
         return [rate(ended / summary.seconds)] if ended > 0 and summary.seconds > 0 else []
 
     def running(self, summary: Summary, worker: Worker) -> list[str]:
-        """Return how many evaluations run here, and how many other copies hold."""
+        """Return how many evaluations run in this call, and how many other workers hold."""
         running, held = worker.busy
         elsewhere = max(0, summary.in_progress - held)
         if not elsewhere:
@@ -122,8 +122,8 @@ def _ended(summary: Summary) -> int:
 
 
 def _draw(bar: Any, summary: Summary, parts: list[str]) -> None:
-    bar.total, bar.n = summary.total, _ended(summary)  # the total grows where the space is drawn bit by bit
-    bar.desc = f"{bar.n * 100 // bar.total:3d}%" if bar.total else ""  # 100 only when it is everything
+    bar.total, bar.n = summary.total, _ended(summary)  # the total of a lazy space grows
+    bar.desc = f"{bar.n * 100 // bar.total:3d}%" if bar.total else ""  # rounded down: 100 means everything
     bar.bar_format = "{desc}|{bar}| {n_fmt}/{total_fmt}{postfix}" if bar.total else "{n_fmt} evaluations{postfix}"
     if summary.failed:
         parts.insert(0, f"{summary.failed} failed")
@@ -132,7 +132,7 @@ def _draw(bar: Any, summary: Summary, parts: list[str]) -> None:
 
 
 def _bar(file: Any, **options: Any) -> Any:
-    """Return tqdm's bar for where we are."""
+    """Return tqdm's bar for a notebook or for a terminal."""
     if _is_notebook() and importlib.util.find_spec("ipywidgets"):
         from tqdm.notebook import tqdm as notebook
 
@@ -144,10 +144,10 @@ def _bar(file: Any, **options: Any) -> Any:
 
 @contextmanager
 def progress(wanted: bool | None) -> Iterator[Progress]:
-    """Return what shows the progress of a call, and take the terminal for it while the body runs, if there is one.
+    """Yield the progress display of a call; it controls the terminal, if there is one, while the body runs.
 
     Args:
-        wanted: True, False, or None for when somebody can see it.
+        wanted: True, False, or None: draw a bar on a terminal or in a notebook.
     """
     if wanted is False or _is_notebook() or sys.stderr is None:
         yield Progress(wanted, None)

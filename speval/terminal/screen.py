@@ -1,8 +1,8 @@
 """A terminal with a bar on its last line.
 
-Owns whatever is written to the terminal while a bar stands there: the bar itself, what this process prints, and what its
-worker processes print. Invariant: what is printed appears as if there were no bar, nothing that this process prints is lost
-when it dies, and the terminal is in no mode that somebody would have to reset.
+Owns all output to the terminal while a bar is drawn: the bar, the output of this process, and that of its worker processes.
+Invariant: output looks the same as without a bar, output of this process is never lost when it dies, and the mode of the
+terminal is never changed.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from ..model import Outputs
 
 __all__ = ["Screen", "opened"]
 
-_TICK = 0.1  # seconds between two looks at what there is to draw
-_SELDOM = 0.05  # seconds between two drawings
-_BUFFERED = 4096  # characters; a stream keeps at least so many to itself
-_UNFINISHED = 0.3  # seconds after which a line that is not ended has to put up with a bar below it
+_TICK = 0.1  # seconds between two checks for something to draw
+_SELDOM = 0.05  # the minimum time between two drawings, seconds
+_BUFFERED = 4096  # characters; a stream buffers at least this many
+_UNFINISHED = 0.3  # seconds after which the bar is drawn below an unfinished line
 _CLEAR = "\r\x1b[K"
 _LINE_UP = "\x1b[A\r"
 
 
 class Screen:
-    """Keeps a bar below what is printed; draws in a thread of its own, so that a stopped terminal stops nobody else.
+    """Keeps a bar below all output; draws in a separate thread, so that a stopped terminal blocks only that thread.
 
     Args:
-        fd: A descriptor of the terminal.
+        fd: A file descriptor of the terminal.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = os.dup(fd)
         self._terminal = os.fstat(fd).st_rdev
         self._pid = os.getpid()
-        # A signal's handler may print in the middle of a print.
+        # Reentrant: a signal handler may print while this thread prints.
         self._lock = threading.RLock()
         self._bar = ""
-        self._drawn = ""  # the bar that stands there
-        self._is_below = False  # it stands below a line that is not ended
-        self._tail = ""  # what that line holds
+        self._drawn = ""  # the bar on the terminal
+        self._is_below = False  # whether the bar is below an unfinished line
+        self._tail = ""  # the text of the unfinished line
         self._printed_at = 0.0
         self._drawn_at = 0.0
         self._size = (0, 0)
         self._is_closed = False
         self._patched: list[TextIO] = []
         try:
-            # So that for the function it is still a terminal that it prints to.
+            # With a pseudo-terminal, isatty() is still true in the function.
             self._relay, self._inlet = os.openpty()
             tty.setraw(self._inlet)
         except OSError:
@@ -65,14 +65,14 @@ class Screen:
         self._thread = threading.Thread(target=self._run, name="speval screen", daemon=True)
         self._thread.start()
         for stream in {id(s): s for s in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__) if s is not None}.values():
-            self._lead_through(stream)
+            self._route(stream)
 
     def __repr__(self) -> str:
         return f"<Screen{' closed' if self._is_closed else ''}>"
 
     @property
     def outputs(self) -> Outputs:
-        """Return what worker processes are to print to."""
+        """Return the outputs for worker processes."""
         out, err = (self._inlet if self._is_ours(fd) else None for fd in (1, 2))
         return out, err
 
@@ -82,15 +82,15 @@ class Screen:
         except OSError:
             return False
 
-    def _lead_through(self, stream: TextIO) -> None:
-        """Have what is written to a stream make its way around the bar."""
+    def _route(self, stream: TextIO) -> None:
+        """Route all writes to a stream around the bar."""
         try:
             if not self._is_ours(stream.fileno()):
                 return
         except (AttributeError, OSError, ValueError):
             return
         write, flush = stream.write, stream.flush
-        # With `python -u`, and in streams of others, every piece goes out at once.
+        # Unbuffered: `python -u`, and stream classes of other packages.
         is_buffered = isinstance(stream, io.TextIOWrapper) and not stream.write_through
         waiting = ""  # in the stream's own buffer
 
@@ -100,7 +100,7 @@ class Screen:
                 return write(text)
             with self._lock:
                 waiting += text
-                # print() writes a line in pieces. Those of several threads would mix if each piece waited for the terminal.
+                # print() writes a line in pieces. If each piece went to the terminal, pieces of several threads would mix.
                 if is_buffered and "\n" not in text and "\r" not in text and len(waiting) < _BUFFERED:
                     return write(text)
                 self._make_way()
@@ -122,37 +122,37 @@ class Screen:
                     waiting = ""
                     self._draw_if_due()
 
-        # The stream itself, not another one in its place: handlers of logging and the like hold it already.
+        # Patch the stream itself: logging handlers and others already hold a reference to it.
         with suppress(AttributeError):
             flush()
             stream.write, stream.flush = through, flush_through  # type: ignore[method-assign]
             self._patched.append(stream)
 
     def _is_not_ours(self) -> bool:
-        # A fork of us has the terminal, but not the thread that draws, and maybe the lock of another one.
+        # A forked child has the terminal but not the drawing thread, and the lock may be held by a thread it does not have.
         return self._is_closed or os.getpid() != self._pid
 
-    # What tqdm writes to
+    # The file interface for tqdm
 
     def write(self, text: str) -> None:
-        """Have a bar drawn soon, in place of the one before; never waits for the terminal."""
+        """Set the text of the bar, which is drawn soon; never waits for the terminal."""
         if bar := text.strip("\r\n").rstrip():
             self._bar = bar
 
     @property
     def encoding(self) -> str:
-        """Return what the terminal takes, by which tqdm chooses its characters."""
+        """Return the encoding of the terminal; tqdm chooses its characters by it."""
         return sys.stderr.encoding or "ascii"
 
     def flush(self) -> None:
-        """Do nothing; tqdm asks for it."""
+        """Do nothing; tqdm requires this method."""
 
     def fileno(self) -> int:
-        """Return the terminal, whose width tqdm asks for."""
+        """Return the descriptor of the terminal; tqdm reads its width."""
         return self._fd
 
     def close(self) -> None:
-        """Draw the bar for the last time and leave it there; what worker processes still print goes through as before."""
+        """Draw the final bar and leave it in place; later output of worker processes is still passed on."""
         for stream in self._patched:
             with suppress(AttributeError):
                 stream.flush()
@@ -164,17 +164,17 @@ class Screen:
                 self._tail = ""
             self._is_closed = True
         os.close(self._inlet)
-        # Ends when no process is left that could print. One that was left behind does not keep us.
+        # The thread ends when every process has closed its end of the pipe. A process that runs on does not block close().
         self._thread.join(timeout=1.0)
 
-    # The thread, and what happens under the lock
+    # The drawing thread, and methods that need the lock
 
     def _run(self) -> None:
         while True:
             readable, _, _ = select.select([self._relay], [], [], _TICK)
             data = b""
             if readable:
-                with suppress(OSError):  # as Linux says that nobody has the other end any more
+                with suppress(OSError):  # Linux raises it when the other end is closed
                     data = os.read(self._relay, 65536)
                 if not data:
                     break
@@ -193,7 +193,7 @@ class Screen:
             self._drawn = ""
 
     def _follow(self, text: str) -> None:
-        """Note what stands on the line that is not ended."""
+        """Remember the text of the unfinished line."""
         self._tail = (self._tail + text).rpartition("\n")[2].rpartition("\r")[2][-1000:]
         self._printed_at = time.monotonic()
 
@@ -209,13 +209,13 @@ class Screen:
             self._is_below = bool(self._tail)
             below = "\r\n" if self._tail else ""
             if self._tail and (not self._tail.isprintable() or len(self._tail) >= self._columns()):
-                self._tail, self._is_below = "", False  # it could not be written again, so its line ends here
-        # Back to its beginning: what comes past us, such as the last words of a crash, then begins at the margin.
+                self._tail, self._is_below = "", False  # this text can't be restored, so the line ends here
+        # Return to column 0: output that bypasses this module, such as a crash report, then starts at the margin.
         self._put(below + "\r" + bar + "\x1b[K\r")
         self._drawn, self._drawn_at = bar, now
 
     def _columns(self) -> int:
-        """Return the terminal's width, and tell it to whoever prints through us."""
+        """Return the width of the terminal, and copy its size to the pseudo-terminal."""
         try:
             packed = fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8))
             lines, columns = struct.unpack("HHHH", packed)[:2]
@@ -239,9 +239,9 @@ class Screen:
 
 @contextmanager
 def opened() -> Iterator[Screen | None]:
-    """Return a screen while the body runs, if stderr is a terminal in whose foreground we are."""
+    """Yield a screen, if stderr is a terminal and this process is in its foreground."""
     screen: Any = None
-    # Twenty copies in the background of one terminal would draw over each other.
+    # Workers in the background of one terminal would draw over each other.
     with suppress(AttributeError, OSError, ValueError):
         if sys.stderr.isatty() and os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp():
             screen = Screen(sys.stderr.fileno())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speval import load_evals
+from speval.stores.sqlite.states import HOMES, STATES
 
 from .processes import left_behind, rows
 
@@ -131,8 +132,8 @@ class Checks:
         """See that only what was in flight when its copy was killed or stopped was executed again."""
         # Released by a worker that lives means never begun; except in one that could not reach the database in time.
         may_release_running = self.figures.stops_with_the_lock > 0
-        sql = """
-        SELECT s.id - 1, s.released, s.ahead = 2, count(a.seq) FROM states AS s
+        sql = f"""
+        SELECT s.id - 1, s.released, s.suspect, count(a.seq) FROM {STATES} AS s
         LEFT JOIN attempts AS a ON a.evaluation = s.id AND a.outcome = 'lost' GROUP BY s.id
         """
         for number, released, not_charged, lost in rows(self.db, sql):
@@ -166,30 +167,37 @@ def inconsistencies(db: Path, count: int) -> list[str]:
         "a row points to nothing": ("PRAGMA foreign_key_check", []),
         "the number of evaluations is wrong": ("SELECT count(*), min(id), max(id) FROM evaluations", [(count, 1, count)]),
         "a name is out of order": ("SELECT id, name FROM evaluations WHERE name IS NOT id - 1 LIMIT 5", []),
-        "an evaluation has no state": ("SELECT id FROM evaluations WHERE id NOT IN (SELECT id FROM states) LIMIT 5", []),
-        "the number of states is wrong": ("SELECT count(*) FROM states", [(count,)]),
+        "an evaluation has no state": (f"SELECT id FROM {STATES} WHERE status IS NULL LIMIT 5", []),
+        "the number of states is wrong": (HOMES, [(count,)]),
         "a state is not that of a completed evaluation": (
-            "SELECT * FROM states WHERE status <> 2 OR worker IS NOT NULL OR ahead NOT IN (0, 1, 2) OR forgiven <> 0 LIMIT 5",
+            f"SELECT * FROM {STATES} WHERE status <> 2 OR worker IS NOT NULL OR suspect NOT IN (0, 1) OR forgiven <> 0 LIMIT 5",
+            [],
+        ),
+        "a worker holds something": (
+            """
+            SELECT first FROM claimed UNION ALL SELECT id FROM running UNION ALL SELECT id FROM queue UNION ALL
+            SELECT first FROM fresh LIMIT 5
+            """,
             [],
         ),
         "a state does not point to its last attempt, completed": (
-            """
-            SELECT s.* FROM states AS s LEFT JOIN attempts AS a
+            f"""
+            SELECT s.* FROM {STATES} AS s LEFT JOIN attempts AS a
             ON a.seq = s.last AND a.evaluation = s.id AND a.attempt = s.attempt AND a.outcome = 'completed'
             WHERE a.seq IS NULL OR a.result IS NULL LIMIT 5
             """,
             [],
         ),
         "an evaluation has not exactly one completed attempt": (
-            """
-            SELECT s.id, count(a.seq) FROM states AS s LEFT JOIN attempts AS a
+            f"""
+            SELECT s.id, count(a.seq) FROM {STATES} AS s LEFT JOIN attempts AS a
             ON a.evaluation = s.id AND a.outcome = 'completed' GROUP BY s.id HAVING count(a.seq) <> 1 LIMIT 5
             """,
             [],
         ),
         "an attempt is neither recorded nor released": (
-            """
-            SELECT s.id, s.attempt, s.released, count(a.seq) FROM states AS s LEFT JOIN attempts AS a ON a.evaluation = s.id
+            f"""
+            SELECT s.id, s.attempt, s.released, count(a.seq) FROM {STATES} AS s LEFT JOIN attempts AS a ON a.evaluation = s.id
             GROUP BY s.id HAVING s.attempt <> s.released + count(a.seq) LIMIT 5
             """,
             [],

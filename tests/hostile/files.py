@@ -20,9 +20,13 @@ _ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SEL
 _COLUMNS = {
     "meta": "i AS key, i AS value",
     "evaluations": "i AS id, i AS name, '1' AS args",
-    "states": "i AS id, 0 AS status, 0 AS attempt, 0 AS released, 0 AS forgiven, 0 AS ahead, 1 AS worker, 1 AS last, 0 AS updated_at",
+    "fresh": "i AS first, i AS last, 0 AS updated_at",
+    "claimed": "i AS first, i AS last, 1 AS worker, 0 AS ahead, 0 AS updated_at",
+    "queue": "i AS id, 1 AS attempt, 0 AS released, 0 AS forgiven, 0 AS suspect, 0 AS updated_at",
+    "running": "i AS id, 1 AS attempt, 0 AS released, 0 AS forgiven, 0 AS suspect, 0 AS ahead, 0 AS held, 1 AS worker, 0 AS updated_at",
     "attempts": "i AS seq, i AS evaluation, 1 AS attempt, 1 AS worker, 0 AS started_at, 0 AS duration, 0 AS ended_at,"
-    " 'completed' AS outcome, '1' AS result, '' AS error_type, '' AS error_message, '' AS error_traceback",
+    " 'completed' AS outcome, '1' AS result, '' AS error_type, '' AS error_message, '' AS error_traceback,"
+    " 1 AS final, 0 AS released, 0 AS suspect",
     "workers": "i AS id, '' AS host, 1 AS pid, '' AS machine, '' AS start, 1 AS lease, 0 AS beat, 0 AS dead, 0 AS started_at,"
     " 0 AS last_seen, NULL AS ended_at",
 }
@@ -140,25 +144,25 @@ REFUSED: dict[str, Change] = {
     **{
         f"{table} is a {kind}": in_place_of(table, kind) for table in _COLUMNS for kind in ("view", "virtual", "computed column")
     },
-    "trigger": sql("CREATE TRIGGER t AFTER UPDATE ON states BEGIN DELETE FROM attempts; END;"),
-    "trigger on meta": sql("CREATE TRIGGER t BEFORE DELETE ON meta BEGIN UPDATE states SET status = 0; END;"),
+    "trigger": sql("CREATE TRIGGER t AFTER UPDATE ON queue BEGIN DELETE FROM attempts; END;"),
+    "trigger on meta": sql("CREATE TRIGGER t BEFORE DELETE ON meta BEGIN UPDATE queue SET attempt = 0; END;"),
     "trigger on the view evals": sql("CREATE TRIGGER t INSTEAD OF INSERT ON evals BEGIN DELETE FROM attempts; END;"),
     "trigger that says it is a table": crafted(
         "INSERT INTO sqlite_master VALUES ('table', 'harmless', 'harmless', 0, ?)",
-        "CREATE TRIGGER t AFTER UPDATE ON states BEGIN DELETE FROM attempts; END",
+        "CREATE TRIGGER t AFTER UPDATE ON queue BEGIN DELETE FROM attempts; END",
     ),
     "trigger behind a long comment": crafted(
         "INSERT INTO sqlite_master VALUES ('table', 'harmless', 'harmless', 0, ?)",
         f"CREATE /*{' ' * 30_000}*/ TRIGGER t AFTER UPDATE ON states BEGIN DELETE FROM attempts; END",
     ),
-    "index that computes": sql("CREATE INDEX i ON states (length(hex(zeroblob(status * 1000))));"),
+    "index that computes": sql("CREATE INDEX i ON queue (length(hex(zeroblob(attempt * 1000))));"),
     "index with a condition": sql("CREATE INDEX i ON attempts (seq) WHERE length(hex(zeroblob(seq * 0))) > 7;"),
-    "table without an index of ours": sql("DROP INDEX states_pending;"),
+    "table without an index of ours": sql("DROP INDEX attempts_final;"),
     "table that is not there": sql("DROP TABLE workers;"),
     "table of other columns": sql("ALTER TABLE attempts RENAME COLUMN result TO answer;"),
     "check that computes": crafted(
         "UPDATE sqlite_master SET sql = replace(sql, 'updated_at REAL NOT NULL', 'updated_at REAL CHECK (hex(zeroblob(1)))')"
-        " WHERE name = 'states'"
+        " WHERE name = 'queue'"
     ),
     "schema version of 0": sql("PRAGMA user_version = 0;"),
     "schema version below 0": sql("PRAGMA user_version = -7;"),
@@ -166,23 +170,29 @@ REFUSED: dict[str, Change] = {
         f"DROP TABLE meta; CREATE VIEW meta AS {_ENDLESS.format(_COLUMNS['meta'])}; PRAGMA user_version = 77;"
     ),
     "evals of 0.1.1 is a view": sql(
-        "PRAGMA application_id = 0; PRAGMA user_version = 0; DROP VIEW evals; DROP TABLE evaluations; DROP TABLE states;"
+        "PRAGMA application_id = 0; PRAGMA user_version = 0; DROP VIEW evals; DROP TABLE evaluations; DROP TABLE fresh; DROP TABLE claimed; DROP TABLE queue; DROP TABLE running;"
         "DROP TABLE attempts; DROP TABLE workers; DROP TABLE meta;"
         "CREATE VIEW evals AS SELECT '1' AS name, 'completed' AS status, 0 AS updated, '1' AS result, '1' AS args;"
     ),
 }  # fmt: skip
 
 # Take for ever, unless somebody ends them.
-ENDLESS: dict[str, Change] = {f"b-tree of {table} without end": partial(_looping, table) for table in ("states", "attempts")}
+ENDLESS: dict[str, Change] = {
+    f"b-tree of {table} without end": partial(_looping, table) for table in ("evaluations", "queue", "attempts")
+}
 
 # Files that hold what no speval writes, in tables that are ours.
 ODD: dict[str, Change] = {
     "view evals without end": sql(f"DROP VIEW evals; CREATE VIEW evals AS {_ENDLESS.format('i AS name')};"),
     "table of somebody else": sql("CREATE TABLE notes (note); CREATE VIEW more AS SELECT * FROM notes;"),
-    "text for numbers": sql("UPDATE states SET status = 'x', attempt = 'y', updated_at = 'z' WHERE id % 2;"),
+    "text for numbers": sql("UPDATE queue SET attempt = 'y', updated_at = 'z'; UPDATE attempts SET final = 'x' WHERE seq % 2;"),
+    "text for ranges": sql("INSERT INTO fresh VALUES (1, 'x', 'y'); INSERT INTO claimed VALUES (3, 'x', 'y', 'z', x'00');"),
     "text for times": sql("UPDATE attempts SET ended_at = 'x', started_at = 'y', duration = 'z';"),
-    "status 99": sql("UPDATE states SET status = 99 WHERE id % 3 = 0;"),
-    "status of a fraction": sql("UPDATE states SET status = 1.5 WHERE id % 3 = 0;"),
+    "final 99": sql("UPDATE attempts SET final = 99 WHERE seq % 3 = 0;"),
+    "final of a fraction": sql("UPDATE attempts SET final = 1.5 WHERE seq % 3 = 0;"),
+    "all fresh, and further": sql("INSERT INTO fresh VALUES (-5, 4611686018427387904, 0.0);"),
+    "all claimed, and further": sql("INSERT INTO claimed VALUES (1, 9223372036854775807, 7, 0, 0.0);"),
+    "ranges that overlap": sql("INSERT INTO fresh VALUES (1, 9, 0.0), (2, 8, 0.0), (3, 7, 0.0), (9, 4, 0.0);"),
     "names of bytes": sql("UPDATE evaluations SET name = CAST(id || x'00ff' AS BLOB);"),
     "names of a megabyte": sql("UPDATE evaluations SET name = hex(zeroblob(500000)) || id WHERE id < 3;"),
     "args of bytes": sql("UPDATE evaluations SET args = x'ff00';"),
@@ -197,13 +207,13 @@ ODD: dict[str, Change] = {
     "lease beyond all time": sql("UPDATE workers SET lease = 1e300;"),
     "lease of infinity": sql("UPDATE workers SET lease = 9e999;"),
     "lease below zero": sql("UPDATE workers SET lease = -1e300, last_seen = 1e300;"),
-    "times of 1e300": sql("UPDATE states SET updated_at = 1e300; UPDATE attempts SET ended_at = 1e300, started_at = -1e300;"),
+    "times of 1e300": sql("UPDATE queue SET updated_at = 1e300; UPDATE attempts SET ended_at = 1e300, started_at = -1e300;"),
     "workers of another world": sql("UPDATE workers SET pid = 1 << 62, started_at = 1e300, ended_at = NULL, last_seen = 'x';"),
-    "held by bytes": sql("UPDATE states SET status = 1, worker = x'00ff' WHERE id % 2;"),
-    "largest ids": sql("UPDATE evaluations SET id = 9223372036854775807 - id; UPDATE states SET id = 9223372036854775807 - id;"),
-    "ids below zero": sql("UPDATE evaluations SET id = -id; UPDATE states SET id = -id;"),
+    "held by bytes": sql("UPDATE attempts SET final = 0; INSERT INTO running SELECT id, 2, 0, 1, 0, 0, 0, x'00ff', 0.0 FROM evaluations WHERE true ON CONFLICT DO NOTHING;"),
+    "largest ids": sql("UPDATE evaluations SET id = 9223372036854775807 - id; UPDATE attempts SET evaluation = 9223372036854775807 - evaluation;"),
+    "ids below zero": sql("UPDATE evaluations SET id = -id; UPDATE attempts SET evaluation = -evaluation;"),
     "attempts numbered to the end": sql("UPDATE attempts SET seq = 9223372036854775807 - seq;"),
-    "attempts beyond counting": sql("UPDATE states SET attempt = 9223372036854775807, released = -9223372036854775807;"),
+    "attempts beyond counting": sql("UPDATE attempts SET attempt = 9223372036854775807, released = -9223372036854775807;"),
     "sequence at its end": sql("UPDATE sqlite_sequence SET seq = 9223372036854775807;"),
     "odd settings": sql("INSERT OR REPLACE INTO meta VALUES ('concurrency', 1e300), ('paused', 0), ('args_version', 'x'), ('space', x'ff');"),
     "concurrency of a text": sql("INSERT OR REPLACE INTO meta VALUES ('concurrency', 'many');"),

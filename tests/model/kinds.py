@@ -11,6 +11,7 @@ from typing import Any
 
 from speval.stores import make_control
 from speval.stores.postgres.store import PostgresStore
+from speval.stores.sqlite.states import HOMES, STATES
 from speval.stores.sqlite.store import SqliteStore
 
 from ..databases import PostgresPlace, ServerClock
@@ -33,11 +34,11 @@ class SqliteKind:
         status="s.status",
         attempt="s.attempt",
         made="s.attempt - s.released",
-        charged="s.attempt - s.released - s.forgiven",
+        charged="CASE WHEN s.status NOT IN (2, 3) THEN s.attempt - s.released - s.forgiven END",
         worker="s.worker",
         updated="s.updated_at",
-        last="s.last",
-        states="LEFT JOIN states AS s ON s.id = e.id",
+        last="(SELECT max(seq) FROM attempts WHERE evaluation = e.id)",
+        states=f"LEFT JOIN {STATES} AS s ON s.id = e.id",
     )
     patched = ("speval.stores.sqlite.lease.this_process", "speval.stores.sqlite.store.this_process")
     randomness = "speval.stores.sqlite.store.secrets"
@@ -59,7 +60,7 @@ class SqliteKind:
         return self.reader.execute(sql).fetchall()
 
     def states(self) -> int:
-        return self.query("SELECT count(*) FROM states")[0][0]
+        return self.query(HOMES)[0][0]
 
     def pass_time(self, seconds: float) -> None:
         pass

@@ -1,1 +1,1 @@
-"""Evaluations in a schema of a PostgreSQL database."""
+"""The PostgreSQL store: evaluations in a schema of a PostgreSQL database."""

@@ -1,7 +1,7 @@
-"""An eval space of a PostgreSQL database, read or filled as a whole.
+"""A namespace of a PostgreSQL database, read or filled as a whole.
 
-Owns the SQL of copying. Invariant: a claim that a worker holds in the source is nobody's in the copy, and charges nothing
-there.
+Owns the SQL of copying. Invariant: claims are not copied; an evaluation in progress is pending in the copy, and no attempt is
+charged for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["PostgresArchive"]
 
 T = TypeVar("T")
 
-_FOR_LONG = 7 * 86_400.0  # seconds that a copy may take
-_AT_ONCE = 1000  # rows read at once, if they are no more than so many bytes
+_FOR_LONG = 7 * 86_400.0  # the time limit of copying, seconds
+_AT_ONCE = 1000  # the maximum number of rows in a page
 
 _WORKERS = """
 SELECT id, host, pid, machine, start, lease, started_at, last_seen, coalesce(ended_at, last_seen) FROM speval.workers
@@ -44,7 +44,7 @@ FROM speval.evaluations AS e LEFT JOIN speval.queue AS q ON q.id = e.id LEFT JOI
 LEFT JOIN speval.attempts AS a ON a.evaluation = e.id AND a.final
 WHERE e.id > %(after)s
 """)
-# A page is some rows of large tables, whatever is known of these.
+# A page is a few rows of large tables; without statistics the planner would choose other plans.
 _PAGES = (
     "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL enable_seqscan = off; SET LOCAL jit = off"
 )
@@ -84,10 +84,10 @@ _NEWS = "SELECT pg_notify('speval.news', '')"
 
 
 class PostgresArchive(Archive):
-    """One eval space of a PostgreSQL database.
+    """One namespace of a PostgreSQL database.
 
     Args:
-        url: The database, and the space in it.
+        url: The database and the namespace.
         mode: ``read`` to read it, ``create`` to fill it.
     """
 
@@ -172,7 +172,7 @@ class PostgresArchive(Archive):
 
 
 def _field(value: object) -> str:
-    """Return a value as COPY reads it."""
+    """Return a value in the text format of COPY."""
     if value is None:
         return "\\N"
     text = str(value)
@@ -184,7 +184,7 @@ def _field(value: object) -> str:
 
 
 def _as_stored(row: tuple[Any, ...], first: int, last: int | None = None) -> tuple[Any, ...]:
-    """Return a row with its texts as they can be stored; JSON always can."""
+    """Return a row with NUL escaped in its texts; JSON text never contains NUL."""
     return tuple(stored_name(v) if type(v) is str and first <= n < (last or 99) else v for n, v in enumerate(row))
 
 

@@ -1,9 +1,9 @@
-"""One connection to a PostgreSQL database, and what its errors mean.
+"""One connection to a PostgreSQL database, and its error handling.
 
-Owns connecting, connecting again, waiting for an answer, and the settings of a transaction. Invariant: every piece of work is
-one transaction that is over when the call returns; whatever is set for the server, the database or the role, it resolves names
-in pg_catalog alone, is isolated as we rely on and ended by no limit but ours; a call never waits for an answer beyond its
-patience; and nothing that is said of a connection holds a password.
+Owns connecting, reconnecting, waiting for an answer, and the settings of a transaction. Invariant: each call is one
+transaction, which has ended when the call returns. With any settings of the server, the database or the role, a transaction
+resolves names only in pg_catalog, has the isolation we rely on, and is only ended by our own time limits. A call never waits
+longer than its patience, and no message contains a password.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ logger = logging.getLogger("speval.store")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PATIENCE = 60.0  # seconds that a reader waits for a server to come back
-_LONG_PATIENCE = 3600.0  # seconds that a worker waits for what it can't do without
-_CONNECT = 5  # seconds for one attempt to connect, of which there may be many
-_GLANCE = 0.1  # seconds between looks, while waiting for an answer, whether it is still wanted
+_PATIENCE = 60.0  # seconds that a reader waits for an unreachable server
+_LONG_PATIENCE = 3600.0  # seconds that a worker waits for an unreachable server
+_CONNECT = 5  # seconds for one attempt to connect; there may be many attempts
+_GLANCE = 0.1  # seconds between two checks for cancellation while waiting for the connection
 _LONGEST_PAUSE = 1.0  # seconds between attempts to connect
 
-# A host that has vanished without a word is noticed by these; libpq's own defaults take two hours.
+# These detect a host that has vanished without closing the connection; libpq's defaults take two hours.
 _DEFAULTS = {
     "application_name": ("PGAPPNAME", "speval"),
     "connect_timeout": ("PGCONNECT_TIMEOUT", str(_CONNECT)),
@@ -59,10 +59,10 @@ _DEFAULTS = {
     "keepalives_count": ("", "3"),
     "client_encoding": ("", "UTF8"),
 }
-# Seconds after which what may pass, or has never been reached, is taken for good.
+# Seconds after which such an error counts as permanent.
 _LIMITS = {Verdict.MAY_PASS: 60.0, Verdict.UNREACHABLE: 30.0}
-# Not for the session: behind a pooler that would be somebody else's in the next moment. Without pg_temp at the end it would
-# come first. A row policy is an error, since it executes what its owner likes.
+# SET LOCAL, because behind a pooler the next transaction of the session may belong to another client. pg_temp is last because
+# PostgreSQL otherwise searches it first. A row policy is an error, because it executes code of its owner.
 _OPENING = """
 BEGIN ISOLATION LEVEL READ COMMITTED {};
 SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off;
@@ -70,21 +70,21 @@ SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; SET LOCAL idle_in_t
 SET LOCAL extra_float_digits = 1; SET LOCAL array_nulls = on; SET LOCAL standard_conforming_strings = on; SET LOCAL jit = off
 """
 _OPENING_SINCE_17 = "; SET LOCAL transaction_timeout = 0"
-_DONE_NOTHING = "40"  # serialization failure, deadlock: undone by the server, and done again at once
-_STATEMENT_MODE = "statement pooling"  # pgbouncer's words, which are never translated
+_DONE_NOTHING = "40"  # serialization failure, deadlock: the server rolled back, so retry at once
+_STATEMENT_MODE = "statement pooling"  # part of a pgbouncer message; pgbouncer does not translate messages
 
 
 class _Unanswered(psycopg.OperationalError):
-    """Nobody waits for the answer any more."""
+    """The call stopped waiting for the answer."""
 
 
 class Connection(psycopg.Connection[tuple[Any, ...]]):
-    """A psycopg connection that gives up waiting when it is told to."""
+    """A psycopg connection that stops waiting at a deadline or on request."""
 
     deadline = float("inf")
     unwanted: Callable[[], bool] = staticmethod(lambda: False)
-    opening = ""  # begins a transaction
-    is_bare = True  # calls of our functions need no settings but those of the session
+    opening = ""  # the SQL that starts a transaction
+    is_bare = True  # whether our SQL functions may run with the settings of the session
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(self._watched(gen), *args, **kwargs)
@@ -94,7 +94,7 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
             awaited = next(gen)
             while True:
                 ready = yield awaited
-                # The server may stand still, and the connection with it, without any sign of that but silence.
+                # A server that hangs sends nothing, so only time shows it.
                 if not ready and (time.monotonic() > self.deadline or self.unwanted()):
                     raise _Unanswered("no answer")
                 awaited = gen.send(ready)
@@ -104,7 +104,7 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Run what is inside as one transaction, with settings of its own; within one, as a part of it."""
+        """Run the body as one transaction with our settings; inside a transaction, as a part of it."""
         if self.info.transaction_status != TransactionStatus.IDLE:
             yield
             return
@@ -126,13 +126,13 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
 
 
 class PostgresConnection:
-    """A connection used by one thread at a time, made again whenever it breaks.
+    """A connection for one thread at a time, which reconnects when it breaks.
 
     Args:
-        url: Where to.
-        works: Whether it is a worker's: one that hears of news, and waits for long.
-        writes: Whether it may change something.
-        given_up: Set by others to end all waiting; by default only ``give_up`` does that.
+        url: The database.
+        works: Whether it belongs to a worker: it listens for notifications and has a long patience.
+        writes: Whether it may change the database.
+        given_up: Other threads set it to end all waiting. By default only ``give_up`` ends it.
     """
 
     def __init__(
@@ -141,10 +141,10 @@ class PostgresConnection:
         self.url = url
         self.shown = url.shown
         self._patience = _LONG_PATIENCE if works else _PATIENCE
-        self.connected = 0  # how often; who sees another number has been out of touch
+        self.connected = 0  # the number of connects; a new value means that the connection was interrupted
         self._listens = works
         self._writes = writes
-        self._trouble: tuple[Verdict, float] | None = None  # what goes wrong time and again, and since when, monotonic
+        self._trouble: tuple[Verdict, float] | None = None  # the repeated error, and since when, monotonic
         self._connection: Connection | None = None
         self._was_open = False
         self._closed = False
@@ -160,15 +160,15 @@ class PostgresConnection:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Run ``work(connection, ...)``, which may be run again: on another connection, after a first one has broken."""
+        """Run ``work(connection, ...)``; run it again on a new connection if the connection breaks."""
         return self.run_within(self._patience, True, None, lambda c: work(c, *args, **kwargs))
 
     def run_once(self, patience: float, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work(connection, ...)``; when this raises, it may have been done all the same."""
+        """Run ``work(connection, ...)`` once; if this raises, the transaction may still have been committed."""
         return self.run_within(patience, False, None, lambda c: work(c, *args, **kwargs))
 
     def call(self, patience: float, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``work(connection, ...)`` once, which is one call of a function of ours by its full name, and quicker for it."""
+        """Run ``work(connection, ...)`` once; it must be a single call of one of our SQL functions by qualified name."""
         return self.run_within(patience, False, None, lambda c: work(c, *args, **kwargs), bare=True)
 
     def run_within(
@@ -183,15 +183,15 @@ class PostgresConnection:
         """Run ``work(connection)`` as one transaction.
 
         Args:
-            patience: Seconds to wait in all.
-            again: Whether to try again when the connection has broken meanwhile.
-            given_up: When set, waiting is over.
-            work: What executes statements.
-            bare: Whether it is one call of a function of ours, which sees to what it needs, or says that it has to be in a
-                transaction with settings of its own.
+            patience: The maximum time to wait, seconds.
+            again: Whether to try again after the connection has broken.
+            given_up: An event that stops the waiting.
+            work: A function that executes statements.
+            bare: Whether it is a single call of one of our SQL functions. Such a function checks its settings itself, and
+                raises an error if it needs a transaction with our settings.
 
         Raises:
-            DatabaseUnavailableError: there was no answer; what was asked may have been done.
+            DatabaseUnavailableError: no answer arrived; the transaction may have been committed.
         """
         deadline = time.monotonic() + patience
 
@@ -221,10 +221,10 @@ class PostgresConnection:
                 if not passing or unwanted() or self._closed or time.monotonic() + pause >= deadline:
                     raise ours from error
                 if not has_warned and not undone:
-                    logger.warning("%s, trying again for up to %.0f s", ours, deadline - time.monotonic())
+                    logger.warning("%s; retrying for up to %.0f s", ours, deadline - time.monotonic())
                     has_warned = True
             except UnicodeDecodeError as error:
-                raise DatabaseError(self.shown, f"what should be text in it is none ({error})") from error
+                raise DatabaseError(self.shown, f"a text value is not valid UTF-8 ({error})") from error
             finally:
                 if self._connection is not None and self._connection.closed:
                     self._connection = None
@@ -232,15 +232,15 @@ class PostgresConnection:
             (given_up or self._given_up).wait(pause)
 
     def open(self) -> None:
-        """Connect for the first time, as patiently as later on while there is a server that will let us in.
+        """Connect for the first time; wait for a server that is starting or has no free connection.
 
         Raises:
-            DatabaseError: there is no server, or it won't have us.
+            DatabaseError: the server is unreachable or rejected the login.
         """
         self.run_within(self._patience, True, None, lambda c: None, bare=True)
 
     def heard(self) -> bool:
-        """Return whether there was news since the last call, as far as it can be known without asking."""
+        """Return whether a notification has arrived since the last call; this sends no query."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -251,12 +251,12 @@ class PostgresConnection:
             pids = {notify.pid for notify in connection.notifies(timeout=0)}
             return bool(pids - {connection.info.backend_pid})
         except psycopg.Error:
-            return False  # whoever asks next will see
+            return False  # the next query reports the error
         finally:
             self._lock.release()
 
     def give_up(self) -> None:
-        """Make whoever waits for an answer fail soon; callable from any thread."""
+        """Make calls that wait for an answer fail soon; callable from any thread."""
         self._given_up.set()
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class PostgresConnection:
     def _acquire(self, deadline: float, unwanted: Callable[[], bool]) -> None:
         while not self._lock.acquire(timeout=_GLANCE):
             if unwanted() or time.monotonic() > deadline:
-                raise DatabaseUnavailableError(self.shown, "has not answered what was asked before")
+                raise DatabaseUnavailableError(self.shown, "the server has not answered the previous query")
 
     def _connected(self, deadline: float) -> Connection:
         if self._closed:
@@ -298,14 +298,14 @@ class PostgresConnection:
         left = max(2, int(min(deadline - time.monotonic(), _PATIENCE)))
         with suppress(ValueError):
             parameters["connect_timeout"] = str(min(left, int(parameters.get("connect_timeout", _CONNECT))))
-        # No prepared statements: behind a pooler the next transaction may be on a connection that does not know them.
+        # No prepared statements: behind a pooler the next transaction may use a connection without them.
         try:
             return Connection.connect(autocommit=True, prepare_threshold=None, **parameters)  # type: ignore[arg-type]
         except psycopg.OperationalError as error:
             raise why_not_connected(error, make_conninfo("", **parameters), _CONNECT) from error
 
     def _translated(self, error: psycopg.Error) -> SpevalError:
-        """Return ours for an error of psycopg; a connection of which nobody knows how it stands is closed."""
+        """Return our error for an error of psycopg; a connection in an unknown state is closed."""
         connection = self._connection
         broken = connection is None or connection.closed or connection.broken
         if connection is not None and (isinstance(error, _Unanswered) or connection.broken):
@@ -321,23 +321,25 @@ class PostgresConnection:
             version, release = text.split()
             return NewerSchemaError(self.shown, int(version), SCHEMA, release)
         if _STATEMENT_MODE in text:
-            return DatabaseError(self.shown, "is behind a pgbouncer in statement mode; set pool_mode = transaction there")
+            return DatabaseError(
+                self.shown, "pgbouncer runs in statement mode; set pool_mode = transaction in its configuration"
+            )
         passes = self._judged(error, state, broken)
         if not passes:
             return DatabaseError(self.shown, _with_fix(state, text, isinstance(error, Failure)))
         if state == "53100":
-            return DatabaseUnavailableError(self.shown, "the server's disk is full; nothing is lost, make room")
-        return DatabaseUnavailableError(self.shown, f"can't be reached just now ({text})")
+            return DatabaseUnavailableError(self.shown, "the disk of the server is full; free some space, no result is lost")
+        return DatabaseUnavailableError(self.shown, f"the server is unavailable ({text})")
 
     def _judged(self, error: psycopg.Error, state: str, broken: bool) -> bool:
-        """Tell whether to go on trying: for a while, where only time can tell."""
+        """Tell whether to retry; an error that may be transient is retried for a limited time."""
         if isinstance(error, Failure):
             found = error.verdict
             if self._was_open and found is not Verdict.PASSES:
-                # One that has let us in before: a failover, or a service for logins that is away.
+                # A login succeeded before: this may be a failover, or the login service is down.
                 found = Verdict.PASSES if found is Verdict.UNREACHABLE else Verdict.MAY_PASS
         elif isinstance(error, psycopg.ProgrammingError) and not state:
-            found = Verdict.STAYS  # an option that libpq does not know
+            found = Verdict.STAYS  # libpq does not know an option
         else:
             found = verdict(state) if state else Verdict.PASSES if broken else Verdict.STAYS
             found = Verdict.PASSES if broken and found is Verdict.STAYS and self._was_open else found
@@ -348,22 +350,22 @@ class PostgresConnection:
 
 
 def _with_fix(state: str, text: str, connecting: bool) -> str:
-    """Return what is wrong for good and what to do about it."""
+    """Return the text of a permanent error, with a fix."""
     if state == "42501":
-        return f"{text}; docs/postgres.md says which privileges are needed"
+        return f"{text}; docs/postgres.md lists the required privileges"
     if state == "3F000" or (state.startswith("42") and not connecting):
-        return f"was changed or dropped while in use ({text})"
+        return f"the schema was changed or dropped while in use ({text})"
     if state == "25006":
-        return f"can't be written to ({text}); name the server that can, or several and target_session_attrs=read-write"
-    return f"can't be used: {text}" if connecting else text
+        return f"the server is read-only ({text}); name the primary, or several hosts and target_session_attrs=read-write"
+    return f"can't connect: {text}" if connecting else text
 
 
 def numbers(values: Iterable[float | bool | None]) -> str:
-    """Return an array of numbers as PostgreSQL reads it; this way it takes a tenth of the time the driver does."""
+    """Return an array of numbers in PostgreSQL's text format; the driver takes ten times as long."""
     return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
 
 
 def texts(values: Iterable[str | None]) -> str:
-    """Return an array of texts as PostgreSQL reads it."""
+    """Return an array of texts in PostgreSQL's text format."""
     quoted = ["NULL" if t is None else '"' + t.replace("\\", "\\\\").replace('"', '\\"') + '"' for t in values]
     return "{" + ",".join(quoted) + "}"

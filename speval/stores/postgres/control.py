@@ -286,7 +286,7 @@ class PostgresControl(Control):
         if ids:
             for sql in _DROP:
                 count = self._execute(c, sql, (numbers(ids),)).rowcount
-            # What they say of their args, and of who is a stranger, speaks of all that was there.
+            # Their digests and unlisted ids describe the evaluations before this change.
             self._execute(c, "UPDATE speval.spaces SET exact = false")
         return count
 

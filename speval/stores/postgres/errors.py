@@ -1,7 +1,7 @@
-"""What an error of PostgreSQL, of a pooler or of libpq means: whether it passes.
+"""Classifies errors of PostgreSQL, poolers and libpq as transient or permanent.
 
-Owns the table of SQLSTATE classes. Invariant: a verdict depends on codes and never on the words of a message, since a server
-says them in its own language. The one exception is pgbouncer, which has one code for everything and no other language.
+Owns the table of SQLSTATE classes. Invariant: a verdict depends on codes and never on the text of a message, because servers
+translate their messages. The one exception is pgbouncer, which uses a single code for all errors and only English.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ __all__ = [
     "why_not_connected",
 ]
 
-SCHEMA = 1  # what this release reads and writes
-NEWER_SCHEMA = "SP002"  # raised by our own functions: a newer release has changed the schema
-# The transaction is not as a function needs it, or the role's settings ended it: it has done nothing, and a transaction with
-# settings of its own does better. SP001 is raised by our own functions.
+SCHEMA = 1  # the schema version that this release reads and writes
+NEWER_SCHEMA = "SP002"  # raised by our SQL functions: a newer release has changed the schema
+# The settings of the session are wrong for a function, or ended its transaction, which did nothing. A transaction that sets
+# its own settings can succeed. SP001 is raised by our SQL functions.
 BEFORE_READY = ("SP001", "25006", "57014", "55P03", "40001")
 
-_VERBOSE = 2  # PQERRORS_VERBOSE: the code stands before the text
+_VERBOSE = 2  # PQERRORS_VERBOSE: the message starts with the code
 _CODED = re.compile(r":  ([0-9A-Z]{5}): ")
 
 
 class Verdict(Enum):
-    """Whether the same again may succeed."""
+    """Whether a retry can succeed."""
 
     PASSES = auto()
     MAY_PASS = auto()  # within a minute or never
     STAYS = auto()
-    UNREACHABLE = auto()  # nothing has answered
+    UNREACHABLE = auto()  # no answer from any host
 
 
 # Longer codes first. Classes 08, 53, 57 and 58: connections, resources, operators, the system.
 _STATES = (
-    ("08P01", Verdict.MAY_PASS),  # whatever pgbouncer has to say: that its server is away, or that it has no such database
+    ("08P01", Verdict.MAY_PASS),  # every pgbouncer error: its server is down, or the database is unknown
     ("08", Verdict.PASSES),
-    ("25006", Verdict.MAY_PASS),  # read only: a standby, for good or until it is promoted
+    ("25006", Verdict.MAY_PASS),  # read-only: a standby, which may be promoted soon
     ("25P03", Verdict.PASSES),  # idle in a transaction for too long
     ("25P04", Verdict.PASSES),  # a transaction for too long
     ("40", Verdict.PASSES),  # serialization failure, deadlock
@@ -69,7 +69,7 @@ _STATES = (
 
 
 class Failure(psycopg.OperationalError):
-    """An attempt to connect has failed, for a known reason."""
+    """A connection could not be made, for a known reason."""
 
     def __init__(self, text: str, state: str, verdict: Verdict) -> None:
         super().__init__(text)
@@ -78,29 +78,29 @@ class Failure(psycopg.OperationalError):
 
 
 def sqlstate(error: psycopg.Error) -> str:
-    """Return the code of an error, empty if it has none."""
+    """Return the SQLSTATE of an error, or an empty string."""
     if isinstance(error, Failure):
         return error.state
     return error.diag.sqlstate or error.sqlstate or ""
 
 
 def verdict(state: str) -> Verdict:
-    """Return whether what has this code passes."""
+    """Return whether an error with this SQLSTATE is transient."""
     return next((found for prefix, found in _STATES if state.startswith(prefix)), Verdict.STAYS)
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return what the server or libpq says, in one line."""
+    """Return the message of the server or libpq in one line."""
     text = error.diag.message_primary or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].removeprefix("connection failed: ") if lines else type(error).__name__
 
 
 def why_not_connected(error: psycopg.OperationalError, conninfo: str, timeout: float) -> Failure:
-    """Return why a connection could not be made.
+    """Return the reason of a failed connection attempt.
 
-    libpq keeps no code of an error that ends a connection before it is there, only a text. So a second attempt is made, with
-    texts that begin with the code.
+    For an error during connecting, libpq keeps only the message, not the code. So this connects a second time, with verbose
+    messages, which start with the code.
     """
     text = first_line(error)
     if isinstance(error, psycopg.errors.ConnectionTimeout):
@@ -108,24 +108,24 @@ def why_not_connected(error: psycopg.OperationalError, conninfo: str, timeout: f
     states, found = _second_attempt(conninfo, timeout)
     if not states:
         return Failure(text, "", found)
-    # Of several hosts, one that will soon be there is enough.
+    # One of several hosts is enough, if its error is transient.
     order = (Verdict.PASSES, Verdict.MAY_PASS, Verdict.STAYS)
     state = min(states, key=lambda state: order.index(verdict(state)))
     return Failure(text, state, verdict(state))
 
 
 def _second_attempt(conninfo: str, timeout: float) -> tuple[list[str], Verdict]:
-    """Return the codes that the servers give, and the verdict if they give none."""
+    """Return the codes from the servers, and the verdict if there are none."""
     deadline = time.monotonic() + timeout
     connection = pq.PGconn.connect_start(conninfo.encode())
     try:
-        if not connection.host:  # options that libpq can't read, or a service that it does not know
+        if not connection.host:  # invalid options, or an unknown service
             return [], Verdict.STAYS
         _speak_in_codes(connection)
         while connection.status != pq.ConnStatus.BAD and time.monotonic() < deadline:
             status = connection.connect_poll()
             if status == pq.PollingStatus.OK:
-                return [], Verdict.PASSES  # it is there now
+                return [], Verdict.PASSES  # this time it succeeded
             if status == pq.PollingStatus.FAILED:
                 break
             reads = status == pq.PollingStatus.READING
@@ -147,9 +147,9 @@ def _wait(fileno: int, reads: bool, timeout: float) -> None:
 
 
 def _speak_in_codes(connection: Any) -> None:
-    """Have texts of a connection begin with their code; without it, they have none."""
+    """Make the messages of a connection start with their code."""
     with suppress(OSError, AttributeError, TypeError):
-        # The extension is linked to its libpq, so the function is found through it.
+        # Look the function up through psycopg's extension, which is linked to its libpq.
         module = sys.modules[type(connection).__module__]
         library = getattr(module, "_pq", None) or ctypes.CDLL(module.__file__)
         library.PQsetErrorVerbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -157,7 +157,7 @@ def _speak_in_codes(connection: Any) -> None:
 
 
 def _is_unknown(host: str) -> bool:
-    """Tell whether a host name is one that the name service says does not exist."""
+    """Tell whether the name service reports that a host name does not exist."""
     if host.startswith(("/", "@")):
         return False
     try:

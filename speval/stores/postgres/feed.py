@@ -1,11 +1,11 @@
-"""The feed of ended attempts, from a database that commits in no order.
+"""The feed of ended attempts, in a database whose commits have no fixed order.
 
-Owns the knowledge up to which number the table of attempts is complete. Invariant: nobody is told to go on behind a number that
-may still come.
+Owns the sequence number up to which the table of attempts is complete. Invariant: the cursor never passes a sequence number
+that may still be committed.
 
-A number is taken before its transaction commits, so a higher one may be seen first. While the numbers follow each other
-without a gap there is nothing to wonder about. Where one is missing, its transaction either goes on, and then it holds the lock
-of movers, or it has come to nothing and the number never comes.
+A transaction takes its sequence number before it commits, so a higher number may be visible first. Without a gap the numbers
+are complete. For a missing number there are two cases: its transaction is still open and holds the movers lock, or it was
+rolled back and the number never appears.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .seed import Extent
 
 __all__ = ["Feed"]
 
-_STEP = 10_000  # numbers looked at for a gap at once
+_STEP = 10_000  # sequence numbers checked for a gap at once
 
-# The driver sends a number in the smallest type it fits, and their sum may not fit there: hence the casts.
+# The casts avoid an overflow: the driver sends a number in the smallest type that fits.
 _UNBROKEN = """
 SELECT count(*), coalesce(max(seq), 0)
 FROM (SELECT seq FROM speval.attempts
@@ -34,7 +34,7 @@ SELECT seq FROM (SELECT seq, row_number() OVER (ORDER BY seq) AS place FROM spev
     WHERE seq > %(after)s::bigint AND seq <= %(after)s::bigint + %(step)s::bigint) AS part
 WHERE seq = %(after)s::bigint + place ORDER BY seq DESC LIMIT 1
 """
-# Two statements, in this order: whoever took a number up to the first one's answer is among those the second one sees, or over.
+# Two statements, in this order: a transaction that took a number before the first one is listed by the second one or has ended.
 _TAKEN = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM speval.seqs"
 _MOVERS = """
 SELECT virtualtransaction FROM pg_locks
@@ -48,7 +48,7 @@ _ENDED = page_of(
 
 
 class Feed:
-    """Reads what has ended, in the order of the numbers."""
+    """Reads ended attempts in the order of their sequence numbers."""
 
     def __init__(self, names: Names, shown: str, damaged: Damaged) -> None:
         self._names = names
@@ -58,7 +58,7 @@ class Feed:
         self._mark: tuple[int, set[str]] | None = None
 
     def read(self, c: Connection, extent: Extent, cursor: int, limit: int) -> tuple[int, list[tuple[int, Evaluation]]]:
-        """Return the next cursor and what has ended since the given one."""
+        """Return the next cursor and the evaluations that ended after the given one."""
         found: list[tuple[int, Evaluation]] = []
         while True:
             values: dict[str, int | None] = {"cursor": cursor, "complete": self._complete, "limit": limit, "size": PAGE_SIZE}
@@ -77,7 +77,7 @@ class Feed:
                 return cursor, found
 
     def _advance(self, c: Connection) -> bool:
-        """Find out whether more is complete than was known."""
+        """Update the complete sequence number; return whether it has grown."""
         before = self._complete
         values = {"after": before, "step": _STEP}
         count, last = self._one(c, _UNBROKEN, values)
@@ -91,7 +91,7 @@ class Feed:
                 self._pass_gap(c)
         else:
             (taken,) = self._one(c, _TAKEN)
-            if taken > before:  # taken and not seen: all on their way, or come to nothing
+            if taken > before:  # taken and not visible: not committed yet, or rolled back
                 self._pass_gap(c)
         return self._complete > before
 

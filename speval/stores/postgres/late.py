@@ -1,7 +1,7 @@
-"""Results that an earlier run could not record, taken into a PostgreSQL database.
+"""Records results from side files of an earlier run in a PostgreSQL database.
 
-Owns the SQL that looks their evaluations up and gives them their tokens back. Invariant: the whole is one transaction in which
-everything else stands still, and what is recorded goes the way of every attempt that ends.
+Owns the SQL that finds their evaluations and restores their fencing tokens. Invariant: it is one transaction that blocks all
+other writers, and results are recorded by the same code as those of running attempts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .schema import READY, Names, stored_name, true_name
 
 __all__ = ["take_in"]
 
-_STAND_STILL = "SELECT pg_advisory_xact_lock(1936745846, speval.movers())"
+_BLOCK_WRITERS = "SELECT pg_advisory_xact_lock(1936745846, speval.movers())"
 _STANDING = """
 SELECT e.name, e.id, e.args,
     CASE WHEN f.seq IS NOT NULL THEN CASE f.outcome WHEN 'completed' THEN 'completed' ELSE 'failed' END
@@ -30,7 +30,7 @@ _ENDS = """
 SELECT a.evaluation, a.attempt, a.worker, a.started_at, a.outcome FROM speval.attempts AS a
 WHERE a.evaluation = ANY (%s::bigint[])
 """
-# Each becomes one that its worker runs, wherever its row is, so that it can end as all others do.
+# Move each evaluation to the state "running by its worker", so that its attempt can be recorded as usual.
 _ADOPT = """
 WITH given AS (
     SELECT * FROM unnest(%(ids)s::bigint[], %(attempts)s::integer[], %(released)s::integer[], %(workers)s::bigint[])
@@ -60,9 +60,17 @@ End = Callable[[Connection, Sequence[Ended]], object]
 
 
 def take_in(c: Connection, names: Names, ended: Sequence[Ended], now: float, end: End) -> TakenIn:
-    """Record those that may be, by ``end``, which also gives back those that are to be tried again."""
+    """Record the results that may still be recorded.
+
+    Args:
+        c: The connection.
+        names: The statements for the schema.
+        ended: The results.
+        now: Unix seconds.
+        end: Records attempts, and releases evaluations for another attempt.
+    """
     with c.block():
-        c.execute(names(_STAND_STILL))
+        c.execute(names(_BLOCK_WRITERS))
         c.execute(names(READY))
         taken, adopted = sort_out(ended, _look_up(c, names, ended))
         if adopted:

@@ -1,8 +1,8 @@
-"""Leases in a PostgreSQL database: renewing one's own, watching the others'.
+"""Leases in a PostgreSQL database: renewing the lease of this worker and watching those of others.
 
-Owns the statements of the lease thread, on the connection of its worker. Invariant: by nothing but the server's clock, or by a
-process that is gone on this machine, is anybody declared dead; and never because of a time in which the server itself could not
-be renewed with.
+Owns the statements of the lease thread, which uses the connection of its worker. Invariant: a worker is dead when its lease has
+expired by the server clock, or when its process on this machine has ended. Time in which the server accepted no renewals does
+not count.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .schema import Names, true_name
 
 __all__ = ["PostgresLeaseKeeping"]
 
-_PATIENCE = 1.0  # seconds at most: taking back can wait for the next look, one's own renewal can't wait for it
-_LONG = 2.0  # seconds without an answer after which others may have had none either
+_PATIENCE = 1.0  # seconds at most: reclaiming can wait for the next check, and the renewal must not wait for it
+_LONG = 2.0  # seconds without an answer after which other workers may have had no answer either
 
-_OVERDUE = 3.0  # seconds without a look of anybody, after which the next one who renews looks at once
+_OVERDUE = 3.0  # seconds without a check by any worker, after which the next worker that renews checks at once
 
-# Calls of functions with qualified names alone: these run outside of a transaction with settings of its own.
+# Only calls of functions by qualified names: these run with the settings of the session.
 _RENEW = "SELECT speval.renew_1(%s, %s, %s)"
 _LOOK = "SELECT kind, id, host, pid, machine, start, lease, beat, dead FROM speval.look_1(%s, %s)"
 _TAKE_BACK = "SELECT more, pending, failed FROM speval.take_back_1(%s, %s, %s, %s, %s, %s)"
@@ -33,13 +33,13 @@ _TAKE_BACK = "SELECT more, pending, failed FROM speval.take_back_1(%s, %s, %s, %
 class PostgresLeaseKeeping(Reclaiming):
     """The lease thread's part of a worker's connection.
 
-    It shares that of the store, since a server has few: a renewal waits for the one transaction that is under way, and while
-    that gets no answer, nor would a renewal.
+    It shares the connection of the store, because a server allows few. A renewal waits for at most one transaction; while that
+    gets no answer, a renewal would get none either.
 
     Args:
-        connection: The worker's.
-        names: The statements as they are for its schema.
-        clock: Where the time comes from.
+        connection: The connection of the worker.
+        names: The statements for its schema.
+        clock: The clock.
         lease: Seconds.
     """
 
@@ -51,9 +51,9 @@ class PostgresLeaseKeeping(Reclaiming):
         self._machine = this_process().machine
         self._given_up = threading.Event()
         self._connected = connection.connected
-        self._undisturbed: float | None = None  # since when, monotonic; None: always
+        self._undisturbed: float | None = None  # since when the server has answered, monotonic; None: always
         self._next_look = 0.0  # monotonic
-        self._here: list[WorkerRow] = []  # the living of this machine, as they were at the last look
+        self._here: list[WorkerRow] = []  # the live workers of this machine at the last check
 
     def __repr__(self) -> str:
         return f"<PostgresLeaseKeeping {self._connection.shown!r}>"
@@ -66,14 +66,14 @@ class PostgresLeaseKeeping(Reclaiming):
 
         alive = self._run(patience, beat)
         if alive is None:
-            self._next_look = 0.0  # most of those who would have looked by now are gone
+            self._next_look = 0.0  # the other workers have not checked for seconds: most of them are gone
         return alive is None or bool(alive)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
-        """Return who is dead, and who holds something and is none of those that have not ended.
+        """Return the dead workers, and the orphaned holders: ids in claims that no active worker has.
 
-        The server compares all leases with its clock for whoever looks, so few of many workers need to: each looks the less
-        often, the more there are. In between, one that dies on this machine is noticed without asking the server.
+        The server compares all leases with its clock, so one check serves all workers: the more workers there are, the less
+        often each one checks. Between checks, a worker that dies on this machine is detected without a query.
         """
         if self._clock.monotonic() < self._next_look and not gone_here(self._here, worker, self._machine):
             return [], []
@@ -89,7 +89,7 @@ class PostgresLeaseKeeping(Reclaiming):
                 orphaned.append(id)
             else:
                 row = WorkerRow(id, Process(host, pid, machine, start), lease, beat, is_dead)
-                # When we were cut off, others may have been, and have had no time yet to say that they live.
+                # If this worker was disconnected, others may have been too, and need time to renew.
                 has_had_time = self._undisturbed is None or now - self._undisturbed >= lease
                 (dead if is_dead or (kind == 1 and has_had_time) else self._here).append(row)
         return dead + gone_here(self._here, worker, self._machine), orphaned
@@ -99,7 +99,7 @@ class PostgresLeaseKeeping(Reclaiming):
         return self._take(row.id, row.beat, f"worker {label} died or was out of reach", max_attempts, bound)
 
     def take_back_orphaned(self, holder: object, max_attempts: int, bound: int) -> Taken | None:
-        message = f"worker {unknown_label(holder)} is none of those in the database that have not ended"
+        message = f"worker {unknown_label(holder)} is not an active worker of this database"
         return self._take(holder, None, message, max_attempts, bound)
 
     def _take(self, holder: object, beat: int | None, message: str, max_attempts: int, bound: int) -> Taken | None:
@@ -119,7 +119,7 @@ class PostgresLeaseKeeping(Reclaiming):
         self._given_up.set()
 
     def close(self) -> None:
-        """Do nothing: the connection is the store's."""
+        """Do nothing: the connection belongs to the store."""
 
     def _run(self, patience: float, work: Any) -> Any:
         started = self._clock.monotonic()

@@ -1,8 +1,8 @@
--- What one eval space of a PostgreSQL database consists of, executed once, in one transaction. "speval" stands for its schema.
+-- The schema of one namespace in a PostgreSQL database, executed once, in one transaction. "speval" is replaced by its name.
 --
--- A row's state is the table it is in: queue, then running, then attempts, the last one marked as final. So evaluations and
--- attempts only grow, small rows churn in queue and running, and a million ended ones slow nobody down. Nothing refers by foreign
--- key: each would be looked up for each row, and every move is one statement anyway.
+-- The state of an evaluation is the table with its row: queue, then running, then attempts with final set. So evaluations and
+-- attempts only grow, only small rows of queue and running are updated, and claims stay fast after a million evaluations.
+-- Foreign keys are not used: they would cost a lookup per row, and every move is one statement anyway.
 
 CREATE TABLE speval.meta (
     key text PRIMARY KEY,
@@ -10,44 +10,44 @@ CREATE TABLE speval.meta (
 );
 
 CREATE TABLE speval.evaluations (
-    id bigint PRIMARY KEY,                  -- in the order of the eval space, never given again
-    name text COLLATE "C" NOT NULL,         -- with NUL written as two characters, which no text can hold here
-    args text NOT NULL,                     -- JSON; as text, because json knows no NaN and jsonb no order of keys
-    EXCLUDE USING hash (name WITH =)        -- no name twice; other indexes hold no names above 2.7 kB
+    id bigint PRIMARY KEY,                  -- in eval-space order, never reused
+    name text COLLATE "C" NOT NULL,         -- NUL is stored as two characters: PostgreSQL text can't contain it
+    args text NOT NULL,                     -- JSON as text: json does not allow NaN, jsonb loses the order of keys
+    EXCLUDE USING hash (name WITH =)        -- names are unique; a btree index would limit names to 2.7 kB
 );
 CREATE SEQUENCE speval.ids MINVALUE 0 START 0;
 
 -- Pending.
 CREATE TABLE speval.queue (
     id bigint PRIMARY KEY,
-    attempt integer NOT NULL DEFAULT 0,        -- the latest attempt's number: it only ever grows
-    released integer NOT NULL DEFAULT 0,       -- attempts given back unused
-    forgiven integer NOT NULL DEFAULT 0,       -- attempts before the last retry(): the budget used is the rest
-    suspect boolean NOT NULL DEFAULT false,    -- a worker died with it claimed ahead, and it is never claimed ahead again
-    put_back bigint,                           -- its id once more, if it has been claimed before
+    attempt integer NOT NULL DEFAULT 0,        -- number of the latest attempt; it only grows
+    released integer NOT NULL DEFAULT 0,       -- released attempts
+    forgiven integer NOT NULL DEFAULT 0,       -- attempts before the last retry(), which are not charged
+    suspect boolean NOT NULL DEFAULT false,    -- a worker died while it was claimed ahead; it is not claimed ahead again
+    put_back bigint,                           -- the id again, if it was claimed before
     updated_at double precision NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0,
     vacuum_truncate = false);
--- Who claims goes on after the last id it has claimed, past what is dead in the index; these few it may have passed.
+-- A worker claims after the last id it has claimed, which skips dead index entries. It may have passed these few rows.
 CREATE INDEX queue_put_back ON speval.queue (put_back) WHERE put_back IS NOT NULL;
 
--- In progress, or held by its worker until its backoff is over.
+-- In progress, or held by its worker during a backoff.
 CREATE TABLE speval.running (
     id bigint PRIMARY KEY,
     attempt integer NOT NULL,
     released integer NOT NULL,
     forgiven integer NOT NULL,
     suspect boolean NOT NULL,
-    ahead boolean NOT NULL,   -- claimed ahead, so it may not have begun
-    held boolean NOT NULL,    -- its attempt has ended, and it waits for another one
+    ahead boolean NOT NULL,   -- claimed ahead; it may not have started
+    held boolean NOT NULL,    -- its attempt has ended, and another one follows after the backoff
     worker bigint NOT NULL,
-    call integer NOT NULL,    -- the record() of this worker that claimed it, by which a claim whose answer was lost is found
+    call integer NOT NULL,    -- the record() of this worker that claimed it; it identifies claims whose answer did not arrive
     updated_at double precision NOT NULL
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000,
     autovacuum_vacuum_cost_delay = 0, vacuum_truncate = false);
 CREATE INDEX running_worker ON speval.running (worker, call);
 
--- One row per attempt that ended; the last one of a completed or failed evaluation is final.
+-- One row per ended attempt; the last one of a completed or failed evaluation is final.
 CREATE TABLE speval.attempts (
     seq bigint PRIMARY KEY,
     evaluation bigint NOT NULL,
@@ -62,10 +62,10 @@ CREATE TABLE speval.attempts (
     error_message text,
     error_traceback text,
     final boolean NOT NULL,
-    released integer NOT NULL,  -- as they were in running, for whoever puts it back
+    released integer NOT NULL,  -- as in running, for a later retry()
     suspect boolean NOT NULL
 );
-CREATE UNIQUE INDEX attempts_evaluation ON speval.attempts (evaluation, attempt);  -- no attempt is recorded twice
+CREATE UNIQUE INDEX attempts_evaluation ON speval.attempts (evaluation, attempt);  -- an attempt can't be recorded twice
 CREATE INDEX attempts_failed ON speval.attempts (seq) WHERE final AND outcome <> 'completed';
 CREATE SEQUENCE speval.seqs;
 
@@ -76,34 +76,34 @@ CREATE TABLE speval.workers (
     machine text NOT NULL,
     start text NOT NULL,
     lease double precision NOT NULL,
-    expires_at double precision NOT NULL,  -- by this server's clock, as all here that ends in _at is not
+    expires_at double precision NOT NULL,  -- by the server clock; all other columns ending in _at use the worker's clock
     beat bigint NOT NULL DEFAULT 0,
-    dead boolean NOT NULL DEFAULT false,   -- it holds nothing any more, what it held is being taken back
-    floor integer NOT NULL DEFAULT 0,      -- a record() with a lower number was given up by its worker and may do nothing
+    dead boolean NOT NULL DEFAULT false,   -- declared dead; its evaluations are being reclaimed
+    floor integer NOT NULL DEFAULT 0,      -- its worker has abandoned every record() with a lower number; these do nothing
     started_at double precision NOT NULL,
     last_seen double precision NOT NULL,
     ended_at double precision
 ) WITH (fillfactor = 50);
 CREATE INDEX workers_here ON speval.workers (id) WHERE ended_at IS NULL;
--- When any of the workers has last looked at all others, in milliseconds. No row: a sequence leaves no dead ones behind.
+-- When a worker last checked all others, in milliseconds. A sequence, because it leaves no dead rows.
 CREATE SEQUENCE speval.looked MINVALUE 0 START 0;
 
--- Spaces that were compared with what is stored: a start of the same space finds its digest and compares nothing.
+-- Eval spaces that were compared with the stored evaluations: the next start with the same space finds its digest.
 CREATE TABLE speval.spaces (
     id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     digest text NOT NULL UNIQUE,
     first bigint NOT NULL,     -- its lowest and highest id
     last bigint NOT NULL,
-    gaps boolean NOT NULL,     -- in between there are others, those in strangers
-    exact boolean NOT NULL     -- all its args are those that are stored
+    gaps boolean NOT NULL,     -- between first and last there are ids of other spaces, stored in unlisted
+    exact boolean NOT NULL     -- all its args are equal to the stored ones
 );
-CREATE TABLE speval.strangers (
+CREATE TABLE speval.unlisted (
     space integer NOT NULL,
     id bigint NOT NULL,
     PRIMARY KEY (space, id)
 );
 
--- What speval 0.1.1 had as a table, for people and their scripts.
+-- The table of speval 0.1.1, for users and their scripts.
 CREATE VIEW speval.evals AS
 SELECT
     e.name,
@@ -117,31 +117,31 @@ LEFT JOIN speval.queue AS q ON q.id = e.id
 LEFT JOIN speval.running AS r ON r.id = e.id
 LEFT JOIN speval.attempts AS a ON a.evaluation = e.id AND a.final;
 
--- What follows are the verbs of the workers, one call and so one transaction each. As functions their plans are kept by the
--- server, also behind a pooler that gives each transaction another connection. Each has a version in its name: an older release
--- goes on with its own. Plans are made for tables that will be large, however empty they are now.
+-- The verbs of the workers: each is one call and one transaction. The server caches the plans of functions, also behind a
+-- pooler that assigns transactions to different connections. Each name has a version, so an older release keeps its own
+-- functions. The settings force plans for large tables, because the tables are empty when the first plan is made.
 --
--- What is switched off in a function costs ten thousand million in the planner's eyes, and what costs so much is compiled by a
--- server that can (jit), at a tenth of a second for each connection and each plan: so that is off too.
+-- A disabled plan type adds 1e10 to the cost of a plan, and a server with jit compiles expensive plans, which takes a tenth
+-- of a second per connection and plan. So jit is off too.
 --
--- A sum with 0 keeps the planner from an index that looks as good while a table is empty.
+-- Adding 0 to a column keeps the planner from an index that looks equally good while a table is empty.
 --
--- Whoever moves rows to attempts holds the lock of movers, shared: a reader of attempts learns from it whether a number that
--- is missing may still come, and whoever must have everything stand still takes it alone. The lock of the worker keeps its calls
--- and its death apart.
+-- A transaction that moves rows to attempts holds the movers lock in shared mode: a reader of attempts can tell whether a
+-- missing sequence number may still appear. Take the movers lock exclusively to block all writers. The lock of a worker
+-- separates its calls from declaring it dead.
 
 CREATE FUNCTION speval.clock() RETURNS double precision LANGUAGE sql VOLATILE AS $$
     SELECT extract(epoch FROM clock_timestamp())::double precision
 $$;
 
--- The lock of movers by its two keys; 1936745846 is "spev".
+-- The second key of the movers lock; the first one, 1936745846, is "spev".
 CREATE FUNCTION speval.movers() RETURNS integer LANGUAGE sql STABLE AS $$
     SELECT 'speval.attempts'::regclass::oid::integer
 $$;
 
--- Called first by those that do not look themselves. SP001: the client has to open a transaction of its own, since this one is not
--- as needed: its snapshot would be older than the locks it waits for, or NULL in an array would have been read as a text. SP002: a
--- newer release has changed the schema, and this function is not up to it.
+-- Checks the session and the schema version; other functions call it first. SP001: the client must open a transaction with our
+-- settings, because in this one the snapshot would be older than the locks, or NULL in an array would be read as text. SP002: a
+-- newer release has changed the schema.
 CREATE FUNCTION speval.ready_1() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -157,12 +157,12 @@ BEGIN
 END
 $$;
 
--- Null: nobody has looked at the others for some seconds. False: declared dead, has left, or unknown.
+-- Returns null if no worker has checked the others for some seconds, false if the worker is dead, has left, or is unknown.
 CREATE FUNCTION speval.renew_1(p_worker bigint, p_now double precision, p_overdue double precision) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     PERFORM speval.ready_1();
-    -- A renewal that a crash of the server undoes costs nothing: nobody is judged for a lease after its start.
+    -- Losing a renewal in a server crash is harmless: after a start of the server, leases count as renewed.
     PERFORM set_config('synchronous_commit', 'off', true);
     UPDATE speval.workers AS w SET beat = beat + 1, last_seen = p_now, expires_at = speval.clock() + lease
     WHERE w.id = p_worker AND ended_at IS NULL AND NOT dead;
@@ -173,9 +173,9 @@ BEGIN
 END
 $$;
 
--- A look at the other workers. Answers: kind 0, once: id is how many have not ended, this one among them. Kind 1: one that is dead,
--- or whose lease is over by this server's clock. Kind 2: another one on the machine of the caller. Kind 3: whoever is said to hold
--- something and is none of those that have not ended.
+-- Checks the other workers. Rows: kind 0, once: id is the number of active workers, this one included. Kind 1: a worker that is
+-- dead or whose lease has expired by the server clock. Kind 2: another worker on the machine of the caller. Kind 3: an orphaned
+-- holder: an id in claims that no active worker has.
 CREATE FUNCTION speval.look_1(p_worker bigint, p_machine text) RETURNS TABLE (
     kind integer, id bigint, host text, pid bigint, machine text, start text, lease double precision, beat bigint, dead boolean
 )
@@ -183,7 +183,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_
 #variable_conflict use_column
 DECLARE
     v_now double precision := speval.clock();
-    -- A server that has just started has kept nobody's lease.
+    -- While the server was down, no worker could renew its lease.
     v_started double precision := extract(epoch FROM pg_postmaster_start_time());
     v_living bigint;
 BEGIN
@@ -200,7 +200,7 @@ BEGIN
     WHERE w.ended_at IS NULL AND w.id <> p_worker
         AND (w.dead OR w.machine = p_machine OR v_now > greatest(w.expires_at, v_started + w.lease))
     ORDER BY w.id;
-    -- From holder to holder through the index, however many evaluations each of them holds; among many workers not each time.
+    -- Skip from holder to holder through the index, which is fast for any number of claims; with many workers not every time.
     IF random() * v_living < 16 THEN
         RETURN QUERY
         WITH RECURSIVE holders (worker) AS (
@@ -217,9 +217,9 @@ BEGIN
 END
 $$;
 
--- Answers: kind 0, once: id failures, attempt the set concurrency, charged 1 if something is open and 0 if not, name 'lost' or
--- 'here', args 'paused' or 'going'. Kind 1: a claim. Kind 2: a refused one of the ended, by its place, with charged 1 if this very
--- attempt of this very worker is recorded already.
+-- Rows: kind 0, once: id failures, attempt the set concurrency, charged 1 if something is open and 0 if not, name 'lost' or
+-- 'here', args 'paused' or 'going'. Kind 1: a claim. Kind 2: a refused attempt, by its position in the input; charged is 1 if
+-- this worker has already recorded the same attempt.
 CREATE FUNCTION speval.record_1(
     p_worker bigint, p_call integer, p_lost integer, p_now double precision,
     p_ids bigint[], p_attempts integer[], p_workers bigint[], p_again boolean[], p_outcomes text[],
@@ -249,7 +249,7 @@ BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' OR current_setting('array_nulls') <> 'on' THEN
         PERFORM speval.ready_1();
     END IF;
-    -- A claim that a crash of the server undoes is an evaluation that runs again; a result is kept.
+    -- A server crash may undo claims, and these evaluations run again; results are synced.
     IF p_ids IS NULL THEN
         PERFORM set_config('synchronous_commit', 'off', true);
     ELSIF current_setting('synchronous_commit') = 'off' THEN
@@ -260,10 +260,10 @@ BEGIN
     SELECT w.floor INTO v_floor FROM speval.workers AS w WHERE w.id = p_worker AND w.ended_at IS NULL AND NOT w.dead;
     v_lost := NOT FOUND;
     IF v_floor > p_call THEN
-        RETURN;  -- its worker has given this call up, and a later one has been here
+        RETURN;  -- its worker has abandoned this call and made a later one
     END IF;
     SELECT coalesce(max(m.value) FILTER (WHERE m.key = 'paused'), '0') <> '0',
-        max(least(m.value::numeric, 1000000)) FILTER (WHERE m.key = 'concurrency'),  -- no more than a worker goes to
+        max(least(m.value::numeric, 1000000)) FILTER (WHERE m.key = 'concurrency'),  -- the maximum of a worker
         max(m.value) FILTER (WHERE m.key = 'schema')
     INTO v_paused, v_concurrency, v_schema FROM speval.meta AS m WHERE m.key IN ('paused', 'concurrency', 'schema');
     IF v_schema IS DISTINCT FROM '1' THEN
@@ -322,7 +322,7 @@ BEGIN
         )
         INSERT INTO speval.queue SELECT b.id, b.attempt, b.released, b.forgiven, b.suspect, b.id, b.updated_at FROM back AS b;
     END IF;
-    -- A notification keeps all commits of the database in line, so none goes with the results that end every minute.
+    -- A notification serializes the commits of the whole database, so frequent results send none.
     IF v_writes AND p_ids IS NULL THEN
         PERFORM pg_notify('speval.news', '');
     END IF;
@@ -336,24 +336,24 @@ BEGIN
         GET DIAGNOSTICS v_claimed = ROW_COUNT;
     END IF;
 
-    -- Told only to who could have claimed otherwise.
+    -- Needed only if the worker could have claimed something.
     v_lost := v_lost AND p_idle + p_ahead > 0 AND (v_writes OR EXISTS (
         SELECT FROM speval.queue AS q
         WHERE q.id BETWEEN p_first AND p_last
-            AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+            AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
     ));
     IF NOT v_lost AND NOT v_paused AND v_floor IS NOT NULL AND p_idle > v_claimed THEN
         v_rows := ARRAY(
             SELECT q.ctid FROM speval.queue AS q
             WHERE q.put_back <= p_after AND q.put_back BETWEEN p_first AND p_last
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
             ORDER BY q.put_back LIMIT p_idle - v_claimed FOR UPDATE SKIP LOCKED
         );
         IF cardinality(v_rows) < p_idle - v_claimed THEN
             v_rows := v_rows || ARRAY(
                 SELECT q.ctid FROM speval.queue AS q
                 WHERE q.id > p_after AND q.id BETWEEN p_first AND p_last
-                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
                 ORDER BY q.id LIMIT p_idle - v_claimed - cardinality(v_rows) FOR UPDATE SKIP LOCKED
             );
         END IF;
@@ -368,7 +368,7 @@ BEGIN
             SELECT q.ctid FROM speval.queue AS q
             WHERE q.put_back <= p_after AND q.put_back BETWEEN p_first AND p_last
                 AND q.attempt = q.released + q.forgiven AND NOT q.suspect
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
             ORDER BY q.put_back LIMIT p_ahead FOR UPDATE SKIP LOCKED
         );
         IF cardinality(v_rows) < p_ahead THEN
@@ -376,7 +376,7 @@ BEGIN
                 SELECT q.ctid FROM speval.queue AS q
                 WHERE q.id > p_after AND q.id BETWEEN p_first AND p_last
                     AND q.attempt = q.released + q.forgiven AND NOT q.suspect
-                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
                 ORDER BY q.id LIMIT p_ahead - cardinality(v_rows) FOR UPDATE SKIP LOCKED
             );
         END IF;
@@ -386,38 +386,38 @@ BEGIN
     END IF;
 
     IF NOT v_lost AND (v_claimed < p_idle OR (p_idle = 0 AND NOT v_writes)) THEN
-        -- One statement, one snapshot: what moves from one table to the other is seen in one of them. Backwards through running,
-        -- where the living are at the end.
+        -- One statement has one snapshot, in which a moving row is in one of the tables. It scans running backwards, because
+        -- the live rows are at the end.
         v_open := v_claimed > 0 OR EXISTS (
             SELECT FROM speval.queue AS q
             WHERE q.put_back BETWEEN p_first AND p_last
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
         ) OR EXISTS (
             SELECT FROM speval.queue AS q
             WHERE q.id > p_after AND q.id BETWEEN p_first AND p_last
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
         ) OR (
             SELECT r.id FROM speval.running AS r
             WHERE r.id BETWEEN p_first AND p_last
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = r.id))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = r.id))
             ORDER BY r.id DESC LIMIT 1
         ) IS NOT NULL;
-        -- Passed over while another had it claimed, which then came to nothing: only looked for when all else is done.
+        -- Skipped while another transaction had it locked and then rolled back: look for these only when nothing else is left.
         IF NOT v_open THEN
             v_open := EXISTS (
                 SELECT FROM speval.queue AS q
                 WHERE q.id BETWEEN p_first AND p_last
-                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = q.id))
+                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = q.id))
             ) OR (
                 SELECT r.id FROM speval.running AS r
                 WHERE r.id BETWEEN p_first AND p_last
-                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = r.id))
+                    AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = r.id))
                 ORDER BY r.id DESC LIMIT 1
             ) IS NOT NULL;
             IF v_open THEN
                 v_after := 0;
             ELSIF p_ids IS NOT NULL THEN
-                PERFORM pg_notify('speval.news', '');  -- the last one: those who wait for it need not go on asking
+                PERFORM pg_notify('speval.news', '');  -- the last one: wakes waiting workers
             END IF;
         END IF;
     END IF;
@@ -425,7 +425,7 @@ BEGIN
         v_failures := (
             SELECT count(*) FROM speval.attempts AS a
             WHERE a.final AND a.outcome <> 'completed' AND a.seq > p_since AND a.evaluation BETWEEN p_first AND p_last
-                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.strangers AS s WHERE s.space = p_space AND s.id = a.evaluation))
+                AND (p_space IS NULL OR NOT EXISTS (SELECT FROM speval.unlisted AS s WHERE s.space = p_space AND s.id = a.evaluation))
         );
     END IF;
     RETURN QUERY SELECT 0, v_failures, v_concurrency, v_open::integer, CASE WHEN v_lost THEN 'lost' ELSE 'here' END,
@@ -433,7 +433,7 @@ BEGIN
 END
 $$;
 
--- Rows of the queue, locked by whoever calls, become a worker's.
+-- Moves rows of the queue, which the caller has locked, to a worker.
 CREATE FUNCTION speval.take_1(p_rows tid[], p_worker bigint, p_call integer, p_ahead boolean, p_now double precision)
 RETURNS TABLE (id bigint, attempt integer, charged integer, name text, args text)
 LANGUAGE plpgsql AS $$
@@ -455,7 +455,7 @@ CREATE FUNCTION speval.leave_1(p_worker bigint, p_now double precision) RETURNS 
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(1936745846, speval.movers());
-    PERFORM speval.ready_1();  -- a release that changes the schema holds this lock
+    PERFORM speval.ready_1();  -- a migration holds this lock
     PERFORM pg_advisory_xact_lock(p_worker);
     WITH back AS (
         DELETE FROM speval.running AS r WHERE r.worker = p_worker RETURNING r.*
@@ -469,8 +469,8 @@ BEGIN
 END
 $$;
 
--- Take back a bounded number of what a worker holds: one that is dead if its beat is still the given one, or, without a beat,
--- one that is none of those that have not ended. Null if it is alive after all, or has ended.
+-- Reclaims a bounded number of evaluations from a worker: with a beat, from a dead worker whose beat is unchanged; without one,
+-- from an orphaned holder. Null if the worker is alive or has ended.
 CREATE FUNCTION speval.take_back_1(
     p_worker bigint, p_beat bigint, p_message text, p_max_attempts integer, p_now double precision, p_bound integer
 ) RETURNS TABLE (more boolean, pending bigint, failed text[])
@@ -483,7 +483,7 @@ DECLARE
     v_failed text[];
 BEGIN
     PERFORM pg_advisory_xact_lock_shared(1936745846, speval.movers());
-    PERFORM speval.ready_1();  -- a release that changes the schema holds this lock
+    PERFORM speval.ready_1();  -- a migration holds this lock
     PERFORM pg_advisory_xact_lock(p_worker);
     IF p_beat IS NULL THEN
         IF EXISTS (SELECT FROM speval.workers AS w WHERE w.id = p_worker AND w.ended_at IS NULL) THEN
@@ -511,7 +511,7 @@ BEGIN
             p_message, '', j.final, j.released, j.suspect
         FROM (SELECT * FROM judged WHERE charge ORDER BY id) AS j
     ), back AS (
-        -- Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
+        -- Most evaluations claimed ahead never started, and it is unknown which did. The first time, they are not charged.
         INSERT INTO speval.queue
         SELECT j.id, j.attempt, j.released + (j.ahead)::integer, j.forgiven, j.suspect OR j.ahead, j.id, p_now
         FROM judged AS j WHERE NOT j.final

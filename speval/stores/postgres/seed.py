@@ -1,7 +1,7 @@
-"""Seeding: an eval space compared with what is stored in PostgreSQL.
+"""Seeding: compares an eval space with a PostgreSQL database and adds what is new.
 
-Owns the table ``incoming``, which lives for one transaction. Invariant: one seeds at a time, from the comparison to the commit,
-and nobody who claims or records has to wait for it; only when stored args are replaced does everything else stand still.
+Owns the temporary table ``incoming``, which exists for one transaction. Invariant: one worker seeds at a time, from the
+comparison to the commit, and claiming and recording do not wait for it. Only replacing stored args blocks all writers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXAMPLES = 3
 _AT_ONCE = 1000  # rows sent in one piece
 
 _LOCK = "SELECT pg_advisory_xact_lock(1936745846, 'speval.evaluations'::regclass::oid::integer)"
-_STAND_STILL = "SELECT pg_advisory_xact_lock(1936745846, speval.movers())"
+_BLOCK_WRITERS = "SELECT pg_advisory_xact_lock(1936745846, speval.movers())"
 _KNOWN = """
 SELECT id, first, last, gaps, (SELECT count(*) FROM speval.evaluations) FROM speval.spaces WHERE digest = %s AND exact
 """
@@ -59,7 +59,7 @@ UPDATE speval.evaluations AS e SET args = i.args FROM pg_temp.incoming AS i WHER
 _NEW_ARGS_FEW = """
 UPDATE speval.evaluations AS e SET args = i.args FROM unnest(%s::text[], %s::text[]) AS i (name, args) WHERE i.name = e.name
 """
-# With a new attempt number, so that a worker that still runs one with the old args is refused.
+# The new attempt number makes the token of an attempt with the old args stale.
 _RERUN_HELD = """
 WITH held AS (
     DELETE FROM speval.running AS r WHERE r.id = ANY (%(ids)s::bigint[]) RETURNING r.id, r.attempt, r.released, r.suspect
@@ -85,9 +85,9 @@ INSERT INTO speval.spaces (digest, first, last, gaps, exact) VALUES (%s, %s, %s,
 ON CONFLICT (digest) DO UPDATE SET first = excluded.first, last = excluded.last, gaps = excluded.gaps, exact = excluded.exact
 RETURNING id
 """
-_FORGET_STRANGERS = "DELETE FROM speval.strangers WHERE space = %s"
-_STRANGERS = """
-INSERT INTO speval.strangers (space, id) SELECT %s, e.id FROM speval.evaluations AS e
+_FORGET_UNLISTED = "DELETE FROM speval.unlisted WHERE space = %s"
+_UNLISTED = """
+INSERT INTO speval.unlisted (space, id) SELECT %s, e.id FROM speval.evaluations AS e
 WHERE e.id BETWEEN %s AND %s AND NOT EXISTS (SELECT FROM pg_temp.incoming AS i WHERE i.name = e.name)
 """
 _COUNT_BETWEEN = "SELECT count(*), count(*) FILTER (WHERE id BETWEEN %s AND %s) FROM speval.evaluations"
@@ -95,12 +95,12 @@ _NEWS = "SELECT pg_notify('speval.news', '')"
 
 
 class Extent(NamedTuple):
-    """Which evaluations a space has: those from first to last, without the strangers of the space, if it has a number."""
+    """The ids of a space: from first to last; if ``space`` is not None, without the ids in ``unlisted`` for this space."""
 
     first: int = 0
     last: int = 2**62
     space: int | None = None
-    since: int = 0  # the highest attempts.seq when it was seeded
+    since: int = 0  # the highest attempts.seq at seeding
 
 
 class Seeding:
@@ -111,7 +111,7 @@ class Seeding:
         self._shown = shown
 
     def follow(self, c: Connection) -> Extent:
-        """Take all that is stored, now and later."""
+        """Return the extent of a lazy space: everything that is stored, now and later."""
         (since,) = self._one(c, _SINCE)
         return Extent(since=since)
 
@@ -125,7 +125,7 @@ class Seeding:
             self._one(c, READY)
             known = self._known(c, space)
             if known is not None:
-                return known  # another copy has done it meanwhile
+                return known  # another worker has seeded it in the meantime
             (since,) = self._one(c, _SINCE)
             c.execute(_INCOMING)
             self._load(c, space.rows())
@@ -142,9 +142,9 @@ class Seeding:
             total, between = self._one(c, _COUNT_BETWEEN, first, last)
             gaps = between > space.count
             (number,) = self._one(c, _REMEMBER, _digest(space), first, last, gaps, is_exact)
-            self._execute(c, _FORGET_STRANGERS, number)
+            self._execute(c, _FORGET_UNLISTED, number)
             if gaps:
-                self._execute(c, _STRANGERS, number, first, last)
+                self._execute(c, _UNLISTED, number, first, last)
             seeded = Seeded(missing, space.count - missing - len(ids), len(ids), total - space.count)
             return seeded, Extent(first, last, number if gaps else None, since)
 
@@ -172,13 +172,13 @@ class Seeding:
         return Seeded(len(new), len(given) - len(new) - len(changed), len(changed), 0)
 
     def _known(self, c: Connection, space: Space) -> tuple[Seeded, Extent] | None:
-        """Compare with the digests of spaces that were compared before, which spares comparing row by row."""
+        """Find the space by its digest among those compared before, which avoids a comparison of all rows."""
         row = self._execute(c, _KNOWN, _digest(space)).fetchone()
         if row is None:
             return None
         number, first, last, gaps, stored = row
         if stored < space.count:
-            return None  # others have deleted some
+            return None  # some of its evaluations were deleted
         (since,) = self._one(c, _SINCE)
         return Seeded(0, space.count, 0, stored - space.count), Extent(first, last, number if gaps else None, since)
 
@@ -189,11 +189,11 @@ class Seeding:
                 copy.write("".join(lines))
 
     def _compare(self, c: Connection) -> tuple[array[int], list[tuple[str, str, str]]]:
-        """Return the ids of those with other args, and the first few of them."""
+        """Return the ids of evaluations with different args, and a few examples."""
         ids = array("q")
         examples: list[tuple[str, str, str]] = []
         for id, name, stored, given in self._pages(c, _OTHER_TEXT):
-            # Other text need not be other args: the order of keys and spaces, as other releases write them, don't count.
+            # Different text can be the same args: other releases may order keys or write white space differently.
             if not same(stored, given):
                 ids.append(id)
                 if len(examples) < _EXAMPLES:
@@ -201,7 +201,7 @@ class Seeding:
         return ids, examples
 
     def _pages(self, c: Connection, sql: str) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of a query without having all of them in memory."""
+        """Yield the rows of a query through a server-side cursor, so that they need not fit in memory."""
         with c.cursor(name="speval") as cursor:
             cursor.itersize = _AT_ONCE
             cursor.execute(self._names(sql))
@@ -221,8 +221,8 @@ class Seeding:
         self._one(c, _NEWS)
 
     def _rerun(self, c: Connection, ids: Sequence[int], now: float) -> None:
-        # An evaluation that moved from one table to the next between two looks would be in neither.
-        self._one(c, _STAND_STILL)
+        # Block all writers: both updates would miss an evaluation that moves between two tables meanwhile.
+        self._one(c, _BLOCK_WRITERS)
         self._execute(c, _RERUN_WAITING, now, numbers(ids))
         c.execute(self._names(_RERUN_HELD), {"ids": numbers(ids), "now": now})
         self._execute(c, "UPDATE speval.spaces SET exact = false")
@@ -237,7 +237,7 @@ class Seeding:
 
 
 def _line(position: int, name: Key, args: str) -> str:
-    """Return a row as COPY reads it."""
+    """Return a row in the text format of COPY."""
     if "\\" in args:
         args = args.replace("\\", "\\\\")
     if type(name) is str:

@@ -1,11 +1,11 @@
 """The store in a PostgreSQL database, through psycopg.
 
-Owns the verbs of a worker. Invariant: each verb is one transaction, run in one go on a thread of its own, so neither a
-cancelled task nor a stall of the event loop can leave one open; and what a transaction did whose answer was lost is found out
-before anything is done again.
+Owns the verbs of a worker. Invariant: each verb is one transaction, run without interruption on the store's thread, so neither
+a cancelled task nor a busy event loop can leave a transaction open. If no answer arrives, the store finds out what the
+transaction did before it repeats anything.
 
-psycopg and its blocking connections rather than asyncpg, which takes half the time for a row: they are libpq, with all its
-ways to log in, its TLS, its lists of hosts and its keepalives, and they say at once and in one way that a connection is broken.
+It uses psycopg's blocking connections. asyncpg needs half the time per row, but psycopg uses libpq with all its login methods,
+TLS, host lists and keepalives, and reports a broken connection at once and in one way.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ logger = logging.getLogger("speval.store")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOOK_EVERY = 0.2  # seconds between two looks of an idle worker that has heard no news
-_ANSWER = 60.0  # seconds to wait for the answer to a record, before it is asked for again
-_LEAVE = 8.0  # seconds a worker tries to leave in good order
-_MOST_TEXT = 64_000_000  # characters of results sent in one statement
+_LOOK_EVERY = 0.2  # seconds between two checks of an idle worker without notifications
+_ANSWER = 60.0  # seconds to wait for the answer of a record before it is repeated
+_LEAVE = 8.0  # seconds that a worker tries to leave
+_MOST_TEXT = 64_000_000  # the maximum number of characters of results in one statement
 
 _RECORD = f"SELECT * FROM speval.record_1({', '.join(['%s'] * 4)}, {{}}, {', '.join(['%s'] * 7)})"
-_TEXT = "pg_catalog.text"  # the other types are key words, which no search_path changes
+_TEXT = "pg_catalog.text"  # the other types are SQL keywords, which do not depend on search_path
 _ENDED_TYPES = ("bigint", "integer", "bigint", "boolean", _TEXT, "double precision", "double precision", *[_TEXT] * 4)
 _TOKEN_TYPES = ("bigint", "integer", "bigint")
 _RECORD = _RECORD.format(", ".join(f"%s::{type_}[]" for type_ in (*_ENDED_TYPES, *_TOKEN_TYPES, *_TOKEN_TYPES)))
@@ -75,13 +75,13 @@ _SUMMARY, _SUMMARY_AT_END = _SUMMARY.format("a.outcome <> 'completed'"), _SUMMAR
 
 
 class PostgresStore(Store):
-    """Evaluations of one eval space of a PostgreSQL database.
+    """The evaluations of one namespace of a PostgreSQL database.
 
     Args:
-        url: The database and the space in it.
-        mode: ``create`` makes the space if it is missing, ``write`` needs it to be there, ``read`` changes nothing.
-        durability: A recorded result survives a power cut either way, as far as the server's own settings let it.
-        clock: Where the time that people read comes from.
+        url: The database and the namespace.
+        mode: ``create`` creates the namespace if it is missing, ``write`` requires that it exists, ``read`` changes nothing.
+        durability: Ignored: the settings of the server decide whether a recorded result survives a power failure.
+        clock: The clock for display times.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PostgresStore(Store):
         self.damaged = Damaged(url.shown)
         self._mode: StoreMode = mode
         self._clock = clock or Clock()
-        self._beside = Path(url.file_name).absolute()  # in the folder of now: a function may change it
+        self._beside = Path(url.file_name).absolute()  # in the current folder; the function may change it later
         self._connection = PostgresConnection(url, works=mode == "create", writes=mode != "read")
         self._thread: WorkThread | None = None
         self._names = Names(url.schema)
@@ -104,10 +104,10 @@ class PostgresStore(Store):
         self._feed = Feed(self._names, self._shown, self.damaged)
         self._extent = Extent()
         self._lease = 30.0
-        self._after = 0  # the highest id claimed: who claims goes on behind it
-        self._calls = 0  # of record
-        self._unanswered: int | None = None  # the first record whose answer is missing
-        self._in_question: set[tuple[int, int, int]] = set()  # tokens of attempts that were sent with those
+        self._after = 0  # the highest id claimed so far; the next claim starts after it
+        self._calls = 0  # the number of calls of record
+        self._unanswered: int | None = None  # the first record without an answer
+        self._in_question: set[tuple[int, int, int]] = set()  # tokens of attempts sent with unanswered records
         self._looked = -1.0  # monotonic
 
     def __repr__(self) -> str:
@@ -150,7 +150,7 @@ class PostgresStore(Store):
         return PostgresLeaseKeeping(self._connection, self._names, self._clock, self._lease)
 
     async def _run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what may be done twice."""
+        """Run idempotent work; it may run twice."""
         thread = self._opened()
         return await thread.run(lambda: self._connection.run(work, *args, **kwargs))
 
@@ -174,7 +174,7 @@ class PostgresStore(Store):
         try:
             seeded, self._extent = await self._run(self._seeding.seed, space, on_changed, self._clock.wall())
         except asyncio.CancelledError:
-            # It may wait for another one that seeds for a long time, or send for a long time itself.
+            # It may wait long for another worker that seeds, or send data for a long time.
             self._connection.give_up()
             raise
         self._after = self._extent.first - 1
@@ -200,7 +200,7 @@ class PostgresStore(Store):
 
         await self._run(enter)
         self._lease = lease
-        self._unanswered = None  # what is not known to be claimed belongs to the one before
+        self._unanswered = None  # unanswered claims belong to the previous worker id
         return worker
 
     async def record(self, record: Record) -> Recorded:
@@ -239,7 +239,7 @@ class PostgresStore(Store):
     def _send(
         self, c: Connection, call: int, record: Record, placed: Sequence[tuple[int, Ended]], refused: set[int]
     ) -> Recorded:
-        """Send one statement with those that are placed as the ended ones, and note the places of the refused."""
+        """Send one statement with the attempts in ``placed``, and add the positions of refused ones to ``refused``."""
         extent, worker = self._extent, record.worker
         since = extent.since if record.count_failures else None
         values = (
@@ -256,7 +256,7 @@ class PostgresStore(Store):
                 rows.append((number, second, third, name, text))
             elif kind == 2:
                 place, (claim, _, _) = placed[number - 1]
-                # Sent before, and recorded, only the answer did not arrive.
+                # It is already recorded: it was sent before, and the answer did not arrive.
                 if not (third and _token(claim) in self._in_question):
                     refused.add(place)
             else:
@@ -277,7 +277,7 @@ class PostgresStore(Store):
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
         def end(c: Connection, adopted: Sequence[Ended]) -> None:
             again = [e.claim for e in adopted if e.again]
-            self._record(c, 0, Record(0, adopted, due=again))  # no worker has the id 0; nothing is claimed
+            self._record(c, 0, Record(0, adopted, due=again))  # no worker has id 0; it claims nothing
 
         return await self._run(take_in, self._names, ended, self._clock.wall(), end)
 
@@ -315,7 +315,7 @@ def _token(claim: Claim) -> tuple[int, int, int]:
 
 
 def _pieces(ended: Sequence[Ended]) -> tuple[list[list[tuple[int, Ended]]], set[int]]:
-    """Return what is sent in one statement each, with places, and the places of what comes a second time, stale by then."""
+    """Return the attempts for each statement with their positions, and the positions of duplicates, which are stale."""
     first = {_token(e.claim): place for place, e in reversed(list(enumerate(ended)))}
     twice = set(range(len(ended))).difference(first.values()) if len(first) < len(ended) else set()
     pieces: list[list[tuple[int, Ended]]] = [[]]
@@ -332,7 +332,7 @@ def _pieces(ended: Sequence[Ended]) -> tuple[list[list[tuple[int, Ended]]], set[
 
 
 def _ended(ended: Sequence[Ended], worker: int) -> tuple[str | None, ...]:
-    """Return the columns of attempts that ended, those left out that say the usual."""
+    """Return the columns of ended attempts; None for a column with only default values."""
     claims = [e.claim for e in ended]
     outcomes = [e.outcome for e in ended]
     usual = all(outcome.cause is None for outcome in outcomes)
@@ -349,8 +349,8 @@ def _ended(ended: Sequence[Ended], worker: int) -> tuple[str | None, ...]:
     )
     if usual:
         return (*columns, None, None, None)
-    shown = [[None if e is None else stored_name(e[key]) for e in errors] for key in ("type", "message", "traceback")]
-    return (*columns, *(texts(column) for column in shown))
+    stored = [[None if e is None else stored_name(e[key]) for e in errors] for key in ("type", "message", "traceback")]
+    return (*columns, *(texts(column) for column in stored))
 
 
 def _tokens(claims: Sequence[Claim]) -> tuple[str | None, ...]:

@@ -1,10 +1,10 @@
-"""Whom a schema of PostgreSQL belongs to, and what is in it.
+"""Checks the owners and the objects of a PostgreSQL schema.
 
-Owns the rule whose code a connection may run: ours, the database owner's, a superuser's, and that of those the URL names.
-Invariant: before anything of a schema is read, all of it that we read from or write to is of the kind that it should be and
-belongs to one of these, and nobody else can add to it.
+Owns the rule of whose code a connection may run. Trusted roles are the login role, the database owner, superusers, and the
+owners named in the URL. Invariant: before a schema is used, every object that speval reads or writes has the expected kind and
+a trusted owner, and no other role can add objects.
 
-A membership in the role of the owner is no trust: before PostgreSQL 16 a role may make anybody its member.
+Membership in the role of the owner is not enough: before PostgreSQL 16 a role can make any other role its member.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .connection import Connection
 
 __all__ = ["check_functions", "check_owners", "sources"]
 
-_TABLES = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "strangers")
+_TABLES = ("meta", "evaluations", "queue", "running", "attempts", "workers", "spaces", "unlisted")
 _SEQUENCES = ("ids", "seqs", "looked", "spaces_id_seq")
-_READING = ("clock", "movers")  # called by those who only read
+_READING = ("clock", "movers")  # the functions that readers call
 
 _TRUSTED = """
 WITH trusted AS (
@@ -73,10 +73,10 @@ _FUNCTION = re.compile(r"CREATE FUNCTION speval\.(\w+)\(.*?AS \$\$(.*?)\$\$;", r
 
 
 def check_owners(connection: Connection, url: PostgresUrl) -> None:
-    """Refuse a schema that executes, or may execute, what somebody we don't trust has put there.
+    """Refuse a schema in which an untrusted role has put code, or could put code.
 
     Raises:
-        DatabaseError: it is one, or something in it is of another kind than ours.
+        DatabaseError: an object has an untrusted owner or an unexpected kind, or an untrusted role may add objects.
     """
     values = {"schema": url.schema, "owners": list(url.owners), "tables": list(_TABLES), "sequences": list(_SEQUENCES)}
     found = connection.execute(_OWNERS, values).fetchone()
@@ -87,21 +87,21 @@ def check_owners(connection: Connection, url: PostgresUrl) -> None:
     if what == "owner":
         raise _not_ours(url, named, other)
     problem = {
-        "create": f"the role {other} may create objects in the schema {named}, which would then run as you; "
+        "create": f"the role {other} may create objects in the schema {named}, which would run with your rights; "
         f"REVOKE CREATE ON SCHEMA {named} FROM {other}",
-        "trigger": f"the role {other} may put triggers on {named}, which would then run as you; "
+        "trigger": f"the role {other} may create triggers on {named}, which would run with your rights; "
         f"REVOKE TRIGGER ON ALL TABLES IN SCHEMA {url.schema} FROM {other}",
-        "kind": f"{named} is a view or something else where a table belongs; use another ?space=NAME",
-        "extra": f"{named} has {other}, which speval does not put there; remove it, or use another ?space=NAME",
+        "kind": f"{named} should be a table and is something else, for example a view; use another ?namespace=NAME",
+        "extra": f"{named} has {other}, which speval did not create; remove it, or use another ?namespace=NAME",
     }
     raise DatabaseError(url.shown, problem[what])
 
 
 def check_functions(connection: Connection, url: PostgresUrl, *, reads: bool) -> None:
-    """Refuse a schema whose functions are not those of this release.
+    """Refuse a schema whose functions differ from those of this release.
 
     Raises:
-        DatabaseError: one is missing, or another one, or not of an owner we trust.
+        DatabaseError: a function is missing, is different, or has an untrusted owner.
     """
     expected = sources(url.schema)
     names = _READING if reads else tuple(expected)
@@ -112,11 +112,13 @@ def check_functions(connection: Connection, url: PostgresUrl, *, reads: bool) ->
             raise _not_ours(url, f"{url.schema}.{name}()", owner)
         if name in found or is_definers or digest not in expected[name]:
             raise DatabaseError(
-                url.shown, f"{url.schema}.{name}() is not as this release of speval makes it; copy it with `speval copy`"
+                url.shown,
+                f"the function {url.schema}.{name}() differs from that of this release; make a copy with `speval copy`",
             )
         found[name] = digest
     if missing := [name for name in names if name not in found]:
-        raise DatabaseError(url.shown, f"{url.schema}.{missing[0]}() is missing; copy it with `speval copy`")
+        problem = f"the function {url.schema}.{missing[0]}() is missing; make a copy with `speval copy`"
+        raise DatabaseError(url.shown, problem)
 
 
 @cache
@@ -130,6 +132,6 @@ def sources(schema: str) -> dict[str, set[str]]:
 def _not_ours(url: PostgresUrl, what: str, owner: str) -> DatabaseError:
     return DatabaseError(
         url.shown,
-        f"{what} belongs to the role {owner}, which could run anything there with your rights; if you trust it, "
-        f"add owner={owner} to the URL, else use another ?space=NAME",
+        f"{what} belongs to the role {owner}, which could run code with your rights; if you trust this role, "
+        f"add owner={owner} to the URL, otherwise use another ?namespace=NAME",
     )

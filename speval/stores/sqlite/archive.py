@@ -7,18 +7,20 @@ there.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...errors import DatabaseNotEmptyError, EvaluationDamagedError
 from ...spaces.eager import name_to_key
 from ..archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, StoredWorker, pieces
 from ..base import StoreMode
-from ..rows import STATUS, Damaged, settings_of
+from ..rows import Damaged, settings_of
 from .checksum import of_attempt, of_evaluation
 from .file import SqliteFile
 from .rows import ATTEMPT, check_evaluation
+from .states import FRESH, STATES, Counters, add_range, put_back, runs
 
 __all__ = ["SqliteArchive"]
 
@@ -29,21 +31,21 @@ SELECT id, host, pid, machine, start, lease, started_at, last_seen, coalesce(end
 """
 _ATTEMPTS = "SELECT {}, e.name FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation ORDER BY a.seq"
 _ATTEMPTS = _ATTEMPTS.format(ATTEMPT)
-_EVALUATIONS = """
-SELECT e.id, e.name, e.args, e.crc, s.status, s.attempt, s.released + (s.status = 1), s.forgiven, s.ahead & 2, s.last,
-    s.updated_at, a.evaluation, a.attempt, a.outcome
-FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id LEFT JOIN attempts AS a ON a.seq = s.last ORDER BY e.id
+_EVALUATIONS = f"""
+SELECT e.id, e.name, e.args, e.crc, s.status, s.attempt, s.released + (s.status = 1), s.forgiven, s.suspect, s.last,
+    s.updated_at
+FROM {STATES} AS s JOIN evaluations AS e ON e.id = s.id ORDER BY e.id
 """
+_LAST_ATTEMPT = "SELECT coalesce(max(attempt), 0) FROM attempts WHERE evaluation = ? AND NOT final"
 _IS_EMPTY = "SELECT NOT EXISTS (SELECT 1 FROM evaluations) AND NOT EXISTS (SELECT 1 FROM attempts)"
 _ADD_WORKER = """
 INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen, ended_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING
 """
-_ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+# What its evaluation ended with is said of it with the evaluation.
+_ADD_ATTEMPT = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0, ?)"
 _ADD_EVALUATION = "INSERT INTO evaluations (id, name, args, crc) VALUES (?, ?, ?, ?)"
-_ADD_STATE = """
-INSERT INTO states (id, status, attempt, released, forgiven, ahead, last, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-"""
+_END = "UPDATE attempts SET final = 1, released = ?, suspect = ? WHERE seq = ?"
 
 
 class SqliteArchive(Archive):
@@ -85,16 +87,21 @@ class SqliteArchive(Archive):
 
     def _evaluations(self, lost: set[int]) -> Iterator[StoredEvaluation]:
         """Yield evaluations that are as they were written; those whose result is lost are pending."""
-        for id, name, args, crc, *state, evaluation, latest, outcome in self._file.rows(_EVALUATIONS):
+        for id, name, args, crc, *state in self._file.rows(_EVALUATIONS):
             with self.damaged.left_out():
                 check_evaluation(self._file.shown, id, name, args, crc)
-                if state[0] not in STATUS:
-                    raise EvaluationDamagedError(self._file.shown, str(name), "its status is gone")
                 status, attempt, released, forgiven, suspect, last, updated_at = state
+                if status == -1:
+                    raise EvaluationDamagedError(self._file.shown, str(name), "its status is gone")
                 has_ended = status in (2, 3)
-                fits = evaluation == id and latest == attempt and (outcome == "completed") == (status == 2)
-                if has_ended and (last in lost or not fits):
+                problem = None
+                if status is None:
+                    problem = "its status is gone"
+                    ((attempt,),) = self._file.rows(_LAST_ATTEMPT, (id,))
+                    released, updated_at = 0, 0.0
+                elif has_ended and last in lost:
                     problem = "its last attempt, with its result, is not as it was written"
+                if problem is not None:
                     self.damaged.add(EvaluationDamagedError(self._file.shown, str(name), problem))
                     has_ended, forgiven, last = False, attempt - released, None
                 status = status if has_ended else 0
@@ -117,10 +124,18 @@ class SqliteArchive(Archive):
         for some in pieces(content.evaluations):
             checked = [(e.id, name_to_key(e.name), e.args, of_evaluation(e.id, e.name, e.args)) for e in some]
             c.executemany(_ADD_EVALUATION, checked)
-            c.executemany(_ADD_STATE, [_state(e) for e in some])
+            _add_states(c, some)
             count += len(some)
         return Counts(count, max(attempts, 0))
 
 
-def _state(e: StoredEvaluation) -> tuple[Any, ...]:
-    return e.id, e.status, e.attempt, e.released, e.forgiven, 2 if e.is_suspect else 0, e.last, e.updated_at
+def _add_states(c: sqlite3.Connection, some: Sequence[StoredEvaluation]) -> None:
+    """Put evaluations, in the order of their ids, into the tables of their states."""
+    c.executemany(_END, [(e.released, e.is_suspect, e.last) for e in some if e.status])
+    pending = [e for e in some if not e.status]
+    for moment, group in groupby((e for e in pending if not e.attempt), key=lambda e: e.updated_at):
+        for first, last in runs([e.id for e in group]):
+            add_range(c, FRESH, first, last, moment)
+    for e in pending:
+        if e.attempt:
+            put_back(c, [(e.id, e.attempt, Counters(e.released, e.forgiven, e.is_suspect))], e.updated_at)

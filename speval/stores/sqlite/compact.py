@@ -21,7 +21,8 @@ _AT_WORK = "SELECT count(*) FROM workers INDEXED BY workers_here WHERE ended_at 
 _PRUNE = """
 DELETE FROM workers WHERE ended_at IS NOT NULL
     AND id NOT IN (SELECT worker FROM attempts WHERE worker IS NOT NULL)
-    AND id NOT IN (SELECT worker FROM states WHERE worker IS NOT NULL)
+    AND id NOT IN (SELECT worker FROM claimed WHERE worker IS NOT NULL)
+    AND id NOT IN (SELECT worker FROM running WHERE worker IS NOT NULL)
 """
 
 

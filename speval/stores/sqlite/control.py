@@ -18,18 +18,19 @@ from typing import Any
 
 from ...clock import Clock
 from ...errors import InProgressError, UnknownNameError
-from ...model import Attempt, Cause, Compacted, Evaluation, Finding, Overview, Running, Settings, Status, WorkerView, counted
+from ...model import Attempt, Compacted, Evaluation, Finding, Overview, Status, WorkerView, counted
 from ...spaces.eager import name_to_key
 from ..control import Choice, Control, ControlMode, Facts, Rows, holds, orphaned
-from ..overview import Holding, Look, StatusCounts, WorkerRow
-from ..rows import CODES, decoded, error_of, label_of, settings_of
+from ..rows import CODES, decoded, error_of, label_of
 from .compact import compact
 from .damage import damage as damage_of
 from .errors import may_use, understood
 from .file import SqliteFile
 from .mount import filesystem, is_network, kind_of_place
-from .rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_states, evaluation
+from .overview import MAX_SEQ, SqliteLook
+from .rows import ATTEMPT, COLUMNS, FROM, bounded, check_attempt, check_names, evaluation
 from .schema import SCHEMA
+from .states import STATES, STATUS_CODE, Counters, lift, put_back
 from .wal import blocked
 from .watchman import missing_log
 
@@ -38,80 +39,44 @@ __all__ = ["SqliteControl"]
 _SPAN = 20_000  # rows looked at in one transaction
 _CHUNK = 10_000  # rows deleted in one transaction
 
-# With a condition the first is counted row by row, so that it ends in a damaged file too.
-# Ten times as quick as grouping by status: nearly all of a large database is completed, and in no index.
-_COUNTS = """
-SELECT
-    (SELECT count(*) FROM states WHERE id > -9e18),
-    (SELECT count(*) FROM states INDEXED BY states_pending WHERE status = 0)
-        + (SELECT total(status = 4) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
-    (SELECT total(status = 1) FROM states INDEXED BY states_held WHERE status IN (1, 4)),
-    (SELECT count(*) FROM states INDEXED BY states_failed WHERE status = 3)
-"""
-_CAUSES = """
-SELECT CAST(a.outcome AS TEXT), count(*) FROM states AS s INDEXED BY states_failed JOIN attempts AS a ON a.seq = s.last
-WHERE s.status = 3 GROUP BY 1
-"""
-_WORKERS = """
-SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen FROM workers INDEXED BY workers_here
-WHERE ended_at IS NULL ORDER BY started_at, id
-"""
-# What is claimed ahead and has waited for long is under way: else it would have been given back.
-_IS_RUNNING = "(status = 1 AND (ahead <> 1 OR updated_at < :begun))"
-_HOLDINGS = f"""
-SELECT worker, total({_IS_RUNNING}), total(status = 1), total(status = 4) FROM states INDEXED BY states_held
-WHERE status IN (1, 4) GROUP BY worker
-"""
-_RUNS = f"""
-SELECT e.name, s.updated_at FROM states AS s INDEXED BY states_held JOIN evaluations AS e ON e.id = s.id
-WHERE status IN (1, 4) AND s.worker = :worker AND {_IS_RUNNING} ORDER BY s.updated_at, s.id LIMIT :limit
-"""
-_FAILURES = """
-SELECT e.name, a.outcome, a.error_type, a.error_message, s.attempt - s.released, a.ended_at, w.id, w.host, w.pid
-FROM states AS s INDEXED BY states_failed
-JOIN evaluations AS e ON e.id = s.id JOIN attempts AS a ON a.seq = s.last LEFT JOIN workers AS w ON w.id = a.worker
-WHERE s.status = 3 ORDER BY s.last DESC LIMIT ?
-"""
-_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
-_LAST_UPTO = "SELECT max(seq) FROM attempts WHERE seq <= ?"  # from one to the next that is there, however far apart they are
-_NEXT_ATTEMPT = "SELECT seq, ended_at FROM attempts WHERE seq >= ? ORDER BY seq LIMIT 1"
-_EARLIER_ATTEMPT = "SELECT ended_at FROM attempts WHERE seq <= ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
-
 # Names with a NUL, which GLOB takes for their end, are looked at one by one.
 _PAGED = f"""
 SELECT {COLUMNS} {FROM}
-WHERE s.id > :after AND s.id <= :upto AND (:any OR s.status IN (SELECT value FROM json_each(:codes)))
+WHERE e.id > :after AND e.id <= :upto AND (:any OR {STATUS_CODE} IN (SELECT value FROM json_each(:codes)))
     AND (:pattern IS NULL OR CAST(e.name AS TEXT) GLOB :pattern OR instr(CAST(e.name AS BLOB), x'00'))
-    AND (:cause IS NULL OR (s.status = 3 AND a.outcome = :cause))
-ORDER BY s.id
+    AND (:cause IS NULL OR a.outcome = :cause)
+ORDER BY e.id
 """
 _ONE = f"SELECT {COLUMNS} {FROM} WHERE e.name = ?"
-_NEXT_ID = "SELECT min(id) FROM states WHERE id > ?"
+_NEXT_ID = "SELECT min(id) FROM evaluations WHERE id > ?"
 
-_STANDING = """
-SELECT s.id, s.status, s.attempt, s.attempt - s.released, s.last, s.updated_at, w.id, w.host, w.pid
-FROM evaluations AS e JOIN states AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
+_STANDING = f"""
+SELECT s.id, s.status, s.attempt, s.updated_at, w.id, w.host, w.pid
+FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id LEFT JOIN workers AS w ON w.id = s.worker WHERE e.name = ?
 """
-# There is no index by evaluation, which would cost every worker; from the last one backwards, they are soon found.
 _ATTEMPTS = f"""
-SELECT {ATTEMPT}, w.id, w.host, w.pid
-FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
-WHERE a.seq > :after AND a.seq <= :upto AND a.evaluation = :id ORDER BY a.seq DESC
+SELECT {ATTEMPT}, w.id, w.host, w.pid FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.evaluation = :id AND a.final
+UNION ALL
+SELECT {ATTEMPT}, w.id, w.host, w.pid FROM attempts AS a LEFT JOIN workers AS w ON w.id = a.worker
+WHERE a.evaluation = :id AND NOT a.final
 """
 
-_ID = "SELECT id FROM evaluations WHERE name = ?"
+_RETRY_NAMED = f"""
+SELECT s.id, s.attempt, s.released, s.suspect, s.status FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id WHERE e.name = ?
+"""
 _RETRY = """
-UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, updated_at = ?
-WHERE status IN (SELECT value FROM json_each(?))
+INSERT INTO queue (id, attempt, released, forgiven, suspect, updated_at)
+SELECT evaluation, attempt, released, attempt - released, suspect, ? FROM attempts
+WHERE final AND (outcome = 'completed') = ?
 """
-_RETRY_SOME = _RETRY + " AND id IN (SELECT value FROM json_each(?))"
-_NAMED = "SELECT e.id, s.status FROM evaluations AS e LEFT JOIN states AS s ON s.id = e.id WHERE e.name = ?"
-_WITH_STATUS = "SELECT id FROM states WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?"
-_DROP_STATES = "DELETE FROM states WHERE id IN (SELECT value FROM json_each(?)) AND status <> 1"
-_DROP_EVALUATIONS = """
-DELETE FROM evaluations
-WHERE id IN (SELECT value FROM json_each(?)) AND NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = evaluations.id)
+_NOT_FINAL = "UPDATE attempts SET final = 0 WHERE final AND (outcome = 'completed') = ?"
+_NAMED = f"SELECT e.id, s.status FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id WHERE e.name = ?"
+_WITH_STATUS = f"""
+SELECT id FROM {STATES} WHERE id > ? AND status IN (SELECT value FROM json_each(?)) ORDER BY id LIMIT ?
 """
+_DROP_EVALUATIONS = "DELETE FROM evaluations WHERE id IN (SELECT value FROM json_each(?))"
+_LAST_UPTO = "SELECT max(seq) FROM attempts WHERE seq <= ?"  # from one to the next that is there, however far apart they are
 _NOBODYS = """
 SELECT seq FROM attempts AS a
 WHERE seq > ? AND seq <= ? AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = a.evaluation)
@@ -125,17 +90,13 @@ UPDATE attempts SET result = NULL, error_type = NULL, error_message = NULL, erro
 WHERE seq IN (SELECT value FROM json_each(?))
 """
 
-_STATELESS = "SELECT count(*) FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = e.id)"
-_NAMELESS = "SELECT count(*) FROM states AS s WHERE NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE e.id = s.id)"
-_ANSWERLESS = """
-SELECT count(*) FROM states AS s
-WHERE s.status IN (2, 3) AND NOT EXISTS (SELECT 1 FROM attempts AS a WHERE a.seq = s.last AND a.evaluation = s.id)
-"""
-_AMISS = ((_STATELESS, "without a status"), (_NAMELESS, "without a name"), (_ANSWERLESS, "without their attempt"))
+_AMISS = (
+    (f"SELECT count(*) FROM {STATES} WHERE status IS NULL", "without a status"),
+    (f"SELECT count(*) FROM {STATES} WHERE status = -1", "with several"),
+)
 _ORPHANED = """
-SELECT count(*) FROM states AS s INDEXED BY states_held
-WHERE status IN (1, 4) AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = s.worker AND w.ended_at IS NULL)
-"""
+SELECT (SELECT total(last - first + 1) FROM claimed WHERE {0}) + (SELECT count(*) FROM running WHERE {0})
+""".format("NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = worker AND w.ended_at IS NULL)")
 
 
 class SqliteControl(Control):
@@ -166,7 +127,7 @@ class SqliteControl(Control):
 
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
         self._file.look_after()
-        return self._file.read(lambda c: self._overview(_Look(c), failures, runs))
+        return self._file.read(lambda c: self._overview(SqliteLook(c), failures, runs))
 
     def _page(self, choice: Choice, after: int, limit: int) -> tuple[int | None, Rows]:
         return self._file.read(self._rows, choice, after, limit)
@@ -183,7 +144,7 @@ class SqliteControl(Control):
             rows: Rows = deque(bounded(self.shown, cursor, limit))
         seen = rows[-1][0] if rows else upto
         if choice.is_all:
-            check_states(c, self.shown, self.damaged, after, seen)
+            check_names(c, self.shown, self.damaged, after, seen)
         return None if first is None else seen, rows
 
     def _evaluation(self, row: Sequence[Any]) -> Evaluation:
@@ -200,33 +161,21 @@ class SqliteControl(Control):
         return self._file.read(find)
 
     def attempts(self, name: str) -> list[Attempt]:
-        id, count, upto, found = self._file.read(self._standing, name)
-        while len(found) < count and upto is not None:
-            upto, more = self._file.read(self._attempts, id, name, upto)
-            found += more
-        return sorted(found, key=lambda attempt: attempt.number)
+        return self._file.read(self._attempts, name)
 
-    def _standing(self, c: sqlite3.Connection, name: str) -> tuple[int, int, int | None, list[Attempt]]:
-        """Return an evaluation's id, how many attempts it has had, where to look for them first, and the one under way."""
+    def _attempts(self, c: sqlite3.Connection, name: str) -> list[Attempt]:
         row = c.execute(_STANDING, (name_to_key(name),)).fetchone()
         if row is None:
             raise UnknownNameError(self.shown, [name])
-        id, code, latest, count, last, updated_at, *worker = row
-        under_way = [Attempt(int(latest), label_of(worker), updated_at, None, None, None, None, None)] if code == 1 else []
-        return id, int(count), None if last is None else int(last), under_way
-
-    def _attempts(self, c: sqlite3.Connection, id: int, name: str, upto: int) -> tuple[int | None, list[Attempt]]:
-        """Return where to look further, None at the beginning, and the attempts found in one span of rows."""
-        after = upto - _SPAN
-        (earlier,) = c.execute(_LAST_UPTO, (after,)).fetchone()
-        found = []
-        for row in c.execute(_ATTEMPTS, {"id": id, "after": after, "upto": upto}).fetchall():
+        id, code, latest, updated_at, *worker = row
+        found = [Attempt(int(latest), label_of(worker), updated_at, None, None, None, None, None)] if code == 1 else []
+        for row in c.execute(_ATTEMPTS, {"id": id}).fetchall():
             check_attempt(self.shown, name, row[:12], row[12])
             _, _, number, _, started_at, duration, ended_at, outcome, result, type_, message, traceback, _, *worker = row
             value = None if result is None else decoded(self.shown, name, result)
             error = None if outcome == "completed" else error_of(outcome, type_, message, traceback)
             found.append(Attempt(int(number), label_of(worker), started_at, ended_at, duration, outcome, value, error))
-        return earlier, found
+        return sorted(found, key=lambda attempt: attempt.number)
 
     # Steering
 
@@ -239,17 +188,23 @@ class SqliteControl(Control):
         self._file.write(change)
 
     def _retry(self, names: list[str] | None, status: Status) -> int:
-        def put_back(c: sqlite3.Connection) -> int:
-            now = self._clock.wall()
-            if names is None:
-                return c.execute(_RETRY, (now, CODES[status])).rowcount
-            # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
-            ids = {name: c.execute(_ID, (name_to_key(name),)).fetchone() for name in names}
-            if unknown := [name for name, row in ids.items() if row is None]:
-                raise UnknownNameError(self.shown, unknown)
-            return c.execute(_RETRY_SOME, (now, CODES[status], json.dumps([id for (id,) in ids.values()]))).rowcount
+        return self._file.write(self._put_back, names, status == "completed")
 
-        return self._file.write(put_back)
+    def _put_back(self, c: sqlite3.Connection, names: list[str] | None, is_completed: bool) -> int:
+        now = self._clock.wall()
+        if names is None:
+            count: int = c.execute(_RETRY, (now, is_completed)).rowcount
+            c.execute(_NOT_FINAL, (is_completed,))
+            return count
+        # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
+        found = {name: c.execute(_RETRY_NAMED, (name_to_key(name),)).fetchone() for name in names}
+        if unknown := [name for name, row in found.items() if row is None]:
+            raise UnknownNameError(self.shown, unknown)
+        ended = {row[0]: row for row in found.values() if row[4] == (2 if is_completed else 3)}
+        lift(c, ended)
+        rows = ((id, number, Counters(lost, number - lost, suspect)) for id, number, lost, suspect, _ in ended.values())
+        put_back(c, rows, now)
+        return len(ended)
 
     def _drop_names(self, names: list[str]) -> int:
         dropped = self._file.write(self._drop_named, names)
@@ -285,7 +240,7 @@ class SqliteControl(Control):
 
     def _drop_attempts(self) -> None:
         """Delete the attempts of what is not there any more; what an interrupted drop has left is found too."""
-        upto: int | None = self._file.read(lambda c: c.execute(_MAX_SEQ).fetchone())[0]
+        upto: int | None = self._file.read(lambda c: c.execute(MAX_SEQ).fetchone())[0]
         while upto is not None:
             upto, seqs = self._file.read(_nobodys, upto)
             if seqs:
@@ -367,52 +322,9 @@ class SqliteControl(Control):
         return Finding(problem, fix, False)
 
 
-class _Look(Look):
-    """A look at a SQLite file, in an open transaction."""
-
-    def __init__(self, c: sqlite3.Connection) -> None:
-        self._c = c
-
-    def counts(self) -> StatusCounts:
-        total, pending, in_progress, failed = (int(count) for count in self._c.execute(_COUNTS).fetchone())
-        return StatusCounts(pending, in_progress, failed, total)
-
-    def causes(self) -> dict[Cause, int]:
-        return dict(self._c.execute(_CAUSES).fetchall())
-
-    def settings(self) -> Settings:
-        return settings_of(self._c)
-
-    def workers(self, now: float) -> list[WorkerRow]:
-        return [WorkerRow._make((*row, now - row[8] > row[5])) for row in self._c.execute(_WORKERS).fetchall()]
-
-    def holdings(self, begun: float) -> dict[int, Holding]:
-        rows = self._c.execute(_HOLDINGS, {"begun": begun}).fetchall()
-        return {worker: Holding(*(int(count) for count in counts)) for worker, *counts in rows}
-
-    def runs(self, worker: int, begun: float, limit: int) -> list[Running]:
-        rows = self._c.execute(_RUNS, {"worker": worker, "begun": begun, "limit": limit}).fetchall()
-        return [Running(str(name), float(since)) for name, since in rows]
-
-    def failures(self, limit: int) -> list[Sequence[Any]]:
-        return list(self._c.execute(_FAILURES, (limit,)).fetchall())
-
-    def newest(self) -> int:
-        return int(self._c.execute(_MAX_SEQ).fetchone()[0])
-
-    def next_end(self, seq: int) -> tuple[int, float]:
-        found: tuple[int, float] = self._c.execute(_NEXT_ATTEMPT, (seq,)).fetchone()
-        return found
-
-    def end_before(self, seq: int, count: int) -> float | None:
-        row = self._c.execute(_EARLIER_ATTEMPT, (seq, count)).fetchone()
-        return None if row is None else row[0]
-
-
 def _drop(c: sqlite3.Connection, ids: Sequence[int]) -> int:
-    listed = json.dumps(ids)
-    c.execute(_DROP_STATES, (listed,))
-    count: int = c.execute(_DROP_EVALUATIONS, (listed,)).rowcount
+    lift(c, ids)
+    count: int = c.execute(_DROP_EVALUATIONS, (json.dumps(ids),)).rowcount
     c.execute("DELETE FROM meta WHERE key = 'space'")  # the digest speaks of all that was there
     return count
 

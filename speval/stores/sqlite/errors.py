@@ -52,7 +52,7 @@ def understood(shown: str) -> Iterator[None]:
         yield
     except SpevalError:
         raise
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError) as error:
         problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
         raise DatabaseError(shown, problem) from error
 

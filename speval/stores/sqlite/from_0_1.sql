@@ -11,8 +11,8 @@ SELECT id, name, args, crc_of_evaluation(id, name, args) FROM (
 )
 ORDER BY id;
 
-INSERT INTO attempts (seq, evaluation, attempt, ended_at, outcome, result, crc)
-SELECT seq, id, 1, ended_at, 'completed', result,
+INSERT INTO attempts (seq, evaluation, attempt, ended_at, outcome, result, final, released, suspect, crc)
+SELECT seq, id, 1, ended_at, 'completed', result, 1, 0, 0,
     crc_of_attempt(seq, id, 1, NULL, NULL, NULL, ended_at, 'completed', result, NULL, NULL, NULL)
 FROM (
     SELECT
@@ -27,10 +27,10 @@ ORDER BY seq;
 
 -- What was in progress has no worker that could be asked; it is pending again. An old copy that still runs can't write
 -- its result: the view that takes the table's place refuses it.
-INSERT INTO states (id, status, attempt, last, updated_at)
-SELECT o.rowid, CASE o.status WHEN 'completed' THEN 2 ELSE 0 END, a.seq IS NOT NULL, a.seq, coalesce(o.updated, 0)
-FROM evals_0_1 AS o
-LEFT JOIN attempts AS a ON a.evaluation = o.rowid
-ORDER BY o.rowid;
+INSERT INTO queue (id, attempt, released, forgiven, suspect, updated_at)
+SELECT rowid, 0, 0, 0, 0, coalesce(updated, 0)
+FROM evals_0_1
+WHERE status <> 'completed' OR status IS NULL
+ORDER BY rowid;
 
 DROP TABLE evals_0_1;

@@ -6,68 +6,63 @@ is recorded goes the way of every attempt that ends.
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from ...model import Claim
 from ...spaces.eager import name_to_key
 from ..base import Ended, TakenIn
 from ..late import Adopted, Standing, Status, sort_out, standing_of
+from .record import due, end
+from .states import STATES, Counters, lift
 
 __all__ = ["take_in"]
 
-_STANDING = """
+_STANDING = f"""
 SELECT e.id, e.args, s.status, s.attempt, s.released, s.worker,
-    EXISTS (SELECT 1 FROM workers AS w WHERE w.id = s.worker AND w.ended_at IS NULL AND NOT w.dead)
-FROM evaluations AS e JOIN states AS s ON s.id = e.id WHERE e.name = ?
+    EXISTS (SELECT 1 FROM workers AS w WHERE w.id = s.worker AND w.ended_at IS NULL AND NOT w.dead), s.forgiven, s.suspect
+FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id WHERE e.name = ?
 """
-# No index leads from an evaluation to its attempts, and none is worth having for this: one pass finds those of all.
-_WANTED = "CREATE TEMP TABLE wanted (id INTEGER PRIMARY KEY)"
 _ENDS = """
-SELECT a.evaluation, a.attempt, a.worker, a.started_at, a.outcome FROM attempts AS a
-WHERE a.evaluation IN (SELECT id FROM temp.wanted)
+SELECT evaluation, attempt, worker, started_at, outcome FROM attempts WHERE evaluation = :id AND final
+UNION ALL SELECT evaluation, attempt, worker, started_at, outcome FROM attempts WHERE evaluation = :id AND NOT final
 """
-_ADOPT = "UPDATE states SET status = 1, attempt = ?, released = ?, worker = ? WHERE id = ?"
-# All at once: no index finds an attempt by its token, so that each would go through the whole table.
-_FORGET_LOST = """
-DELETE FROM attempts WHERE outcome = 'lost' AND (evaluation, attempt) IN (
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?)
-)
+_ADOPT = """
+INSERT INTO running (id, attempt, released, forgiven, suspect, ahead, held, worker, updated_at)
+VALUES (?, ?, ?, ?, ?, 0, 0, ?, ?)
 """
-_LET_GO = "UPDATE states SET status = 0, worker = NULL WHERE id = ? AND status = 4 AND attempt = ?"
+_FORGET_LOST = "DELETE FROM attempts WHERE evaluation = ? AND NOT final AND attempt = ? AND outcome = 'lost'"
 _STATUS: dict[int, Status] = {0: "pending", 1: "in_progress", 2: "completed", 3: "failed", 4: "in_progress"}
 
-End = Callable[[sqlite3.Connection, Sequence[Ended], float], list[Claim]]
 
-
-def take_in(c: sqlite3.Connection, ended: Sequence[Ended], now: float, end: End) -> TakenIn:
-    """Record those that may be, by ``end``."""
-    taken, adopted = sort_out(ended, _look_up(c, ended))
+def take_in(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> TakenIn:
+    """Record those that may be."""
+    standing, counters = _look_up(c, ended)
+    taken, adopted = sort_out(ended, standing)
     if adopted:
-        _record(c, adopted, now, end)
+        _record(c, adopted, counters, now)
     return taken
 
 
-def _look_up(c: sqlite3.Connection, ended: Sequence[Ended]) -> dict[str, Standing]:
-    rows = []
+def _look_up(c: sqlite3.Connection, ended: Sequence[Ended]) -> tuple[dict[str, Standing], dict[int, Counters]]:
+    rows, ends, counters = [], [], {}
     for name in {one.claim.name for one in ended}:
         found = c.execute(_STANDING, (name_to_key(name),)).fetchone()
         if found is not None:
-            id, args, status, *rest, is_alive = found
-            rows.append((name, id, args, _STATUS[status], *rest, bool(is_alive)))
-    c.execute(_WANTED)
-    c.executemany("INSERT INTO temp.wanted VALUES (?)", [(row[1],) for row in rows])
-    ends = c.execute(_ENDS).fetchall()
-    c.execute("DROP TABLE temp.wanted")
-    return standing_of(rows, ends)
+            id, args, status, attempt, released, worker, is_alive, forgiven, suspect = found
+            rows.append((name, id, args, _STATUS[status], attempt, released, worker, bool(is_alive)))
+            ends += c.execute(_ENDS, {"id": id}).fetchall()
+            counters[id] = Counters(released, forgiven, suspect)
+    return standing_of(rows, ends), counters
 
 
-def _record(c: sqlite3.Connection, adopted: Sequence[Adopted], now: float, end: End) -> None:
+def _record(c: sqlite3.Connection, adopted: Sequence[Adopted], counters: dict[int, Counters], now: float) -> None:
     ended = [one.ended for one in adopted]
-    c.executemany(_ADOPT, [(a.ended.claim.attempt, a.released, a.ended.claim.worker, a.ended.claim.id) for a in adopted])
+    lift(c, [claim.id for claim, _, _ in ended])
+    rows = []
+    for (claim, _, _), released, _ in adopted:
+        rows.append((claim.id, claim.attempt, *counters[claim.id]._replace(released=released), claim.worker, now))
+    c.executemany(_ADOPT, rows)
     end(c, ended, now)
     # Only now: the next number in ``seq`` follows the highest there is, and those who follow have seen these.
-    if lost := [(a.ended.claim.id, a.ended.claim.attempt) for a in adopted if a.in_place]:
-        c.execute(_FORGET_LOST, (json.dumps(lost),))
-    c.executemany(_LET_GO, [(one.claim.id, one.claim.attempt) for one in ended if one.again])
+    c.executemany(_FORGET_LOST, [(a.ended.claim.id, a.ended.claim.attempt) for a in adopted if a.in_place])
+    due(c, [one.claim for one in ended if one.again])

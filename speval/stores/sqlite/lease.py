@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...clock import Clock
 from ...host import Process, this_process
@@ -17,6 +17,8 @@ from ..liveness import Reclaiming, Taken, Watch, WorkerRow, unknown_label
 from ..rows import worker_label
 from .checksum import of_attempt
 from .file import SqliteFile
+from .record import newest
+from .states import CLAIMED, Counters, put_back, take_out
 
 __all__ = ["SqliteLeaseKeeping"]
 
@@ -28,32 +30,39 @@ WHERE ended_at IS NULL AND id <> ? ORDER BY id
 """
 _DECLARE_DEAD = "UPDATE workers SET dead = 1 WHERE id = ? AND ended_at IS NULL AND (dead OR beat = ?)"
 _HELD = """
-SELECT s.id, s.attempt, s.attempt - s.released - s.forgiven, s.status, s.ahead, s.updated_at, e.name
-FROM states AS s INDEXED BY states_held LEFT JOIN evaluations AS e ON e.id = s.id
-WHERE s.status IN (1, 4) AND s.worker IS ? LIMIT ?
+SELECT r.id, r.attempt, r.released, r.forgiven, r.suspect, r.held, r.ahead, r.updated_at, e.name
+FROM running AS r INDEXED BY running_worker LEFT JOIN evaluations AS e ON e.id = r.id WHERE r.worker IS ? ORDER BY r.id LIMIT ?
 """
+_DROP_HELD = "DELETE FROM running WHERE id = ?"
+# From evaluations, as a range that is damaged may be of any length.
+_CLAIMED = """
+SELECT e.id, c.ahead, c.updated_at, e.name
+FROM claimed AS c INDEXED BY claimed_worker CROSS JOIN evaluations AS e ON e.id BETWEEN c.first AND c.last
+WHERE c.worker IS ? ORDER BY c.first, e.id LIMIT ?
+"""
+_DROP_CLAIMED = "DELETE FROM claimed WHERE worker IS ?"
+# What has a result keeps it, whatever else a damaged file says of it.
+_HAS_ENDED = "SELECT 1 FROM attempts WHERE evaluation = ? AND final"
 # From holder to holder through the index, however many evaluations each of them holds.
-_ORPHANED = """
+_HOLDERS = """
 WITH RECURSIVE holders (worker) AS (
-    SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4)
+    SELECT min(worker) FROM {table} INDEXED BY {table}_worker
     UNION ALL
-    SELECT (SELECT min(worker) FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker > holders.worker)
+    SELECT (SELECT min(worker) FROM {table} INDEXED BY {table}_worker WHERE worker > holders.worker)
     FROM holders WHERE holders.worker IS NOT NULL
 )
 SELECT worker FROM holders
 WHERE worker IS NOT NULL AND NOT EXISTS (SELECT 1 FROM workers AS w WHERE w.id = holders.worker AND w.ended_at IS NULL)
 UNION ALL
-SELECT NULL WHERE EXISTS (SELECT 1 FROM states INDEXED BY states_held WHERE status IN (1, 4) AND worker IS NULL)
+SELECT NULL WHERE EXISTS (SELECT 1 FROM {table} INDEXED BY {table}_worker WHERE worker IS NULL)
 """
+_ORPHANED = (_HOLDERS.format(table="claimed"), _HOLDERS.format(table="running"))
 _IS_THERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
 _IS_KNOWN = "SELECT 1 FROM workers WHERE id = ?"
-_TAKE_BACK = "UPDATE states SET status = ?, worker = NULL, last = coalesce(?, last), updated_at = ? WHERE id = ?"
-# Most of what was claimed ahead never began, and nobody knows which did. Once, and only once, it is not charged.
-_TAKE_BACK_AHEAD = """
-UPDATE states SET status = 0, worker = NULL, released = released + 1, ahead = 2, updated_at = ? WHERE id = ?
+_ADD_LOST = """
+INSERT INTO attempts (seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, error_type,
+    error_message, error_traceback, final, released, suspect, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_ADD_LOST = "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM attempts"
 _BURY = "UPDATE workers SET ended_at = ? WHERE id = ?"
 
 _CHECKPOINT_EVERY = 5.0  # seconds of answers, about, that a copy without the -wal lacks at most
@@ -108,7 +117,7 @@ class SqliteLeaseKeeping(Reclaiming):
         return self._watch.dead(rows, worker, self._clock.monotonic()), orphaned
 
     def _look(self, c: sqlite3.Connection, worker: int) -> tuple[list[tuple[Any, ...]], list[object]]:
-        return c.execute(_OTHERS, (worker,)).fetchall(), [holder for (holder,) in c.execute(_ORPHANED)]
+        return c.execute(_OTHERS, (worker,)).fetchall(), _orphaned(c)
 
     def take_back(self, row: WorkerRow, max_attempts: int, bound: int) -> Taken | None:
         return self._opened().write(self._take_back, row, max_attempts, bound)
@@ -137,24 +146,32 @@ class SqliteLeaseKeeping(Reclaiming):
     ) -> Taken:
         """Take back a bounded number of what the holder holds; ``known`` is who is entered in the table of attempts."""
         now = self._clock.wall()
-        pending, failed = 0, []
-        held = c.execute(_HELD, (holder, bound)).fetchall()
-        for id, attempt, charged, status, ahead, claimed_at, name in held:
-            if status == 1 and ahead == 1:
-                c.execute(_TAKE_BACK_AHEAD, (now, id))
-                pending += 1
+        taken = _taken(c, holder, bound)
+        pending: list[tuple[int, int, Counters]] = []
+        lost: list[tuple[Any, ...]] = []
+        failed = []
+        seq = newest(c)
+        for held in taken:
+            counters = held.counters
+            if c.execute(_HAS_ENDED, (held.id,)).fetchone() is not None:
                 continue
-            seq, final = None, False
-            if status == 1:
-                seq = c.execute(_MAX_SEQ).fetchone()[0] + 1
-                row = (seq, id, attempt, known, claimed_at, None, now, "lost", None, "WorkerLost", message, "")
-                c.execute(_ADD_LOST, (*row, of_attempt(row)))
-                final = charged >= max_attempts
-            c.execute(_TAKE_BACK, (3 if final else 0, seq, now, id))
-            pending += not final
-            if final:
-                failed.append(str(name))
-        return Taken(len(held) == bound, pending, failed)
+            if held.is_waiting:
+                pending.append((held.id, held.attempt, counters))
+            elif held.is_ahead:
+                # Most of what was claimed ahead never began, and which did is unknown. It is not charged once, and only once.
+                pending.append((held.id, held.attempt, Counters(counters.released + 1, counters.forgiven, 1)))
+            else:
+                seq += 1
+                row = (seq, held.id, held.attempt, known, held.claimed_at, None, now, "lost", None, "WorkerLost", message, "")
+                final = held.attempt - counters.released - counters.forgiven >= max_attempts
+                lost.append((*row, final, counters.released, counters.suspect, of_attempt(row)))
+                if final:
+                    failed.append(str(held.name))
+                else:
+                    pending.append((held.id, held.attempt, counters))
+        c.executemany(_ADD_LOST, lost)
+        put_back(c, pending, now)
+        return Taken(len(taken) == bound, len(pending), failed)
 
     def forget(self) -> None:
         self._watch.forget()
@@ -166,3 +183,39 @@ class SqliteLeaseKeeping(Reclaiming):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class _Held(NamedTuple):
+    """An evaluation that a dead worker held, taken out of its table."""
+
+    id: int
+    attempt: int
+    counters: Counters
+    is_waiting: bool  # for its backoff
+    is_ahead: bool
+    claimed_at: float
+    name: object
+
+
+def _orphaned(c: sqlite3.Connection) -> list[object]:
+    """Return who holds something and is none of the workers that have not ended, each once."""
+    holders: list[object] = []
+    for statement in _ORPHANED:
+        holders += [holder for (holder,) in c.execute(statement) if holder not in holders]
+    return holders
+
+
+def _taken(c: sqlite3.Connection, holder: object, bound: int) -> list[_Held]:
+    """Take a bounded number of evaluations from a worker, those with the lowest ids."""
+    found = []
+    for id, attempt, released, forgiven, suspect, held, ahead, since, name in c.execute(_HELD, (holder, bound)).fetchall():
+        found.append(_Held(id, attempt, Counters(released, forgiven, suspect), bool(held), ahead == 1, since, name))
+    for id, ahead, since, name in c.execute(_CLAIMED, (holder, bound)).fetchall():
+        found.append(_Held(id, 1, Counters(), False, ahead == 1, since, name))
+    taken = sorted(found, key=lambda held: held.id)[:bound]
+    ids = [held.id for held in taken]
+    c.executemany(_DROP_HELD, [(id,) for id in ids])
+    take_out(c, CLAIMED, ids)
+    if len(taken) < bound:
+        c.execute(_DROP_CLAIMED, (holder,))  # what is left of damaged ranges holds no evaluations
+    return taken

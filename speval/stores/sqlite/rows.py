@@ -17,41 +17,52 @@ from ...model import Evaluation
 from ..rows import PAGE_SIZE, STATUS, Damaged
 from ..rows import evaluation as shown_evaluation
 from .checksum import of_attempt, of_evaluation
+from .states import JOINS, NUMBERS, STATUS_CODE
 
 __all__ = [
     "ATTEMPT",
     "COLUMNS",
+    "FINAL_COLUMNS",
     "FROM",
     "bounded",
     "check_attempt",
     "check_evaluation",
-    "check_states",
+    "check_names",
     "evaluation",
 ]
 
-# Of states (s), evaluations (e), attempts (a) and workers (w).
 ATTEMPT = """
     a.seq, a.evaluation, a.attempt, a.worker, a.started_at, a.duration, a.ended_at, a.outcome, a.result, a.error_type,
     a.error_message, a.error_traceback, a.crc
 """
-COLUMNS = f"""
-    s.id, s.status, s.attempt, s.released, s.forgiven, s.updated_at, e.name, e.args, e.crc, {ATTEMPT}, w.id, w.host, w.pid
+# Of the tables that states.JOINS names, and workers (w).
+COLUMNS = f"e.id, {STATUS_CODE}, {NUMBERS}, e.name, e.args, e.crc, {ATTEMPT}, w.id, w.host, w.pid"
+FROM = f"""
+FROM {JOINS} LEFT JOIN workers AS w
+ON w.id = CASE WHEN a.seq IS NOT NULL THEN a.worker WHEN c.first IS NOT NULL THEN c.worker WHEN NOT r.held THEN r.worker END
 """
-FROM = """
-FROM states AS s LEFT JOIN evaluations AS e ON e.id = s.id LEFT JOIN attempts AS a ON a.seq = s.last
-LEFT JOIN workers AS w ON w.id = CASE s.status WHEN 1 THEN s.worker WHEN 2 THEN a.worker WHEN 3 THEN a.worker END
+# The same of an attempt that its evaluation ended with.
+FINAL_COLUMNS = f"""
+    a.evaluation, CASE a.outcome WHEN 'completed' THEN 2 ELSE 3 END, a.attempt, a.released, 0, a.ended_at,
+    e.name, e.args, e.crc, {ATTEMPT}, w.id, w.host, w.pid
 """
 
 _TEXTS = (7, 17, 20)  # the places of args, result and traceback
 
-_COUNTS = """
-SELECT (SELECT count(*) FROM states WHERE id > :after AND id <= :upto),
-    (SELECT count(*) FROM evaluations WHERE id > :after AND id <= :upto)
+# Ids that have a state, and no row in evaluations.
+_NAMELESS = """
+SELECT id FROM queue WHERE id > :after AND id <= :upto AND id NOT IN (SELECT id FROM evaluations)
+UNION SELECT id FROM running WHERE id > :after AND id <= :upto AND id NOT IN (SELECT id FROM evaluations)
+UNION SELECT evaluation FROM attempts INDEXED BY attempts_final
+    WHERE final AND evaluation > :after AND evaluation <= :upto AND evaluation NOT IN (SELECT id FROM evaluations)
+ORDER BY 1
 """
-_STATELESS = """
-SELECT id, name FROM evaluations AS e
-WHERE id > ? AND id <= ? AND NOT EXISTS (SELECT 1 FROM states AS s WHERE s.id = e.id) ORDER BY id
+_RANGES = """
+SELECT max(first, :after + 1), min(last, :upto) FROM fresh WHERE first <= :upto AND last > :after
+UNION ALL SELECT max(first, :after + 1), min(last, :upto) FROM claimed WHERE first <= :upto AND last > :after ORDER BY 1
 """
+_IN_RANGE = "SELECT id FROM evaluations WHERE id BETWEEN ? AND ? ORDER BY id"
+_HOLES = 1000  # missing ids of a range that are named
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
@@ -64,19 +75,16 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     ended, ended_crc, worker = row[9:21], row[21], row[22:]
     if args is None or crc != of_evaluation(id, name, args):
         check_evaluation(db, id, name, args, crc)
+    if status not in STATUS:
+        what = "it is in no table of states" if status is None else "it is in several tables of states"
+        raise EvaluationDamagedError(db, str(name), f"its status is gone: {what}")
     has_ended = status in (2, 3)
-    if not (isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status == 1)):
-        raise EvaluationDamagedError(db, str(name), "its status is not as anything writes it")
+    if not (
+        isinstance(updated, int | float) and released >= 0 and attempt - released - max(forgiven, 0) >= (status in (1, 2, 3))
+    ):
+        raise EvaluationDamagedError(db, str(name), "its status is not as speval writes it")
     if has_ended:
         check_attempt(db, name, ended, ended_crc)
-        # The names of the columns are in checksum.of_attempt().
-        if ended[1] != id or ended[2] != attempt or (ended[7] == "completed") != (status == 2):
-            raise EvaluationDamagedError(db, str(name), "its status and its last attempt contradict each other")
-        updated = ended[6]
-    elif status not in STATUS:
-        raise EvaluationDamagedError(db, str(name), f"its status is {status!r}, which none is")
-    elif ended[7] == "completed" and ended[1] == id and attempt - released - forgiven > (status == 1):
-        raise EvaluationDamagedError(db, str(name), "it is said to be pending, and has a result")
     started_at, duration, _, outcome, result, *error = ended[4:] if has_ended else (None,) * 8
     values = (name, status, updated, args, attempt - released, result, outcome, *error, started_at, duration, *worker)
     return shown_evaluation(db, values)
@@ -107,12 +115,23 @@ def check_attempt(db: str, name: object, row: Sequence[Any], crc: int | None) ->
         raise EvaluationDamagedError(db, str(name), f"{what} of its attempt {row[2]} is not as it was written")
 
 
-def check_states(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, upto: int) -> None:
-    """Note evaluations above ``after`` up to ``upto`` that have no row in ``states``, and so come in no page."""
-    states, evaluations = c.execute(_COUNTS, {"after": after, "upto": upto}).fetchone()
-    if states < evaluations:
-        for _, name in c.execute(_STATELESS, (after, upto)):
-            damaged.add(EvaluationDamagedError(db, str(name), "its status is gone"))
+def check_names(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, upto: int) -> None:
+    """Note ids above ``after`` up to ``upto`` that have a state and no row in ``evaluations``, and so come in no page."""
+    values = {"after": after, "upto": upto}
+    missing = [id for (id,) in c.execute(_NAMELESS, values).fetchall()]
+    for first, last in c.execute(_RANGES, values).fetchall():
+        missing += _holes(c, first, last)
+    for id in missing:
+        with damaged.left_out():
+            check_evaluation(db, id, None, None, None)
+
+
+def _holes(c: sqlite3.Connection, first: int, last: int) -> Iterator[int]:
+    """Yield the ids of a range, the first of them at least, that are not in ``evaluations``."""
+    expected = first
+    for (id,) in (*c.execute(_IN_RANGE, (first, last)), (last + 1,)):
+        yield from range(expected, min(id, expected + _HOLES))
+        expected = id + 1
 
 
 def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iterator[tuple[Any, ...]]:

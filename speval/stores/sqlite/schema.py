@@ -14,7 +14,7 @@ from .checksum import of_attempt, of_evaluation
 __all__ = ["APPLICATION_ID", "COLUMNS_0_1", "SCHEMA", "describe", "migrate", "stored_journal_mode", "stored_release"]
 
 APPLICATION_ID = 0x7370_6576  # "spev"
-SCHEMA = 2
+SCHEMA = 3
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 

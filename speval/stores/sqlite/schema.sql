@@ -1,5 +1,6 @@
--- Version 2. Wide columns (args, result) are kept out of the rows that change status, so that a claim costs the same
--- however large they are.
+-- Version 3. The state of an evaluation is the table it is in: fresh, claimed, queue, running, or attempts with its final row.
+-- evaluations and attempts only grow. A whole range of evaluations that begin or wait for their first attempt is one row, so a
+-- claim and its end cost the same however many evaluations there are. Only what was put back has a row for each evaluation.
 
 CREATE TABLE meta (
     key TEXT PRIMARY KEY,
@@ -7,32 +8,55 @@ CREATE TABLE meta (
 ) WITHOUT ROWID;
 
 CREATE TABLE evaluations (
-    -- In the order of the eval space; never given again, so that what is said of a dropped evaluation fits no other.
+    -- In the order of the eval space. Ids are never reused, so late writes about a dropped evaluation are rejected.
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name NOT NULL UNIQUE,    -- decimal numbers as integers: those of a list then arrive in the order of the index
     args TEXT NOT NULL,      -- JSON
     crc INTEGER              -- checksum.py; a row without one is damaged
 );
 
-CREATE TABLE states (
-    id INTEGER PRIMARY KEY REFERENCES evaluations,
-    status INTEGER NOT NULL DEFAULT 0,    -- 0 pending, 1 in_progress, 2 completed, 3 failed, 4 pending, held for backoff
-    attempt INTEGER NOT NULL DEFAULT 0,   -- the latest attempt's number, half of the fencing token: it only ever grows
-    released INTEGER NOT NULL DEFAULT 0,  -- attempts given back unused
-    forgiven INTEGER NOT NULL DEFAULT 0,  -- attempts before the last retry(): the budget used is the rest
-    -- 1: claimed ahead, so it may not have begun; 2: a worker died with it so claimed, and it is never claimed ahead again.
-    ahead INTEGER NOT NULL DEFAULT 0,
-    worker INTEGER REFERENCES workers,    -- who holds it, with status 1 and 4
-    last INTEGER REFERENCES attempts,     -- the last attempt that ended
+-- Pending and never claimed: the ids from first to last.
+CREATE TABLE fresh (
+    first INTEGER PRIMARY KEY,
+    last INTEGER NOT NULL,
     updated_at REAL NOT NULL
 );
-CREATE INDEX states_pending ON states (id) WHERE status = 0;
--- By when they failed: the latest are wanted, or those after some attempt.
-CREATE INDEX states_failed ON states (last) WHERE status = 3;
--- By status, not by worker, so that it also holds what a damaged file says is in progress with nobody.
-CREATE INDEX states_held ON states (worker) WHERE status IN (1, 4);
 
--- One row per attempt that ended, in the order of their commits: whoever has seen seq N asks for what came after N.
+-- In progress with attempt number 1: the ids from first to last.
+CREATE TABLE claimed (
+    first INTEGER PRIMARY KEY,
+    last INTEGER NOT NULL,
+    worker INTEGER REFERENCES workers,
+    ahead INTEGER NOT NULL,    -- claimed ahead, so it may not have begun
+    updated_at REAL NOT NULL
+);
+CREATE INDEX claimed_worker ON claimed (worker);
+
+-- Pending, and claimed before or given other args.
+CREATE TABLE queue (
+    id INTEGER PRIMARY KEY REFERENCES evaluations,
+    attempt INTEGER NOT NULL,     -- the latest attempt's number, half of the fencing token: it only ever grows
+    released INTEGER NOT NULL,    -- attempts given back unused
+    forgiven INTEGER NOT NULL,    -- attempts before the last retry(): the budget used is the rest
+    suspect INTEGER NOT NULL,     -- a worker died with it claimed ahead, and it is never claimed ahead again
+    updated_at REAL NOT NULL
+);
+
+-- In progress after it was in queue, or held by its worker until its backoff is over.
+CREATE TABLE running (
+    id INTEGER PRIMARY KEY REFERENCES evaluations,
+    attempt INTEGER NOT NULL,
+    released INTEGER NOT NULL,
+    forgiven INTEGER NOT NULL,
+    suspect INTEGER NOT NULL,
+    ahead INTEGER NOT NULL,
+    held INTEGER NOT NULL,    -- its attempt has ended, and it waits for another one
+    worker INTEGER REFERENCES workers,
+    updated_at REAL NOT NULL
+);
+CREATE INDEX running_worker ON running (worker);
+
+-- One row per attempt that ended, in the order of their commits: a reader that has seen seq N asks for what came after N.
 CREATE TABLE attempts (
     seq INTEGER PRIMARY KEY,
     evaluation INTEGER NOT NULL REFERENCES evaluations,
@@ -46,8 +70,15 @@ CREATE TABLE attempts (
     error_type TEXT,
     error_message TEXT,
     error_traceback TEXT,
-    crc INTEGER             -- as above; NULL where what a dropped evaluation had was emptied
+    final INTEGER NOT NULL,     -- its evaluation is completed or failed with it
+    released INTEGER NOT NULL,  -- as they were in running, for the case that it is put back
+    suspect INTEGER NOT NULL,
+    crc INTEGER                 -- of the columns up to error_traceback; NULL where the attempts of a dropped evaluation were emptied
 );
+CREATE UNIQUE INDEX attempts_final ON attempts (evaluation) WHERE final;    -- no evaluation ends twice
+CREATE INDEX attempts_earlier ON attempts (evaluation) WHERE NOT final;     -- nearly empty: most evaluations have one attempt
+-- In the order of their ends: the latest failures are wanted, or those after some attempt.
+CREATE INDEX attempts_failed ON attempts (seq) WHERE final AND outcome <> 'completed';
 
 CREATE TABLE workers (
     id INTEGER PRIMARY KEY,  -- random: never taken twice, also not in a copy of this file
@@ -68,10 +99,18 @@ CREATE INDEX workers_here ON workers (id) WHERE ended_at IS NULL;
 CREATE VIEW evals AS
 SELECT
     CAST(e.name AS TEXT) AS name,
-    CASE s.status WHEN 1 THEN 'in_progress' WHEN 2 THEN 'completed' WHEN 3 THEN 'failed' ELSE 'pending' END AS status,
-    s.updated_at AS updated,
-    CASE s.status WHEN 2 THEN a.result END AS result,
-    e.args AS args
+    CASE
+        WHEN a.outcome = 'completed' THEN 'completed'
+        WHEN a.seq IS NOT NULL THEN 'failed'
+        WHEN c.first IS NOT NULL OR NOT r.held THEN 'in_progress'
+        ELSE 'pending'
+    END AS status,
+    coalesce(a.ended_at, r.updated_at, c.updated_at, q.updated_at, f.updated_at) AS updated,
+    a.result,
+    e.args
 FROM evaluations AS e
-JOIN states AS s ON s.id = e.id
-LEFT JOIN attempts AS a ON a.seq = s.last;
+LEFT JOIN attempts AS a ON a.evaluation = e.id AND a.final
+LEFT JOIN running AS r ON r.id = e.id
+LEFT JOIN queue AS q ON q.id = e.id
+LEFT JOIN claimed AS c ON c.first = (SELECT max(first) FROM claimed WHERE first <= e.id) AND c.last >= e.id
+LEFT JOIN fresh AS f ON f.first = (SELECT max(first) FROM fresh WHERE first <= e.id) AND f.last >= e.id;

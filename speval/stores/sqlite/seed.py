@@ -19,6 +19,7 @@ from ...model import OnChanged
 from ...spaces.eager import Key, Space
 from ..base import Seeded
 from .checksum import of_evaluation
+from .states import FRESH, HOMES, STATES, Counters, add_range, lift, put_back
 
 __all__ = [
     "CHUNK",
@@ -55,28 +56,23 @@ WHERE position > ? AND position <= ? AND NOT EXISTS (SELECT 1 FROM evaluations A
 ORDER BY position
 """
 _ADD = "INSERT INTO evaluations (id, name, args, crc) VALUES (?, ?, ?, ?)"
-_ADD_STATES = "INSERT INTO states (id, updated_at) SELECT id, ? FROM evaluations WHERE id > ?"
 _DIFFERENT = """
 SELECT d.id, e.name, i.args FROM differing AS d
 JOIN incoming AS i ON i.position = d.position JOIN evaluations AS e ON e.id = d.id
 """
 _NEW_ARGS = "UPDATE evaluations SET args = ?, crc = ? WHERE id = ?"
-# With a new attempt number, so that a worker that still runs one with the old args is refused.
-_RERUN = """
-UPDATE states SET status = 0, worker = NULL, forgiven = attempt - released, attempt = attempt + 1, released = released + 1,
-    updated_at = ?
-WHERE id IN (SELECT id FROM differing)
+_STANDING = f"""
+SELECT s.id, s.attempt, s.released, s.suspect FROM differing AS d CROSS JOIN {STATES} AS s ON s.id = d.id
 """
 _STRANGERS = """
 INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
-_COUNT = "SELECT (SELECT count(*) FROM evaluations), (SELECT count(*) FROM states)"
-# Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never given again.
-_WITHOUT_STATE = """
-INSERT INTO states (id, attempt, updated_at)
-SELECT e.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = e.id), 0), ?
-FROM evaluations AS e WHERE e.id NOT IN (SELECT id FROM states)
+_COUNT = "SELECT count(*) FROM evaluations"
+# Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never reused.
+_WITHOUT_STATE = f"""
+SELECT s.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = s.id AND NOT a.final), 0)
+FROM {STATES} AS s WHERE s.status IS NULL
 """
 _LAST_GIVEN = """
 SELECT max(coalesce((SELECT max(seq) FROM sqlite_sequence WHERE name = 'evaluations'), 0),
@@ -109,7 +105,7 @@ def is_known(c: sqlite3.Connection, space: Space) -> tuple[int, int, bool]:
     (last,) = c.execute(_LAST).fetchone()
     stored = c.execute("SELECT value FROM meta WHERE key = 'space'").fetchone()
     # The digest speaks of what speval has stored, the count of what others have left of it.
-    return since, last, stored == (_digest(space),) and c.execute(_COUNT).fetchone() == (space.count, space.count)
+    return since, last, stored == (_digest(space),) and _counts(c) == (space.count, space.count)
 
 
 def follow(c: sqlite3.Connection) -> int:
@@ -130,7 +126,8 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     if last != filled or _args_version(c):
         return 0
     added: int = c.executemany(_ADD, _numbered(last, islice(rows, CHUNK))).rowcount
-    c.execute(_ADD_STATES, (now, last))
+    if added > 0:
+        add_range(c, FRESH, last + 1, last + added, now)
     # Unless somebody has dropped some of them meanwhile: the next start is to find out.
     if filled + added == space.count == c.execute(_COUNT).fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
@@ -182,9 +179,12 @@ def compare(c: sqlite3.Connection) -> Comparison:
 def add(c: sqlite3.Connection, low: int, high: int, now: float) -> int:
     """Add what is missing of these positions, and return how many."""
     (last,) = c.execute(_LAST_GIVEN).fetchone()
-    c.executemany(_ADD, _numbered(last, c.execute(_MISSING, (low, high)).fetchall()))
+    missing = c.execute(_MISSING, (low, high)).fetchall()
+    c.executemany(_ADD, _numbered(last, missing))
+    if missing:
+        add_range(c, FRESH, last + 1, last + len(missing), now)
     c.execute("DELETE FROM meta WHERE key = 'space'")
-    return c.execute(_ADD_STATES, (now, last)).rowcount
+    return len(missing)
 
 
 def settle(
@@ -199,7 +199,9 @@ def settle(
         return None
     if comparison.differing and on_changed == "rerun":
         _rerun(c, comparison.version, now)
-    c.execute(_WITHOUT_STATE, (now,))
+    count, homes = _counts(c)
+    if count != homes:
+        put_back(c, [(id, attempt, Counters()) for id, attempt in c.execute(_WITHOUT_STATE).fetchall()], now)
     c.execute("DELETE FROM strangers")
     gone: int = c.execute(_STRANGERS).rowcount
     (last,) = c.execute(_LAST).fetchone()
@@ -225,9 +227,19 @@ def _rerun(c: sqlite3.Connection, version: int, now: float) -> None:
     """Store the other args, and have those evaluated again."""
     differing = c.execute(_DIFFERENT).fetchall()
     c.executemany(_NEW_ARGS, ((args, of_evaluation(id, name, args), id) for id, name, args in differing))
-    c.execute(_RERUN, (now,))
+    # With a new attempt number, so that a worker that still runs one with the old args is refused.
+    standing = c.execute(_STANDING).fetchall()
+    lift(c, [row[0] for row in standing])
+    rows = ((id, number + 1, Counters(lost + 1, number - lost, suspect)) for id, number, lost, suspect in standing)
+    put_back(c, rows, now)
     c.execute("INSERT OR REPLACE INTO meta VALUES ('args_version', ?)", (version + 1,))
     c.execute("DELETE FROM meta WHERE key = 'space'")
+
+
+def _counts(c: sqlite3.Connection) -> tuple[int, int]:
+    """Return how many evaluations there are, and how many states."""
+    (count,), (homes,) = c.execute(_COUNT).fetchone(), c.execute(HOMES).fetchone()
+    return count, int(homes)
 
 
 def _digest(space: Space) -> str:
