@@ -27,7 +27,7 @@ _parents: list[Control | None] = []  # connections that a forked child has dropp
 
 
 class Database:
-    """A database of evaluations, to look into and to steer while workers use it or when they have ended.
+    """A database of evaluations, to read and to change, also while workers use it.
 
     A context manager: leaving it closes its connections. One thread at a time may use it. All its methods block; in async code
     use ``asyncio.to_thread``.
@@ -98,7 +98,7 @@ class Database:
     def status(self, *, failures: int = 5, runs: int = 5) -> Overview:
         """Count the evaluations by status, and tell which workers there are, what they run and what is set for them.
 
-        It is one moment of the whole database, and costs little beside counting the rows.
+        It is a snapshot of the whole database, and costs little more than counting the rows.
 
         Args:
             failures: How many of the last failed evaluations to name.
@@ -121,7 +121,7 @@ class Database:
 
         It reads pages of at most 500 evaluations or some megabytes, each in a short transaction, so that results of any total
         size fit into memory. Others may write meanwhile: each page shows what is stored when it is read. It may be left half
-        way, and several may be open at once. Damaged evaluations are left out, and a warning names them.
+        way, and several may be open at once. Damaged evaluations are skipped, and a log line names them.
 
         Args:
             status: Only those of this status. None: all.
@@ -154,7 +154,7 @@ class Database:
             name: The name of the evaluation.
 
         Returns:
-            In the order of their numbers; one that runs comes last. Attempts that were given back unused are not among them.
+            In the order of their numbers; a running one is the last. Released attempts are not among them.
 
         Raises:
             UnknownNameError: it is not in the database.
@@ -162,13 +162,13 @@ class Database:
         return self._control.attempts(name)
 
     def check(self, *, integrity: bool = True) -> Health:
-        """Look for what is wrong: damage, dead workers, a slow or unsafe place.
+        """Look for problems: damage, dead workers, a slow or unsafe filesystem.
 
         Args:
             integrity: Whether to read the whole database for damage, which may take a while.
 
         Returns:
-            Facts by name, and findings, errors first, each with what to do about it.
+            Facts by name, and findings, errors first, each with its fix.
         """
         return self._control.check(integrity=integrity)
 
@@ -182,9 +182,9 @@ class Database:
         cause: Cause | None = None,
         pattern: str | None = None,
     ) -> int:
-        """Put evaluations back to pending with a fresh attempt budget; workers evaluate them again.
+        """Make evaluations pending again with a new attempt budget.
 
-        What the earlier attempts brought stays recorded, and ``attempts`` returns it.
+        The earlier attempts remain stored, and ``attempts`` returns them.
 
         Args:
             names: Which ones. None: all of that status.
@@ -194,7 +194,7 @@ class Database:
             pattern: Only those whose whole name fits, as for ``evaluations``; not together with names.
 
         Returns:
-            How many evaluations were put back.
+            How many evaluations are pending again.
 
         Raises:
             UnknownNameError: a name is not in the database; nothing was changed.
@@ -203,15 +203,15 @@ class Database:
         return self._steering.retry(names, status=status, cause=cause, pattern=pattern)
 
     def pause(self) -> None:
-        """Ask all workers, also those that start later, to claim nothing more; what runs goes on."""
+        """Let all workers, present and future, claim nothing more; running evaluations continue."""
         self._steering.set_paused(True)
 
     def resume(self) -> None:
-        """Let the workers go on after ``pause``."""
+        """End the pause; all workers claim again."""
         self._steering.set_paused(False)
 
     def set(self, *, concurrency: int) -> None:
-        """Set something for all workers, whatever their calls were given, now and later.
+        """Set an option for all workers, present and future; it overrides the option of their calls.
 
         Args:
             concurrency: Evaluations that each worker runs at once.
@@ -224,7 +224,7 @@ class Database:
         self._steering.set_concurrency(concurrency)
 
     def unset(self, setting: Literal["concurrency"]) -> None:
-        """Take back what ``set`` has set; each worker obeys its own call again."""
+        """Delete a setting; each worker uses the option of its own call again."""
         if setting != "concurrency":
             raise OptionError("setting", repr(setting)[:60], "'concurrency'")
         self._steering.set_concurrency(None)
@@ -237,9 +237,9 @@ class Database:
         cause: Cause | None = None,
         pattern: str | None = None,
     ) -> int:
-        """Forget evaluations with all their attempts and results, for good.
+        """Delete evaluations with all their attempts and results.
 
-        A space that still has them brings them back as new ones. Give names, or else at least one of the filters.
+        A later run whose space still has them adds them as new ones. Give names, or else at least one of the filters.
 
         Args:
             names: Which ones.
@@ -258,9 +258,10 @@ class Database:
         return self._steering.drop(names, status=status, cause=cause, pattern=pattern)
 
     def copy(self, target: str | PathLike[str]) -> Counts:
-        """Copy everything to an empty database, from a file to a server or back: one moment of this one, whoever writes.
+        """Copy the whole database to an empty one, from a file to a server or back.
 
-        What workers hold is pending in the copy, and no attempt is charged for it there.
+        Workers may use it meanwhile: the copy is a snapshot. Evaluations in progress are pending in it, and no attempt is charged
+        for them.
 
         Args:
             target: A file name or a URL; made if it is missing.
@@ -277,12 +278,12 @@ class Database:
         return copy(self._location, target)
 
     def compact(self) -> Compacted:
-        """Give back the room of what was dropped, and forget workers that left and that no attempt names.
+        """Free the space of dropped evaluations, and delete workers that ended and that no attempt refers to.
 
         Returns:
-            Bytes before and after, and how many workers were forgotten.
+            Bytes before and after, and how many workers were deleted.
 
         Raises:
-            DatabaseError: workers are at work that would have to wait for long; nothing was changed.
+            DatabaseError: workers are active, which would have to wait for long; nothing was changed.
         """
         return self._steering.compact()

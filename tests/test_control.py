@@ -16,7 +16,7 @@ from speval.stores import make_control
 from speval.stores.base import Ended, Record, Store
 from speval.stores.control import Control
 
-from .databases import Place, SqlitePlace
+from .databases import Place, SqlitePlace, findings
 
 
 class Database:
@@ -456,7 +456,7 @@ async def test_dropped_evaluations_are_gone_with_their_attempts(database):
         control.attempts("a")
     assert [a.result for a in control.attempts("b")] == ["b"]
     assert control.overview().total == 2
-    assert control.check().findings == ()
+    assert findings(control.check()) == []
 
 
 async def test_dropping_by_status_drops_only_that_status(database, monkeypatch):
@@ -552,7 +552,7 @@ async def test_a_reader_of_ended_evaluations_misses_nothing_after_a_drop(databas
 async def test_an_intact_database_has_facts_and_no_findings(database):
     await database.worker(range(3))
     health = database.control().check()
-    assert health.findings == ()
+    assert findings(health) == []
     assert health.facts["integrity"] == "ok"
     assert (health.facts["evaluations"], health.facts["workers"], health.facts["paused"]) == (3, 1, False)
     assert health.facts["database"] == str(database.place.checked)
@@ -566,9 +566,9 @@ async def test_dead_workers_a_pause_and_orphaned_evaluations_are_reported(databa
     control.set_paused(True)
     database.clock.wall_now += 20
     database.clock.now += 20
-    findings = control.check().findings
-    assert not any(finding.is_error for finding in findings)
-    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in findings)
+    found = control.check().findings
+    assert not any(finding.is_error for finding in found)
+    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in found)
     assert "has not renewed its lease" in told
     assert "holds 2 evaluations" in told
     assert "`speval resume`" in told

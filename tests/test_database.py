@@ -29,6 +29,8 @@ from speval.spaces.eager import Space
 from speval.stores import control as shared
 from speval.stores.base import Ended, Record
 
+from .databases import findings
+
 MEGABYTE = 1_000_000
 
 
@@ -93,7 +95,7 @@ def test_a_password_is_not_shown(postgres, filled, place):
 
 def test_what_is_not_there_is_named_at_once_and_not_made(place):
     place.missing()
-    with pytest.raises(DatabaseMissingError, match="there is no such database"):
+    with pytest.raises(DatabaseMissingError, match="does not exist"):
         Database(place.argument)
 
 
@@ -105,7 +107,7 @@ def test_every_method_of_a_closed_one_says_so_by_the_name_of_the_database(filled
     calls += [lambda: next(reading), lambda: db.evaluation("0"), lambda: db.attempts("0"), lambda: db.drop(["0"])]
     calls += [lambda: db.set(concurrency=1), lambda: db.unset("concurrency"), lambda: db.copy("other.db")]
     for call in calls:
-        with pytest.raises(StoreClosedError, match="used after it had been closed"):
+        with pytest.raises(StoreClosedError, match="closed"):
             call()
 
 
@@ -158,7 +160,7 @@ def test_wrong_filters_are_refused_at_once_by_name(filled):
     with Database(filled) as db:
         wrong: dict[str, Any] = {"status": "done", "cause": "bad luck", "pattern": 7, "limit": -1}
         for option, value in wrong.items():
-            with pytest.raises(OptionError, match=rf"^{option}="):
+            with pytest.raises(OptionError, match=rf"\b{option}="):
                 db.evaluations(**{option: value})
 
 
@@ -250,10 +252,10 @@ def test_pause_resume_set_and_unset_are_stored_and_seen(filled):
         assert other.status().settings == Settings()
         wrong: list[Any] = [0, 1.5, True, "4", None]
         for value in wrong:
-            with pytest.raises(OptionError, match=r"^concurrency="):
+            with pytest.raises(OptionError, match=r"\bconcurrency="):
                 db.set(concurrency=value)
         other_setting: Any = "speed"
-        with pytest.raises(OptionError, match=r"^setting='speed'"):
+        with pytest.raises(OptionError, match=r"\bsetting='speed'"):
             db.unset(other_setting)
         assert other.status().settings == Settings()
 
@@ -271,7 +273,7 @@ def test_drop_by_names_by_status_and_by_filter(filled):
         assert db.drop(["0", "1"]) == 2
         assert names(db.evaluations()) == ["2", "4", "5", "6", "7", "8"]
         assert db.drop(status="completed") == 6
-        assert db.check().findings == ()
+        assert findings(db.check()) == []
 
 
 async def test_what_a_worker_runs_is_not_dropped_by_a_filter_either(place):
@@ -301,7 +303,7 @@ def test_a_copy_holds_everything_and_needs_an_empty_target(filled, tmp_path):
 def test_a_sound_database_has_nothing_to_complain_about_and_can_be_compacted(filled):
     with Database(filled) as db:
         health = db.check()
-        assert (health.findings, health.facts["integrity"]) == ((), "ok")
+        assert (findings(health), health.facts["integrity"]) == ([], "ok")
         assert "integrity" not in db.check(integrity=False).facts
         assert db.compact().before > 0
         assert db.status().completed == 8

@@ -337,7 +337,7 @@ def test_whoever_may_only_read_sees_what_others_record_later_and_is_told_no_erro
             print(file=reader.stdin)
             return reader.stdout.readline().strip()
 
-        assert look() == "2 None [] False can't be told without write permission"
+        assert look() == "2 None [] False unknown without write permission"
         open_folder.chmod(0o755)
         with closing(sqlite3.connect(db, isolation_level=None)) as writer:
             writer.execute("INSERT INTO meta VALUES ('concurrency', '3')")

@@ -32,17 +32,18 @@ from ..options import checked_names, checked_status
 from .overview import Look, look_at
 from .rows import Damaged, fits
 
-__all__ = ["Choice", "Control", "ControlMode", "Facts", "Rows", "holds", "orphaned"]
+__all__ = ["RECLAIMED", "Choice", "Control", "ControlMode", "Facts", "Rows", "holds", "orphaned"]
 
 ControlMode = Literal["write", "read"]
 Facts = dict[str, str | int | float | bool | None]
 Rows = deque[Sequence[Any]]
 
+RECLAIMED = "the next copy that starts reclaims them"
 _PAGE = 500  # evaluations
 
 
 class Choice(NamedTuple):
-    """Which evaluations are meant: those that fit all that is given."""
+    """Filters of evaluations; an evaluation is chosen if it matches all of them."""
 
     status: Status | None = None
     cause: Cause | None = None
@@ -50,7 +51,7 @@ class Choice(NamedTuple):
 
     @property
     def is_all(self) -> bool:
-        """Return whether every evaluation is meant."""
+        """Return whether every evaluation is chosen."""
         return self == _ALL
 
 
@@ -69,8 +70,8 @@ class Control(ABC):
         clock: Where the time comes from.
 
     Attributes:
-        damaged: What was found not to be as it was written. Reading many leaves it out and warns of it; asking for one by its
-            name raises an ``EvaluationDamagedError``.
+        damaged: Damaged evaluations. Reading many skips them and logs a warning; reading one by its name raises an
+            ``EvaluationDamagedError``.
     """
 
     def __init__(self, shown: str, clock: Clock | None) -> None:
@@ -96,11 +97,11 @@ class Control(ABC):
 
     @abstractmethod
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
-        """Look at everything at once, in one short transaction that costs little beside a count of the rows.
+        """Return a snapshot of the whole database, in one short transaction that costs little more than counting the rows.
 
         Args:
-            failures: How many of the last failed evaluations to name.
-            runs: How many of what each worker runs to name.
+            failures: The maximum number of the last failed evaluations in it.
+            runs: The maximum number of running evaluations per worker.
         """
 
     def _overview(self, look: Look, failures: int, runs: int) -> Overview:
@@ -148,7 +149,7 @@ class Control(ABC):
             self.damaged.tell()
 
     def _readable(self, row: Sequence[Any]) -> Evaluation | None:
-        """Return the evaluation that a row stands for, or note that it is damaged."""
+        """Return the evaluation of a row, or None for a damaged one, which is noted."""
         try:
             return self._evaluation(row)
         except EvaluationDamagedError as error:
@@ -170,10 +171,10 @@ class Control(ABC):
 
     @abstractmethod
     def _evaluation(self, row: Sequence[Any]) -> Evaluation:
-        """Return the evaluation that a row stands for.
+        """Return the evaluation of a row.
 
         Raises:
-            EvaluationDamagedError: it is not as it was written.
+            EvaluationDamagedError: it is damaged.
         """
 
     @abstractmethod
@@ -186,9 +187,9 @@ class Control(ABC):
 
     @abstractmethod
     def attempts(self, name: str) -> list[Attempt]:
-        """Return all attempts at one evaluation in the order of their numbers, one under way included, last.
+        """Return all attempts at one evaluation in the order of their numbers; a running one is the last.
 
-        Attempts that were given back unused are not among them.
+        Released attempts are not among them.
 
         Raises:
             UnknownNameError: it is not in the database.
@@ -197,11 +198,11 @@ class Control(ABC):
     # Steering
 
     def set_paused(self, paused: bool) -> None:
-        """Ask all workers, also those still to come, to claim nothing, or to go on; they obey with their next claim."""
+        """Let all workers, present and future, claim nothing or claim again; they follow with their next claim."""
         self._set("paused", 1 if paused else None)
 
     def set_concurrency(self, concurrency: int | None) -> None:
-        """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
+        """Set the concurrency of all workers, which overrides that of their calls; None: use that of each call."""
         if concurrency is not None:
             is_whole = type(concurrency) is int
             if not is_whole or not 1 <= concurrency <= MOST_CONCURRENCY:
@@ -211,7 +212,7 @@ class Control(ABC):
 
     @abstractmethod
     def _set(self, key: str, value: int | None) -> None:
-        """Write a setting; None takes it back."""
+        """Write a setting; None deletes it."""
 
     def retry(
         self,
@@ -221,7 +222,7 @@ class Control(ABC):
         cause: Cause | None = None,
         pattern: str | None = None,
     ) -> int:
-        """Put evaluations back to pending with a fresh attempt budget, in one transaction, and return how many.
+        """Make evaluations pending again with a new attempt budget, in one transaction, and return their number.
 
         Args:
             names: Which ones; those of another status stay as they are.
@@ -243,7 +244,7 @@ class Control(ABC):
 
     @abstractmethod
     def _retry(self, names: list[str] | None, status: Status) -> int:
-        """Put back all of a status, or those of them that are named."""
+        """Make all evaluations of a status pending, or those of them that are named."""
 
     def drop(
         self,
@@ -253,7 +254,7 @@ class Control(ABC):
         cause: Cause | None = None,
         pattern: str | None = None,
     ) -> int:
-        """Forget evaluations with all their attempts, and return how many; a space that has them brings them back as new ones.
+        """Delete evaluations with all their attempts, and return their number; a later run adds them as new ones.
 
         Ids and sequence numbers are never reused, so late writes about a dropped evaluation are rejected. A whole status may
         take several transactions, each complete in itself; everything else is one.
@@ -274,7 +275,7 @@ class Control(ABC):
             shown = repr(chosen)[:60]
             raise OptionError("names", shown, "name what to drop, or give a status, a cause or a pattern, and not both")
         if status == "in_progress":
-            raise OptionError("status", repr(status), "what a worker runs can't be dropped; stop the worker first")
+            raise OptionError("status", repr(status), "evaluations in progress can't be dropped; stop their worker first")
         if chosen is None and status is not None and choice == Choice(status):
             return self._drop_status(status)
         return self._drop_names(self._names(choice) if chosen is None else chosen)
@@ -284,18 +285,18 @@ class Control(ABC):
 
     @abstractmethod
     def _drop_names(self, names: list[str]) -> int:
-        """Drop what is named, all of it or nothing."""
+        """Drop the named evaluations, all or none."""
 
     @abstractmethod
     def _drop_status(self, status: Status) -> int:
-        """Drop all of a status, a bounded number in each transaction."""
+        """Drop all evaluations of a status, a limited number in each transaction."""
 
     @abstractmethod
     def compact(self) -> Compacted:
-        """Give back room that nothing needs any more, and forget workers that left and that no attempt names.
+        """Free unused space, and delete workers that ended and that no attempt refers to.
 
         Raises:
-            DatabaseError: others are at work that would have to wait for long; nothing was changed.
+            DatabaseError: workers are active, which would have to wait for long; nothing was changed.
         """
 
     # Checking
@@ -315,7 +316,7 @@ class Control(ABC):
             facts |= {"paused": overview.settings.paused, "concurrency": overview.settings.concurrency}
             findings += [self._lost(worker) for worker in overview.workers if worker.state in ("dead", "silent")]
             if overview.settings.paused:
-                findings.append(Finding("it is paused: workers claim nothing", "`speval resume` lets them go on", False))
+                findings.append(Finding("it is paused: workers claim nothing", "`speval resume` ends the pause", False))
             if integrity:
                 fix = self._damage(facts, findings)
                 after: int | None = 0
@@ -324,39 +325,38 @@ class Control(ABC):
                     while rows:
                         self._readable(rows.popleft())
                 findings += self.damaged.findings(fix)
-        except DatabaseError as error:  # then the rest can't be known
-            findings.append(Finding(error.problem, self._way_out, True))
+        except DatabaseError as error:  # nothing more can be read
+            findings.append(Finding(error.problem, self._fix, True))
         return Health(facts, tuple(sorted(findings + around, key=lambda finding: not finding.is_error)))
 
-    _way_out: str  # what helps where nothing can be read
+    _fix: str  # what to do if the database can't be read
 
     @abstractmethod
     def _outside(self) -> tuple[Facts, list[Finding]]:
-        """Return what is known without reading the database, and what is wrong around it."""
+        """Return facts and findings that need no reading of the database."""
 
     @abstractmethod
     def _inside(self, facts: Facts, findings: list[Finding]) -> None:
-        """Add how the database is stored, and what is wrong with that."""
+        """Add facts and findings from inside the database."""
 
     @abstractmethod
     def _damage(self, facts: Facts, findings: list[Finding]) -> str:
-        """Add what contradicts itself in the whole database, and return what to do about a damaged evaluation."""
+        """Read the whole database, add the contradictions in it, and return the fix for a damaged evaluation."""
 
     @abstractmethod
     def _lost(self, worker: WorkerView) -> Finding:
-        """Return what to know about a worker that is dead or silent."""
+        """Return the finding for a dead or silent worker."""
 
 
 def orphaned(count: int) -> list[Finding]:
-    """Return the finding that so many evaluations have no worker, if there are any."""
+    """Return the finding for so many evaluations without an active worker; none for 0."""
     if not count:
         return []
-    problem = f"{counted(count)} held by no worker"
-    return [Finding(problem, "the next copy that is started takes them back", False)]
+    return [Finding(f"{counted(count)} held by no worker", RECLAIMED, False)]
 
 
 def holds(worker: WorkerView) -> str:
-    """Return how much a worker holds."""
+    """Return the number of evaluations that a worker holds, as text."""
     return counted(worker.running + worker.ahead + worker.held)
 
 

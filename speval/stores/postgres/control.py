@@ -16,7 +16,7 @@ from ...clock import Clock
 from ...errors import InProgressError, UnknownNameError
 from ...model import Attempt, Compacted, Evaluation, Finding, Overview, Status, WorkerView, counted
 from ...url import PostgresUrl
-from ..control import Choice, Control, ControlMode, Facts, Rows, holds, orphaned
+from ..control import RECLAIMED, Choice, Control, ControlMode, Facts, Rows, holds, orphaned
 from ..rows import decoded, error_of, label_of
 from .connection import Connection, PostgresConnection, numbers, texts
 from .overview import PostgresLook
@@ -148,10 +148,10 @@ class PostgresControl(Control):
         url: The database, and the space in it, which must be there.
         mode: ``read`` changes nothing; ``write`` is for what changes something.
         clock: Where the time comes from.
-        given_up: Set by others to end all waiting for answers.
+        given_up: Other threads set it to end all waiting for answers.
     """
 
-    _way_out = "see to the server, then look again"
+    _fix = "repair the server, then check again"
 
     def __init__(
         self, url: PostgresUrl, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
@@ -336,9 +336,13 @@ class PostgresControl(Control):
             problem = f"{connections} of the server's {most} connections are in use, and each worker needs one"
             findings.append(Finding(problem, "raise max_connections, or connect through pgbouncer", False))
         if not syncs:
-            findings.append(Finding("the server runs with fsync off", "a power cut may destroy its data; turn it on", False))
+            findings.append(
+                Finding("the server runs with fsync off", "a power failure may destroy its data; turn it on", False)
+            )
         if not vacuums:
-            findings.append(Finding("the server runs with autovacuum off", "claims get slower and slower; turn it on", False))
+            findings.append(
+                Finding("the server runs with autovacuum off", "claims become slower and slower; turn it on", False)
+            )
         oldest = self._execute(c, _OLDEST).fetchone()
         if oldest is not None and oldest[2] > _OLD:
             problem = (
@@ -355,13 +359,12 @@ class PostgresControl(Control):
 
         damage = self._connection.run(look)
         facts["integrity"] = "damaged" if damage else "ok"
-        findings += [Finding(f"damaged: {problem}", "go back to a backup", True) for problem in damage]
-        return "`speval drop` forgets it"
+        findings += [Finding(f"damaged: {problem}", "restore a backup", True) for problem in damage]
+        return "`speval drop` deletes it"
 
     def _lost(self, worker: WorkerView) -> Finding:
-        what = "is dead" if worker.state == "dead" else "shows no sign of life, by the server's clock,"
-        problem = f"worker {worker.worker} {what} and holds {holds(worker)}"
-        return Finding(problem, "the next copy that is started takes them back", False)
+        what = "is dead" if worker.state == "dead" else "has not renewed its lease, by the clock of the server,"
+        return Finding(f"worker {worker.worker} {what} and holds {holds(worker)}", RECLAIMED, False)
 
 
 @contextmanager

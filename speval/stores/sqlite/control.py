@@ -17,14 +17,14 @@ from threading import Event
 from typing import Any
 
 from ...clock import Clock
-from ...errors import InProgressError, UnknownNameError
+from ...errors import InProgressError, SpevalError, UnknownNameError
 from ...model import Attempt, Compacted, Evaluation, Finding, Overview, Status, WorkerView, counted
 from ...spaces.eager import name_to_key
-from ..control import Choice, Control, ControlMode, Facts, Rows, holds, orphaned
+from ..control import RECLAIMED, Choice, Control, ControlMode, Facts, Rows, holds, orphaned
 from ..rows import CODES, decoded, error_of, label_of
 from .compact import compact
 from .damage import damage as damage_of
-from .errors import may_use, understood
+from .errors import NONSENSE, may_use, nonsense
 from .file import SqliteFile
 from .mount import filesystem, is_network, kind_of_place
 from .overview import MAX_SEQ, SqliteLook
@@ -106,10 +106,10 @@ class SqliteControl(Control):
         path: The file, which must be there.
         mode: ``read`` changes nothing; ``write`` is for what changes something.
         clock: Where the time comes from.
-        given_up: Set by others to end all waiting for locks.
+        given_up: Other threads set it to end all waiting for locks.
     """
 
-    _way_out = "go back to a copy of the file, or start a new one"
+    _fix = "restore the file from a copy, or start a new one"
 
     def __init__(
         self, path: Path, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
@@ -134,7 +134,7 @@ class SqliteControl(Control):
 
     def _rows(self, c: sqlite3.Connection, choice: Choice, after: int, limit: int) -> tuple[int | None, Rows]:
         status, cause, pattern = choice
-        # GLOB knows sets of characters too, which nobody is promised, and ends a pattern at a NUL.
+        # GLOB also has character sets, which patterns do not have, and it ends a pattern at a NUL.
         glob = None if pattern is None else "*" if "\0" in pattern else pattern.replace("[", "[[]")
         (first,) = c.execute(_NEXT_ID, (after,)).fetchone()
         upto = 2**62 if first is None else first + _SPAN
@@ -148,8 +148,12 @@ class SqliteControl(Control):
         return None if first is None else seen, rows
 
     def _evaluation(self, row: Sequence[Any]) -> Evaluation:
-        with understood(self.shown):
+        try:
             return evaluation(self.shown, row)
+        except SpevalError:
+            raise
+        except NONSENSE as error:
+            raise nonsense(self.shown, error) from error
 
     def evaluation(self, name: str) -> Evaluation:
         def find(c: sqlite3.Connection) -> Evaluation:
@@ -268,8 +272,8 @@ class SqliteControl(Control):
         }
         findings = list(blocked(path))
         if is_network(kind):
-            problem = f"it is on {kind_of_place(kind)}: commits are slow, and as safe as its locks"
-            findings.append(Finding(problem, "keep it on a local disk, unless copies on several machines need it", False))
+            problem = f"it is on {kind_of_place(kind)}: commits are slow, and only as safe as its locks"
+            findings.append(Finding(problem, "use a local disk, unless copies on several machines need it", False))
         return facts, findings
 
     def _inside(self, facts: Facts, findings: list[Finding]) -> None:
@@ -279,8 +283,8 @@ class SqliteControl(Control):
             findings += found
             return
         facts["schema"] = "speval 0.1.1"
-        fix = "the first call of speval() migrates it; stop old copies first"
-        findings.append(Finding("it is of speval 0.1.1", fix, False))
+        fix = "the first call of speval() migrates it; stop copies of the old release first"
+        findings.append(Finding("it was written by speval 0.1.1", fix, False))
 
     def _look_inside(self, c: sqlite3.Connection) -> tuple[Facts, list[Finding]]:
         (journal,) = c.execute("PRAGMA journal_mode").fetchone()
@@ -292,15 +296,15 @@ class SqliteControl(Control):
             findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
         if self._file.is_immutable:
-            # SQLite has not looked, and says that of a file that nobody changes.
-            facts["journal"] = "can't be told without write permission"
+            # SQLite opened the file as immutable and did not read its journal mode.
+            facts["journal"] = "unknown without write permission"
         elif stored is not None and journal not in (stored, "memory"):
-            problem = f"its journal mode is {journal}, and the copies agreed on {stored}"
+            problem = f"its journal mode is {journal}, but the copies agreed on {stored}"
             findings.append(Finding(problem, "stop all copies and start again", True))
         for sql, what in _AMISS:
             (count,) = c.execute(sql).fetchone()
             if count:
-                findings.append(Finding(f"{counted(count)} {what}", self._way_out, True))
+                findings.append(Finding(f"{counted(count)} {what}", self._fix, True))
         return facts, findings + orphaned(c.execute(_ORPHANED).fetchone()[0])
 
     def _damage(self, facts: Facts, findings: list[Finding]) -> str:
@@ -309,16 +313,15 @@ class SqliteControl(Control):
         if obstacle is not None:
             problem = f"SQLite could not check the file in a process of its own ({obstacle})"
             findings.append(Finding(problem, "run `speval doctor` with a Python that this user may execute", False))
-        fix = f"`speval salvage {self.shown} NEW` saves what can be saved"
+        fix = f"`speval salvage {self.shown} NEW` copies the intact evaluations"
         findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
-        return f"{fix}, `speval drop` forgets one"
+        return f"{fix}, `speval drop` deletes one"
 
     def _lost(self, worker: WorkerView) -> Finding:
         if worker.state == "dead":
-            fix = "the next copy that is started takes them back"
-            return Finding(f"worker {worker.worker} is dead and holds {holds(worker)}", fix, False)
-        problem = f"worker {worker.worker} shows no sign of life, by this machine's clock, and holds {holds(worker)}"
-        fix = f"any copy takes them back when it has watched it for its lease of {worker.lease:g} s"
+            return Finding(f"worker {worker.worker} is dead and holds {holds(worker)}", RECLAIMED, False)
+        problem = f"worker {worker.worker} has not renewed its lease, by the clock of this machine, and holds {holds(worker)}"
+        fix = f"a copy reclaims them when it has watched the worker for its lease of {worker.lease:g} s"
         return Finding(problem, fix, False)
 
 

@@ -19,10 +19,23 @@ from pathlib import Path
 
 from ...errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError, SpevalError
 
-__all__ = ["BUSY", "SIDE_FILES", "code_of", "is_unreadable", "may_use", "name_problem", "permission", "shown_path"]
+__all__ = [
+    "BUSY",
+    "NONSENSE",
+    "SIDE_FILES",
+    "code_of",
+    "is_unreadable",
+    "may_use",
+    "name_problem",
+    "nonsense",
+    "permission",
+    "shown_path",
+]
 __all__ += ["translated", "translated_os", "understood"]
 
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+# What code raises that reads values of other types or sizes than speval writes.
+NONSENSE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError)
 SIDE_FILES = ("-journal", "-wal", "-shm")
 
 _PROBED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM}
@@ -52,9 +65,14 @@ def understood(shown: str) -> Iterator[None]:
         yield
     except SpevalError:
         raise
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError) as error:
-        problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
-        raise DatabaseError(shown, problem) from error
+    except NONSENSE as error:
+        raise nonsense(shown, error) from error
+
+
+def nonsense(shown: str, error: Exception) -> DatabaseError:
+    """Return the error for values that make no sense."""
+    problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
+    return DatabaseError(shown, problem)
 
 
 def code_of(error: sqlite3.Error) -> int:
