@@ -260,8 +260,8 @@ class Database:
     def copy(self, target: str | PathLike[str]) -> Counts:
         """Copy the whole database to an empty one, from a file to a server or back.
 
-        Workers may use it meanwhile: the copy is a snapshot. Evaluations in progress are pending in it, and no attempt is charged
-        for them.
+        Workers may use it meanwhile: the copy is a snapshot. Evaluations in progress are pending in it, and no attempt is
+        charged for them.
 
         Args:
             target: A file name or a URL; made if it is missing.

@@ -455,7 +455,7 @@ def test_imports_point_downwards():
         ("executors",),
         ("stores",),
         ("spaces",),
-        ("options", "model", "codec", "bitmap", "url", "errors", "escape", "clock", "host", "threads"),
+        ("options", "model", "codec", "bitmap", "url", "errors", "escape", "pauses", "clock", "host", "threads"),
     ]
     level = {room: number for number, names in enumerate(rooms) for room in names}
     for path in (ROOT / "speval").rglob("*.py"):

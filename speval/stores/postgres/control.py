@@ -336,12 +336,10 @@ class PostgresControl(Control):
             problem = f"{connections} of the server's {most} connections are in use, and each worker needs one"
             findings.append(Finding(problem, "raise max_connections, or connect through pgbouncer", False))
         if not syncs:
-            findings.append(
-                Finding("the server runs with fsync off", "a power failure may destroy its data; turn it on", False)
-            )
+            findings.append(Finding("the server runs with fsync off", "turn it on: a power failure may destroy data", False))
         if not vacuums:
             findings.append(
-                Finding("the server runs with autovacuum off", "claims become slower and slower; turn it on", False)
+                Finding("the server runs with autovacuum off", "turn it on: claims become slower and slower", False)
             )
         oldest = self._execute(c, _OLDEST).fetchone()
         if oldest is not None and oldest[2] > _OLD:
