@@ -52,9 +52,7 @@ def goals(found: Figures) -> Iterator[Goal]:
     if "sizes" in found:
         yield from _of_size(found["sizes"])
     if "start" in found:
-        yield Goal("import speval", 1000 * found["start"]["import"]["seconds"], 80, False, " ms")
-        first, bare = (found["start"][what]["seconds"] for what in ("first_result", "bare"))
-        yield Goal("a process executor's first result beside a bare interpreter's start", _ratio(first, bare), 2.0, False)
+        yield from _of_start(found["start"])
 
 
 def _beside_peers(found: Figures) -> Iterator[Goal]:
@@ -85,6 +83,15 @@ def _of_size(found: Figures) -> Iterator[Goal]:
         f"{big:,} evaluations, 99 % done: start to first call", found["moments"]["resume"].get("seconds"), 3, False, " s"
     )
     yield Goal(f"{big:,} evaluations, new: start to first call", found["moments"]["seed"].get("seconds"), 10, False, " s")
+
+
+def _of_start(found: Figures) -> Iterator[Goal]:
+    bare = found["bare"]["cpu"]
+    yield Goal("`from speval import speval`: CPU", 1000 * (found["names"]["cpu"] - bare), 60, False, " ms")
+    yield Goal("`speval --help` beside a bare interpreter: CPU", _ratio(found["help"]["cpu"], bare), 5, False)
+    first = _ratio(found["first_result"]["seconds"], found["bare"]["seconds"])
+    yield Goal("a process executor's first result beside a bare interpreter's start", first, 2.0, False)
+    yield Goal("a call with a single evaluation", 1000 * found["one_call"]["each"], 17.5, False, " ms")
 
 
 def _ratio(one: Any, other: Any) -> float | None:

@@ -152,7 +152,7 @@ def tables(found: Figures) -> dict[str, str]:
     }
     others = [[text, f"{shown(moments[key]['seconds'])} s"] for key, text in shown_as.items()]
     others += [
-        [f"{big // _LEFT:,} evaluations in a database of their own, each", f"{shown(found['last']['alone']['each'])} µs"],
+        [f"{big // _LEFT:,} evaluations in a separate database, each", f"{shown(found['last']['alone']['each'])} µs"],
         [f"the last {big // _LEFT:,} evaluations of {big:,}, each", f"{shown(found['last']['last']['each'])} µs"],
     ]
     return {"sizes": table(head, rows), "million": table(["what", " median"], others)}

@@ -1,10 +1,14 @@
-"""What comes before the first evaluation: the import, the first worker process.
+"""What comes around the evaluations: the import, the command's help, the first worker process, a call with a single evaluation.
 
-Owns the table ``start``. Invariant: each is measured in a process that has done nothing else.
+Owns the table ``start``. Invariant: each is measured in a process that has done nothing else, an interpreter from its start to
+its end in seconds of CPU, which do not depend on what else the machine runs.
 """
 
 import asyncio
 import compileall
+import os
+import resource
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,7 +17,14 @@ from functools import partial
 
 from .harness import ROOT, Figures, by_turns, measured, table
 
-_IMPORT = "import time; started = time.perf_counter(); import speval; print(time.perf_counter() - started)"
+# The CPU of an interpreter that runs each.
+_CODES = {
+    "bare": "pass",
+    "import": "import speval",
+    "names": "from speval import as_completed, load_evals, retry, speval",
+    "help": "import sys; sys.argv[:] = ['speval', '--help']; from speval.cli import main; main()",
+}
+_CALLS = 40  # with a single evaluation each
 
 
 def first_result(copies: int, copy: int) -> Callable[[], Figures]:
@@ -40,30 +51,76 @@ def first_result(copies: int, copy: int) -> Callable[[], Figures]:
     return run
 
 
+def one_call(copies: int, copy: int) -> Callable[[], Figures]:
+    """Prepare calls with a single evaluation each, one after the other, on a database that is there."""
+    from speval import speval
+
+    def call(number: int) -> None:
+        speval(abs, {f"evaluation {number}": number}, "calls.db", executor="thread", progress=False)
+
+    call(-1)
+
+    def run() -> Figures:
+        started, cpu = time.perf_counter(), time.process_time()
+        for number in range(_CALLS):
+            call(number)
+        return {"each": (time.perf_counter() - started) / _CALLS, "each_cpu": (time.process_time() - cpu) / _CALLS}
+
+    return run
+
+
+def bare_sqlite(copies: int, copy: int) -> Callable[[], Figures]:
+    """Prepare to open a database, commit one row and close it, as often; the disk takes most of that time."""
+
+    def insert(number: int) -> None:
+        connection = sqlite3.connect("bare.db", isolation_level=None)
+        connection.execute("PRAGMA journal_mode = wal")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("CREATE TABLE IF NOT EXISTS results (number, result)")
+        connection.execute("INSERT INTO results VALUES (?, ?)", (number, number))
+        connection.close()
+
+    insert(-1)
+
+    def run() -> Figures:
+        started = time.perf_counter()
+        for number in range(_CALLS):
+            insert(number)
+        return {"each": (time.perf_counter() - started) / _CALLS}
+
+    return run
+
+
 def interpreter(code: str) -> Figures:
-    """Return the seconds an interpreter takes to start, do this, and end, or what it prints instead."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
-    return {"seconds": float(done.stdout or time.perf_counter() - started)}
+    """Return the seconds of CPU, and of the clock, that an interpreter takes to start, do this, and end."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - started, "cpu": cpu}
 
 
 def measure(rounds: int, share: float, pythons: dict[str, str]) -> Figures:
     compileall.compile_dir(ROOT / "speval", quiet=1)  # as pip does where it installs a package
-    return by_turns(
-        rounds * 3,
-        {
-            "import": partial(interpreter, _IMPORT),
-            "bare": partial(interpreter, "pass"),
-            "first_result": partial(measured, "benchmarks.start:first_result"),
-        },
-    )
+    calls = ("first_result", "one_call", "bare_sqlite")
+    work: dict[str, Callable[[], Figures]] = {name: partial(interpreter, code) for name, code in _CODES.items()}
+    work |= {name: partial(measured, f"benchmarks.start:{name}") for name in calls}
+    return by_turns(rounds * 3, work)
 
 
 def tables(found: Figures) -> dict[str, str]:
     texts = {
-        "import": "import speval",
-        "bare": "a bare interpreter, start to end",
-        "first_result": "making a process executor, to its first result",
+        "bare": ("a bare interpreter, start to end", "cpu"),
+        "import": ("the same and `import speval`", "cpu"),
+        "names": ("the same and `from speval import speval`", "cpu"),
+        "help": ("`speval --help`", "cpu"),
+        "first_result": ("making a process executor, to its first result", "seconds"),
+        "one_call": ("a call with a single evaluation, in a thread, on a database that is there", "each"),
+        "bare_sqlite": ("opening such a database with sqlite3, committing a row, closing it", "each"),
     }
-    rows = [[text, f"{1000 * found[key]['seconds']:.0f} ms"] for key, text in texts.items()]
+    rows = []
+    for key, (text, figure) in texts.items():
+        unit = "ms of CPU" if figure == "cpu" else "ms"
+        rows.append([text, f"{1000 * found[key][figure]:.0f} {unit}"])
     return {"start": table(["what", " median"], rows)}

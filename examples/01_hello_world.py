@@ -10,7 +10,7 @@ Run:
 
     The first takes 200 seconds; stop it at any time with Ctrl-C. The second starts twenty copies, which share what is left
     and need 10 seconds for all hundred. The database is the first argument, by default 01_hello_world.db in the current
-    folder. Once everything is done, further runs print nothing; delete the database to begin anew.
+    folder. Once everything is done, further runs print nothing; delete the database to start again.
 
 Prints:
     Hello world: 0

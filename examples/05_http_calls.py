@@ -2,8 +2,8 @@
 
 Shows:
     An async function. ``concurrency`` is the number of calls at the same time, ``timeout`` the time limit of a call,
-    ``retry_on`` the exceptions that are tried again, and ``backoff`` the seconds before that. Answers are recorded as they arrive, so
-    ``kill -9`` costs only the running calls.
+    ``retry_on`` the exceptions that are tried again, and ``backoff`` the seconds before that. Answers are recorded as
+    they arrive, so ``kill -9`` costs only the running calls.
 
 Run:
     $ pip install aiohttp
@@ -11,7 +11,7 @@ Run:
     $ python examples/05_http_calls.py & sleep 3; kill -9 $!
     $ python examples/05_http_calls.py
 
-    The database is the first argument, by default 05_http_calls.db in the current folder; delete it to begin anew. The second
+    The database is the first argument, by default 05_http_calls.db in the current folder; delete it to start again. The second
     argument is the server's address. Leave the server running, it counts the requests.
 
 Prints:

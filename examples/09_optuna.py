@@ -13,7 +13,7 @@ Run:
     $ python examples/09_optuna.py
 
     The database is the first argument, by default 09_optuna.db in the current folder; the study is beside it, in a file with
-    .journal at its end. Delete both to begin anew.
+    .journal at its end. Delete both to start again.
 
 Prints:
     best of 80: 0.0007 at {'x': 3.0259, 'y': -1.9914}

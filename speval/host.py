@@ -50,7 +50,7 @@ def this_process() -> Process:
 
 
 def _forget() -> None:
-    """Forget which process this is: a forked child may have its parent's number, in a PID namespace of its own."""
+    """Forget which process this is: a forked child in a new PID namespace may have the pid of its parent."""
     global _this
     _this = None
 

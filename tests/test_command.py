@@ -109,7 +109,7 @@ def test_run_evaluates_a_function_of_a_file_over_a_grid(here, call):
     assert "(2 by this call)" in again.stdout
 
 
-def test_run_exits_with_1_when_something_failed_and_says_what_once(here, call):
+def test_run_exits_with_1_and_names_each_failure_once(here, call):
     done = call("run", "tune:train", "runs.db", "--space", "grid:lr=0.1;depth=2,8", code=1)
     assert lines(done)[0].startswith("2 evaluations: 1 completed, 1 failed (1 exception)")
     assert "too deep" in done.stderr
@@ -142,7 +142,7 @@ def test_run_takes_spaces_out_of_modules(here, call):
     assert [e["result"] for e in load_evals(here / "b.db")] == [0, 1, 2, 3]
 
 
-def test_run_hands_its_options_on(here, call):
+def test_run_passes_its_options_on(here, call):
     options = ["--timeout", "30", "-j", "2", "--executor", "process", "--max-attempts", "2", "--backoff", "0.01"]
     options += [
         "--retry-on",
@@ -191,7 +191,7 @@ def test_run_hands_its_options_on(here, call):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_run_says_in_one_line_what_is_wrong(here, call, arguments, told):
+def test_a_user_error_of_run_is_one_line(here, call, arguments, told):
     (here / "broken.py").write_text("import os\nnope\n")
     (here / "odd.py").write_text("def f(:\n")
     (here / "json.py").write_text("def f(args): pass\n")
@@ -203,7 +203,7 @@ def test_run_says_in_one_line_what_is_wrong(here, call, arguments, told):
     assert not list(here.glob("*.db"))
 
 
-def test_ctrl_c_in_run_gives_back_what_is_held_and_exits_with_130(here, terminal):
+def test_ctrl_c_in_run_releases_all_claims_and_exits_with_130(here, terminal):
     (here / "slow.py").write_text("import time\ndef f(args):\n    print('began', flush=True)\n    time.sleep(600)\n")
     seen = terminal(COMMAND, "run", "slow.py:f", "runs.db", "--space", "grid:a=1,2", "-j", "2")
     seen.wait_for("began")
@@ -227,7 +227,7 @@ def test_status_counts_and_names_workers_and_failures(filled, call):
     call("status", "good.db", "--exit-code")
 
 
-def test_status_as_json_has_all_of_it(filled, call):
+def test_status_as_json_is_complete(filled, call):
     seen = json.loads(call("status", "runs.db", "--json").stdout)
     assert (seen["pending"], seen["in_progress"], seen["completed"], seen["failed"]) == (0, 0, 2, 1)
     assert (seen["causes"], seen["workers"], seen["rate"], seen["eta"]) == ({"exception": 1}, [], None, None)
@@ -275,7 +275,7 @@ def test_ls_filters(filled, call):
     assert found == load_evals(filled)
 
 
-def test_show_tells_args_result_and_every_attempt(filled, call):
+def test_show_prints_args_result_and_every_attempt(filled, call):
     call("retry", "runs.db")
     speval(boom, {"c": "bad"}, filled, progress=False)
     told = call("show", "runs.db", "c").stdout
@@ -302,12 +302,12 @@ def test_best_finds_the_smallest_and_the_largest(filled, call):
     assert len(lines(call("best", "runs.db", "duration", "--max"))) == 2
 
 
-def test_best_without_a_key_goes_by_results_that_are_numbers(here, call):
+def test_best_without_a_key_compares_results_that_are_numbers(here, call):
     speval(abs, [3, -1, 2], here / "numbers.db", progress=False)
     assert [line.split("\t")[0] for line in lines(call("best", "numbers.db", "--min", "-n", "2"))] == ["result", "1", "2"]
 
 
-def test_best_names_the_keys_there_are(filled, call):
+def test_best_names_the_existing_columns(filled, call):
     assert "the columns are result.loss, result.text" in complaint(call("best", "runs.db", "--min", code=2))
     assert "the columns are result.loss, result.text" in complaint(call("best", "runs.db", "lss", "--min", code=2))
     assert "--min or --max" in complaint(call("best", "runs.db", "loss", code=2))
@@ -348,7 +348,7 @@ def test_export_writes_files_by_their_suffix_completely_or_not_at_all(here, call
     assert not list(here.glob("*none*")) + list(here.glob(".*"))
 
 
-def test_text_in_a_csv_is_no_formula_and_numbers_stay_numbers(here, call):
+def test_text_in_a_csv_is_not_a_formula_and_numbers_stay_numbers(here, call):
     texts = ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\r=1", "x\r=1", "-5", "+1.5e3", "a=b", "-"]
     space = {name: {"n": -0.5, "text": name, "none": -math.inf} for name in texts}
     speval(lambda a: [a["n"]], space, here / "x.db", executor="thread", progress=False)
@@ -372,7 +372,7 @@ def test_an_export_is_as_private_as_the_database(mode, wanted, here, call):
     assert (here / "out.csv").stat().st_mode & 0o777 == 0o600, "what was made private stays so"
 
 
-def test_without_a_standard_output_nothing_is_said_and_nothing_breaks(filled):
+def test_the_command_works_with_closed_standard_streams(filled):
     for arguments in ("ls runs.db", "export runs.db", "status runs.db"):
         command = f"{COMMAND} {arguments} >&-"
         done = subprocess.run(command, shell=True, cwd=filled.parent, capture_output=True, text=True, timeout=WAIT)
@@ -405,7 +405,7 @@ def test_export_writes_parquet_with_types(here, call):
 # Steering
 
 
-def test_retry_puts_back_what_is_chosen(filled, call):
+def test_retry_makes_the_selected_evaluations_pending(filled, call):
     assert lines(call("retry", "runs.db")) == ["1 evaluation pending again"]
     assert lines(call("retry", "runs.db")) == ["0 evaluations pending again"]
     assert json.loads(call("retry", "runs.db", "--status", "completed", "a", "--json").stdout) == {"retried": 1}
@@ -447,7 +447,7 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
     running.kill()
 
 
-def test_drop_asks_before_it_forgets(filled, call, terminal):
+def test_drop_asks_before_it_deletes(filled, call, terminal):
     assert "pass --yes" in complaint(call("drop", "runs.db", "a", code=2))
     assert "name the evaluations to drop" in complaint(call("drop", "runs.db", code=2))
     seen = terminal(COMMAND, "drop", "runs.db", "a", "c")
@@ -456,7 +456,7 @@ def test_drop_asks_before_it_forgets(filled, call, terminal):
     assert seen.end() == 130
     assert len(load_evals(filled)) == 3
     seen = terminal(COMMAND, "drop", "runs.db", "a")
-    seen.wait_for("Drop 1 evaluation")
+    seen.wait_for("Delete 1 evaluation")
     seen.type("y\r")
     assert seen.end() == 0
     assert "1 evaluation dropped" in seen.text()
@@ -570,7 +570,7 @@ LOOKING = [
 
 
 @pytest.mark.parametrize("arguments", LOOKING, ids=lambda arguments: ascii(" ".join(arguments)))
-def test_nothing_stored_is_obeyed_by_a_terminal_or_taken_for_markup(filled, call, terminal, arguments):
+def test_stored_text_is_neither_a_control_sequence_nor_markup(filled, call, terminal, arguments):
     name, *rest = arguments
     piped = subprocess.run([COMMAND, name, "runs.db", *rest], cwd=filled.parent, capture_output=True, timeout=WAIT).stdout
     assert b"\x1b" not in piped
@@ -584,7 +584,7 @@ def test_nothing_stored_is_obeyed_by_a_terminal_or_taken_for_markup(filled, call
         assert seen.raw.count(kept) >= piped.count(kept) // 2
 
 
-def test_a_table_on_a_terminal_is_fit_for_it_and_in_a_file_is_exact(filled, call, terminal):
+def test_a_table_is_escaped_on_a_terminal_and_exact_in_a_file(filled, call, terminal):
     seen = terminal(COMMAND, "export", "runs.db", columns=300, lines=50)
     assert seen.end() == 0
     assert b"\x1b" not in seen.raw
@@ -593,7 +593,7 @@ def test_a_table_on_a_terminal_is_fit_for_it_and_in_a_file_is_exact(filled, call
 
 
 @pytest.mark.parametrize("arguments", [a for a in LOOKING if "watch" not in a], ids=lambda a: ascii(" ".join(a)))
-def test_nothing_that_looks_changes_the_database(filled, call, arguments):
+def test_subcommands_that_read_do_not_change_the_database(filled, call, arguments):
     before = filled.read_bytes()
     name, *rest = arguments
     call(name, "runs.db", *rest)
@@ -601,7 +601,7 @@ def test_nothing_that_looks_changes_the_database(filled, call, arguments):
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["export"], ["export", "-f", "jsonl"]], ids=" ".join)
-def test_a_pipe_that_is_closed_early_is_no_traceback(tmp_path, arguments):
+def test_a_pipe_that_is_closed_early_causes_no_traceback(tmp_path, arguments):
     speval(lambda args: "x" * 1000, range(2000), tmp_path / "runs.db", progress=False)
     name, *rest = arguments
     line = f"{COMMAND} {name} runs.db {' '.join(rest)} | head -n 1; echo ${{PIPESTATUS[0]}}"
@@ -616,7 +616,7 @@ def test_a_pipe_that_is_closed_early_is_no_traceback(tmp_path, arguments):
      ["set", "concurrency", "2"], ["unset", "concurrency"], ["drop", "x", "--yes"], ["doctor"]],
     ids=" ".join,
 )  # fmt: skip
-def test_a_database_that_is_missing_or_foreign_is_named_and_left_alone(tmp_path, call, arguments):
+def test_a_missing_or_foreign_database_is_named_and_not_changed(tmp_path, call, arguments):
     name, *rest = arguments
     assert "no.db: this database does not exist" in complaint(call(name, "no.db", *rest, code=2))
     assert not (tmp_path / "no.db").exists()
@@ -626,7 +626,7 @@ def test_a_database_that_is_missing_or_foreign_is_named_and_left_alone(tmp_path,
     assert "Missing argument 'DB'" in complaint(call(name, code=2))
 
 
-def test_a_database_of_0_1_1_is_looked_at_without_changing_it(tmp_path, call):
+def test_a_database_of_0_1_1_is_read_without_changing_it(tmp_path, call):
     db = tmp_path / "old.db"
     connection = sqlite3.connect(db)
     connection.execute("CREATE TABLE evals (name, status, updated, result, args)")
@@ -642,7 +642,7 @@ def test_a_database_of_0_1_1_is_looked_at_without_changing_it(tmp_path, call):
 
 
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_whatever_a_stranger_has_written_is_shown_or_refused_by_name(filled, capsys, monkeypatch, share):
+def test_untrusted_content_is_shown_or_refused_by_name(filled, capsys, monkeypatch, share):
     # In this process, because there are many of them.
     monkeypatch.setattr("speval.cli.watch._Looks.pause", lambda self: signal.raise_signal(signal.SIGINT))
     commands = [["status"], ["status", "--json"], ["ls"], ["ls", "--json"], ["show", "a"], ["show", "c"], ["doctor"]]
@@ -692,7 +692,7 @@ def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, c
     assert "sesame" not in told
 
 
-def test_help_is_there_for_everything_and_completion_for_three_shells(call):
+def test_every_subcommand_has_help_and_three_shells_have_completion(call):
     told = call("--help").stdout
     for name in ("run", "status", "watch", "ls", "show", "best", "export", "retry", "pause", "resume", "set", "unset", "drop"):
         assert f"\n  {name} " in told
@@ -728,7 +728,7 @@ SHELLS = {
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_completed_name_is_one_quoted_word_whatever_it_holds(shell, terminal, tmp_path, monkeypatch):
+def test_a_completed_name_is_always_one_quoted_word(shell, terminal, tmp_path, monkeypatch):
     if shutil.which(shell) is None:
         pytest.skip(f"needs {shell}")
     speval(lambda x: x, dict.fromkeys(ODD, 1), tmp_path / "x.db", executor="thread", progress=False)
@@ -756,7 +756,7 @@ def test_a_completed_name_is_one_quoted_word_whatever_it_holds(shell, terminal, 
         ("q", "q", ["q"]),  # another one has a character that a terminal would obey
     ],
 )
-def test_bash_is_offered_names_in_the_quotes_that_are_open(line, replaced, offered, tmp_path):
+def test_bash_completes_names_within_open_quotes(line, replaced, offered, tmp_path):
     names = ("a;`b", "a; c", "k=1:v", "~u", "q", "q\x1b[2J")
     speval(lambda x: x, dict.fromkeys(names, 1), tmp_path / "x.db", executor="thread", progress=False)
     env = os.environ | {"_SPEVAL_COMPLETE": "bash_complete", "COMP_WORDS": f"speval show x.db {line}", "COMP_CWORD": replaced}
@@ -773,7 +773,7 @@ def test_python_m_speval_is_the_same_command(filled, tmp_path):
     assert done.stdout.startswith("3 evaluations: ")
 
 
-def test_output_is_readable_where_only_ascii_can_be_shown(filled, tmp_path):
+def test_output_is_readable_on_a_terminal_with_ascii_only(filled, tmp_path):
     speval(boom, {"ünï→": 1}, tmp_path / "odd.db", progress=False)
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([COMMAND, "ls", "odd.db"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=WAIT)

@@ -13,9 +13,10 @@ from speval.errors import DatabaseMissingError, InProgressError, OptionError, Un
 from speval.model import Cause, Claim, Error, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
-from speval.stores.base import Control, Ended, Record, Store
+from speval.stores.base import Ended, Record, Store
+from speval.stores.control import Control
 
-from .databases import Place, SqlitePlace
+from .databases import Place, SqlitePlace, findings
 
 
 class Database:
@@ -117,7 +118,7 @@ def names(evaluations) -> list[str]:
 # The overview
 
 
-async def test_an_overview_counts_everything_whatever_the_spaces_of_the_workers(database):
+async def test_an_overview_counts_the_whole_database(database):
     store, worker = await database.worker(range(6))
     await database.open({"of another space": 1})
     a, b, c, _ = await claimed(store, worker, 4)
@@ -129,7 +130,7 @@ async def test_an_overview_counts_everything_whatever_the_spaces_of_the_workers(
     assert seen.at == database.clock.wall_now
 
 
-async def test_an_overview_says_who_runs_what_the_longest_first(database):
+async def test_an_overview_lists_what_each_worker_runs_the_longest_first(database):
     store, one = await database.worker(range(20), lease=20.0)
     first = await claimed(store, one, 1)
     database.clock.wall_now += 9
@@ -145,7 +146,7 @@ async def test_an_overview_says_who_runs_what_the_longest_first(database):
     assert first[0].name == here.runs[0].name
 
 
-async def test_what_is_claimed_ahead_runs_only_when_it_is_too_old_to_be_waiting(database):
+async def test_an_old_claim_ahead_counts_as_running(database):
     store, worker = await database.worker(range(20))
     await store.record(Record(worker, idle=2, ahead=5))
     control = database.control()
@@ -156,7 +157,7 @@ async def test_what_is_claimed_ahead_runs_only_when_it_is_too_old_to_be_waiting(
     assert (seen.running, seen.ahead) == (7, 0)
 
 
-async def test_what_is_held_for_its_backoff_is_pending_and_told_apart(database):
+async def test_a_held_evaluation_is_pending_and_counted_as_held(database):
     store, worker = await database.worker(range(2))
     (claim,) = await claimed(store, worker, 1)
     await store.record(Record(worker, [broken(claim, again=True)]))
@@ -191,7 +192,7 @@ async def test_a_worker_whose_process_is_gone_is_dead_at_once(database, scripts)
         assert seen.running + seen.ahead == 1
 
 
-async def test_the_last_failures_come_first_in_short(database):
+async def test_an_overview_lists_the_last_failures_first(database):
     store, worker = await database.worker(range(9))
     claims = await claimed(store, worker, 7)
     for claim in claims:
@@ -219,7 +220,7 @@ async def test_a_rate_is_taken_over_the_last_minute_or_the_last_ten_attempts(dat
     assert control.overview().rate is None
 
 
-async def test_a_rate_says_nothing_of_earlier_runs(database):
+async def test_a_rate_excludes_earlier_runs(database):
     store, worker = await database.worker(range(50))
     await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 20)]))
     await store.leave(worker)
@@ -254,7 +255,7 @@ async def test_evaluations_come_in_order_filtered_and_limited(database):
     assert next(iter(control.evaluations(status="completed")))["result"] == 1
 
 
-async def test_a_pattern_knows_two_signs_and_no_others(database):
+async def test_a_pattern_has_two_wildcards(database):
     space = ["a[b]c", "abc", "a%c", "a_c", "A[B]C", "a\\c", "17", "1*7"]
     await database.open(dict.fromkeys(space))
     control = database.control()
@@ -264,7 +265,7 @@ async def test_a_pattern_knows_two_signs_and_no_others(database):
 
 
 async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, monkeypatch):
-    monkeypatch.setattr(f"{database.place.control_module}._PAGE", 3, raising=False)
+    monkeypatch.setattr("speval.stores.control._PAGE", 3)
     monkeypatch.setattr(f"{database.place.control_module}._SPAN", 5, raising=False)
     store, worker = await database.worker(range(30))
     control = database.control()
@@ -282,7 +283,7 @@ async def test_a_page_ends_before_its_evaluations_fill_the_memory(database, monk
     assert names(control.evaluations()) == [str(i) for i in range(10)]
 
 
-async def test_one_evaluation_is_found_by_its_name_alone(database):
+async def test_one_evaluation_is_found_by_its_exact_name(database):
     await database.open({"17": "as a number", "017": "as text", "ä[b]": 3})
     control = database.control()
     assert control.evaluation("17")["args"] == "as a number"
@@ -292,7 +293,7 @@ async def test_one_evaluation_is_found_by_its_name_alone(database):
         control.evaluation("1")
 
 
-async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
+async def test_every_attempt_of_an_evaluation_is_listed(database, monkeypatch):
     monkeypatch.setattr(f"{database.place.control_module}._SPAN", 2, raising=False)
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 12)
@@ -319,19 +320,30 @@ async def test_every_attempt_of_an_evaluation_is_told(database, monkeypatch):
         control.attempts("nobody")
 
 
-async def test_attempts_before_a_retry_are_told_too(database):
+async def test_filters_by_status_stop_at_pages_and_go_on(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.control._PAGE", 2)
+    store, worker = await database.worker(range(10))
+    claims = await claimed(store, worker, 5)
+    await store.record(Record(worker, [done(c) for c in claims[:3]]))
+    control = database.control()
+    assert names(control.evaluations(status="completed")) == ["0", "1", "2"]
+    assert names(control.evaluations(status="completed", limit=2)) == ["0", "1"]
+    assert [len(names(control.evaluations(status=s))) for s in ("pending", "in_progress", "failed")] == [5, 2, 0]
+
+
+async def test_attempts_before_a_retry_are_listed_too(database):
     store, worker = await database.worker(["a"])
     for again in range(3):
         (claim,) = await claimed(store, worker, 1)
         await store.record(Record(worker, [broken(claim, message=f"boom {again}")]))
-        assert await store.retry(None, "failed") == 1
+        assert database.control("write").retry() == 1
     assert [a.error["message"] for a in database.control().attempts("0")] == ["boom 0", "boom 1", "boom 2"]
 
 
 # Looking changes nothing
 
 
-async def test_looking_changes_nothing_and_needs_no_more_than_to_read(file):
+async def test_reading_changes_nothing_and_needs_only_read_permission(file):
     store, worker = await file.worker(range(5))
     await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 3)]))
     await store.close()
@@ -351,7 +363,7 @@ async def test_looking_changes_nothing_and_needs_no_more_than_to_read(file):
         file.path.parent.chmod(0o700)
 
 
-async def test_looking_waits_for_nobody_and_nobody_waits_for_it(file):
+async def test_reading_neither_waits_for_writers_nor_blocks_them(file):
     store, worker = await file.worker(range(5))
     with file.locked():
         assert file.control().overview().pending == 5
@@ -360,14 +372,14 @@ async def test_looking_waits_for_nobody_and_nobody_waits_for_it(file):
     await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 1)]))
 
 
-async def test_what_is_not_there_is_an_error_and_is_not_made(database):
+async def test_a_missing_database_is_an_error_and_is_not_created(database):
     database.place.missing()
     for mode in ("read", "write", "read"):
         with pytest.raises(DatabaseMissingError):
             database.control(mode)
 
 
-async def test_an_empty_file_of_a_copy_that_is_starting_holds_nothing_yet(file):
+async def test_an_empty_file_of_a_starting_worker_has_no_evaluations(file):
     file.path.touch()
     control = file.control()
     assert (control.overview().total, list(control.evaluations())) == (0, [])
@@ -377,7 +389,7 @@ async def test_an_empty_file_of_a_copy_that_is_starting_holds_nothing_yet(file):
 # Steering
 
 
-async def test_settings_are_stored_seen_and_taken_back(database):
+async def test_settings_are_stored_returned_and_removed(database):
     await database.open(range(2))
     looking, steering = database.control(), database.control("write")
     assert looking.overview().settings == Settings(paused=False, concurrency=None)
@@ -392,7 +404,7 @@ async def test_settings_are_stored_seen_and_taken_back(database):
     assert looking.overview().settings == Settings()
 
 
-async def test_settings_stand_in_meta_as_numbers_and_are_gone_when_unset(database):
+async def test_settings_are_numbers_in_meta_and_are_deleted_when_unset(database):
     await database.open(range(2))
     steering = database.control("write")
     steering.set_paused(True)
@@ -408,7 +420,7 @@ NO_MACHINE_HAS = {"a million and one": 1_000_001, "three billion": 3_000_000_000
 
 
 @pytest.mark.parametrize("concurrency", NO_MACHINE_HAS.values(), ids=NO_MACHINE_HAS)
-async def test_a_concurrency_that_no_machine_has_is_refused_and_changes_nothing(database, concurrency):
+async def test_a_huge_concurrency_is_refused_and_changes_nothing(database, concurrency):
     await aio.speval(str, range(1), database.place.checked)
     with pytest.raises(OptionError, match="a whole number from 1 to 1000000"):
         database.control("write").set_concurrency(concurrency)
@@ -418,7 +430,7 @@ async def test_a_concurrency_that_no_machine_has_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("stored", ["3000000000", "1000000000000000000", "1e300"])
-async def test_a_stored_concurrency_that_no_machine_has_ends_no_copy(database, stored):
+async def test_a_huge_stored_concurrency_does_not_end_a_worker(database, stored):
     await aio.speval(str, range(1), database.place.checked)
     database.place.execute(f"INSERT INTO meta VALUES ('concurrency', {stored})")
     assert (await aio.speval(str, range(9), database.place.checked)).recorded == 8
@@ -444,10 +456,10 @@ async def test_dropped_evaluations_are_gone_with_their_attempts(database):
         control.attempts("a")
     assert [a.result for a in control.attempts("b")] == ["b"]
     assert control.overview().total == 2
-    assert control.check().findings == ()
+    assert findings(control.check()) == []
 
 
-async def test_dropping_by_status_drops_those_of_that_status_alone(database, monkeypatch):
+async def test_dropping_by_status_drops_only_that_status(database, monkeypatch):
     monkeypatch.setattr(f"{database.place.control_module}._CHUNK", 2, raising=False)
     store, worker = await database.worker(range(12))
     claims = await claimed(store, worker, 9)
@@ -462,7 +474,7 @@ async def test_dropping_by_status_drops_those_of_that_status_alone(database, mon
     assert names(control.evaluations()) == ["8"]
 
 
-async def test_what_is_in_progress_is_not_dropped_and_nothing_else_with_it(database):
+async def test_dropping_an_evaluation_in_progress_fails_and_drops_nothing(database):
     store, worker = await database.worker({"a": 1, "b": 2})
     await claimed(store, worker, 1)
     control = database.control("write")
@@ -477,7 +489,7 @@ async def test_what_is_in_progress_is_not_dropped_and_nothing_else_with_it(datab
     assert control.drop([]) == 0
 
 
-async def test_a_space_that_has_them_brings_dropped_evaluations_back_as_new_ones(database):
+async def test_seeding_adds_dropped_evaluations_as_new_ones(database):
     store, worker = await database.worker(range(4))
     await store.record(Record(worker, [done(claim) for claim in await claimed(store, worker, 4)]))
     assert database.control("write").drop(["1", "3"]) == 2
@@ -488,7 +500,7 @@ async def test_a_space_that_has_them_brings_dropped_evaluations_back_as_new_ones
     assert database.control().evaluation("3")["attempts"] == 0
 
 
-async def test_whoever_still_writes_about_a_dropped_evaluation_is_refused(database):
+async def test_late_writes_about_a_dropped_evaluation_are_refused(database):
     store, worker = await database.worker({"a": 1, "b": 2})
     stale = await claimed(store, worker, 2)
     await store.record(Record(worker, [broken(stale[1], again=True)]))
@@ -507,7 +519,7 @@ async def test_whoever_still_writes_about_a_dropped_evaluation_is_refused(databa
     assert [e["result"] for e in control.evaluations()] == ["fresh", "fresh"]
 
 
-async def test_an_id_is_never_given_again_also_when_the_last_one_was_dropped(database):
+async def test_ids_are_never_reused_after_a_drop(database):
     store, worker = await database.worker(range(3))
     last = (await claimed(store, worker, 3))[-1]
     await store.leave(worker)
@@ -517,7 +529,7 @@ async def test_an_id_is_never_given_again_also_when_the_last_one_was_dropped(dat
     assert min(claim.id for claim in await claimed(store, worker, 3)) > last.id
 
 
-async def test_who_follows_what_ends_misses_nothing_after_a_drop(database):
+async def test_a_reader_of_ended_evaluations_misses_nothing_after_a_drop(database):
     store, worker = await database.worker(range(4))
     a, b, c, d = await claimed(store, worker, 4)
     await store.record(Record(worker, [done(a), done(b, '"secret"')]))
@@ -534,35 +546,35 @@ async def test_who_follows_what_ends_misses_nothing_after_a_drop(database):
     assert [e["name"] for _, e in seen] == ["3"]
 
 
-# Looking under the bonnet
+# Checking a database
 
 
-async def test_a_sound_database_has_facts_and_nothing_to_say(database):
+async def test_an_intact_database_has_facts_and_no_findings(database):
     await database.worker(range(3))
     health = database.control().check()
-    assert health.findings == ()
+    assert findings(health) == []
     assert health.facts["integrity"] == "ok"
     assert (health.facts["evaluations"], health.facts["workers"], health.facts["paused"]) == (3, 1, False)
     assert health.facts["database"] == str(database.place.checked)
     assert "integrity" not in database.control().check(integrity=False).facts
 
 
-async def test_dead_workers_a_pause_and_what_nobody_holds_are_pointed_out(database):
+async def test_dead_workers_a_pause_and_orphaned_evaluations_are_reported(database):
     store, worker = await database.worker(range(3), lease=10.0)
     await claimed(store, worker, 2)
     control = database.control("write")
     control.set_paused(True)
     database.clock.wall_now += 20
     database.clock.now += 20
-    findings = control.check().findings
-    assert not any(finding.is_error for finding in findings)
-    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in findings)
+    found = control.check().findings
+    assert not any(finding.is_error for finding in found)
+    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in found)
     assert "has not renewed its lease" in told
     assert "holds 2 evaluations" in told
     assert "`speval resume`" in told
 
 
-async def test_damage_is_an_error_with_a_way_out(file):
+async def test_damage_is_an_error_with_a_fix(file):
     store = await file.open({f"name {i}": "x" * 50 for i in range(2000)})
     await store.close()
     file.damage()
@@ -571,10 +583,10 @@ async def test_damage_is_an_error_with_a_way_out(file):
     assert "`speval salvage " in finding.problem + finding.fix
 
 
-async def test_what_only_a_look_at_everything_finds_is_found(file):
+async def test_damage_in_any_row_is_found(file):
     store = await file.open({"long": "x" * 100_000})
     await store.close()
-    file.damage()  # in the middle of args that nobody has asked for
+    file.damage()  # in the middle of args that no query has read
     control = file.control()
     unseen = control.check(integrity=False)
     assert (unseen.findings, "integrity" in unseen.facts) == ((), False)
@@ -582,7 +594,7 @@ async def test_what_only_a_look_at_everything_finds_is_found(file):
     assert (found.facts["integrity"], found.findings[0].is_error) == ("damaged", True)
 
 
-async def test_a_real_clock_is_used_where_none_is_given(database):
+async def test_the_system_clock_is_the_default(database):
     await database.open(range(1))
     with make_control(database.place.checked) as control:
         assert abs(control.overview().at - Clock().wall()) < 60

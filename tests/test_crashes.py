@@ -95,7 +95,7 @@ def test_killed_while_migrating_a_database_of_0_1_1_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(6, marks=slow)])
-def test_killed_while_taking_back_from_a_dead_copy_the_next_start_takes_back_from_both(tmp_path, count):
+def test_a_start_reclaims_from_a_dead_worker_and_from_one_killed_while_reclaiming(tmp_path, count):
     (tmp_path / "held").mkdir()
     held = held_by_a_dead_copy(tmp_path / "held", count)
     kills = kill_at_each_step(tmp_path, Scenario(count, begin_with=held))

@@ -1,4 +1,4 @@
-"""Files made to do harm: whoever opens one gets data or an error that names it, within seconds, and nothing of it is executed.
+"""Malicious files: opening one gives data or an error that names it, within seconds, and executes no code from it.
 
 ``SPEVAL_HOSTILE=N`` tries N random files more.
 """
@@ -28,7 +28,6 @@ from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
 from speval.stores.sqlite import contents as sqlite_contents
-from speval.stores.sqlite.store import SqliteStore
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -56,7 +55,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh(whole, tmp_path) -> Callable[..., Path]:
-    """Return what makes a hostile file, alone in a folder of its own."""
+    """Return what creates a malicious file, alone in a new folder."""
     made = []
 
     def make(change) -> Path:
@@ -118,7 +117,7 @@ def used(db: Path, does: Callable[[Path], object]) -> DatabaseError | None:
 
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
-def test_what_is_no_table_of_ours_is_refused_before_anything_is_read_or_changed(fresh, change):
+def test_a_file_with_other_objects_than_our_tables_is_refused_before_it_is_read(fresh, change):
     db = fresh(change)
     before = hashlib.sha256(db.read_bytes()).digest()
     for name, does in ALL.items():
@@ -131,7 +130,7 @@ def test_what_is_no_table_of_ours_is_refused_before_anything_is_read_or_changed(
 
 
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD)
-def test_whatever_stands_in_our_tables_is_shown_or_refused_by_name(fresh, change):
+def test_any_content_of_our_tables_is_shown_or_refused_by_name(fresh, change):
     db = fresh(change)
     for does in ALL.values():
         used(db, does)
@@ -148,7 +147,7 @@ def test_a_damaged_file_is_used_or_refused_by_name(fresh, change):
 
 
 @pytest.mark.parametrize("seed", range(FLIPS))
-def test_a_file_with_some_bits_turned_over_is_used_or_refused_by_name(fresh, seed):
+def test_a_file_with_flipped_bits_is_used_or_refused_by_name(fresh, seed):
     db = fresh(partial(flipped, seed, 1 + seed % 20))
     for does in ALL.values():
         used(db, does)
@@ -156,12 +155,12 @@ def test_a_file_with_some_bits_turned_over_is_used_or_refused_by_name(fresh, see
 
 @pytest.mark.parametrize("change", ENDLESS.values(), ids=ENDLESS)
 @pytest.mark.parametrize("name", ["status", "load_evals", "retry", "speval"])
-def test_a_file_that_takes_for_ever_to_read_ends_with_an_error(fresh, change, name):
+def test_a_file_that_takes_forever_to_read_raises_an_error(fresh, change, name):
     used(fresh(change), ALL[name])
 
 
-def test_reading_without_end_says_so(fresh):
-    with pytest.raises(DatabaseError, match=r"evil\.db: reading it takes longer than for any file of its size"):
+def test_endless_reading_raises_an_error(fresh):
+    with pytest.raises(DatabaseError, match=r"evil\.db: reading takes longer than any file of this size"):
         watch(fresh(ENDLESS["b-tree of evaluations without end"]))
 
 
@@ -205,7 +204,7 @@ async def test_a_large_space_may_be_stored_in_a_small_file(tmp_path, monkeypatch
         space.close()
 
 
-def test_an_error_that_is_kept_does_not_keep_the_file_locked(fresh):
+def test_a_kept_error_object_does_not_lock_the_file(fresh):
     db = fresh(ODD["results that are too deep"])
     kept = [used(db, LOOKS[name]) for name in ("ls", "show", "load_evals")]
     assert any(kept)
@@ -213,7 +212,7 @@ def test_an_error_that_is_kept_does_not_keep_the_file_locked(fresh):
         connection.execute("BEGIN EXCLUSIVE")
 
 
-async def test_an_extra_table_of_people_does_no_harm(tmp_path):
+async def test_extra_tables_of_users_are_allowed(tmp_path):
     db = tmp_path / "runs.db"
     await aio.speval(str, range(3), db)
     with closing(sqlite3.connect(db)) as connection:
@@ -245,10 +244,10 @@ def test_a_file_that_sqlite_itself_crashes_on_does_not_crash_the_doctor(fresh):
     arguments = [sys.executable, "-m", "speval", "doctor", str(db)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=WAIT, preexec_fn=small)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "SQLite itself crashes on it (SIGSEGV)" in done.stdout
+    assert "SQLite crashes while it checks the file (SIGSEGV)" in done.stdout
 
 
-def test_of_a_strangers_own_tables_the_doctor_executes_nothing(fresh):
+def test_the_doctor_executes_no_code_of_other_tables(fresh):
     def change(db):
         with closing(sqlite3.connect(db, isolation_level=None)) as connection:
             connection.execute("CREATE TABLE strange (a, b AS (a), CHECK (length(hex(zeroblob(a * 1000))) > 0))")
@@ -267,7 +266,7 @@ def test_of_a_strangers_own_tables_the_doctor_executes_nothing(fresh):
         connection.execute("PRAGMA integrity_check").fetchall()
 
 
-async def test_what_an_open_file_holds_is_saved_when_it_is_deleted_however_much_that_is(tmp_path, monkeypatch):
+async def test_all_data_of_a_deleted_open_file_is_saved(tmp_path, monkeypatch):
     """Its size can't be asked for by its name any more, and what allows so many instructions is the size."""
     monkeypatch.setattr(sqlite_contents, "_LEAST", 1000)
     monkeypatch.setattr(sqlite_contents, "_LONG_STEP", 100)
@@ -279,19 +278,15 @@ async def test_what_an_open_file_holds_is_saved_when_it_is_deleted_however_much_
                 path.unlink()
         return args
 
-    with pytest.raises(DatabaseError, match=r"was deleted while in use; all that was recorded is in .*rescued"):
+    with pytest.raises(DatabaseError, match=r"was deleted while in use; all recorded data is in .*rescued"):
         await aio.speval(function, range(5000), db)
     assert len(load_evals(f"{db}.rescued", status="completed")) > 1000
 
 
-async def test_a_reader_takes_a_value_that_is_larger_than_the_file_was_when_it_was_opened(tmp_path):
+async def test_a_reader_reads_values_larger_than_the_file_was_at_opening(tmp_path):
     db = tmp_path / "runs.db"
     await aio.speval(str, range(3), db)
-    store = SqliteStore(db, "read")
-    await store.open()
-    try:
+    with make_control(db) as control:
         await aio.speval(lambda n: "x" * 3_000_000 if n == 3 else n, range(4), db, executor="thread")
-        _, found = await store.load(None, 3, 10)
-        assert [len(e["result"]) for e in found] == [3_000_000]
-    finally:
-        await store.close()
+        *_, last = control.evaluations()
+        assert len(last["result"]) == 3_000_000

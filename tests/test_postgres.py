@@ -107,7 +107,7 @@ def own():
 # Answers that are lost
 
 
-async def test_a_record_whose_answer_was_lost_is_found_out_and_not_done_twice(stores, proxy, through):
+async def test_a_record_without_an_answer_is_not_repeated_if_it_was_committed(stores, proxy, through):
     store = await stores(through, range(5))
     worker = await store.register(30)
     claims = (await store.record(Record(worker, idle=2))).claims
@@ -122,7 +122,7 @@ async def test_a_record_whose_answer_was_lost_is_found_out_and_not_done_twice(st
     assert (await store.record(Record(worker, [done(claims[0])]))).refused == [claims[0]]
 
 
-async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stores, proxy, through):
+async def test_claims_without_an_answer_are_returned_before_new_ones(stores, proxy, through):
     store = await stores(through, range(10))
     worker = await store.register(30)
     for _ in range(2):
@@ -134,7 +134,7 @@ async def test_claims_whose_answer_was_lost_are_had_before_others_are_taken(stor
     assert rows(through, "SELECT count(*) FROM running") == [(3,)]
 
 
-async def test_claims_in_question_are_had_also_when_none_are_wanted(stores, proxy, through):
+async def test_claims_without_an_answer_are_returned_also_when_none_are_wanted(stores, proxy, through):
     store = await stores(through, range(10))
     worker = await store.register(30)
     proxy.lose_the_answer_to("record_1")
@@ -145,7 +145,7 @@ async def test_claims_in_question_are_had_also_when_none_are_wanted(stores, prox
     assert (await store.record(Record(worker))).claims == []
 
 
-async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url):
+async def test_an_abandoned_call_that_arrives_late_does_nothing(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
     (claim,) = (await store.record(Record(worker, idle=1))).claims
@@ -159,7 +159,7 @@ async def test_a_call_that_was_given_up_and_comes_late_does_nothing(stores, url)
 
 
 @pytest.mark.parametrize("verb", ["record", "take back"])
-async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, url, verb):
+async def test_calls_of_a_worker_and_its_death_are_serialized(stores, url, verb):
     store = await stores(url, range(10))
     worker = await store.register(30)
     other = await stores(url, range(10))
@@ -180,7 +180,7 @@ async def test_one_workers_calls_and_its_death_come_one_after_the_other(stores, 
     assert (await other.record(Record(its, idle=1))).lost is False
 
 
-async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores, proxy, through):
+async def test_a_seed_whose_commit_has_no_answer_is_not_repeated(stores, proxy, through):
     store = await stores(through)
     proxy.lose_the_answer_to("COMMIT")
     seeded = await seed(store, range(100))
@@ -192,7 +192,7 @@ async def test_a_commit_that_is_lost_on_its_way_to_seed_is_no_second_seed(stores
 # Plans
 
 
-async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_has_analyzed(stores, url):
+async def test_a_claim_reads_only_the_rows_it_takes_also_without_statistics(stores, url):
     schema = PostgresUrl.parse(url).schema
     store = await stores(url)
     with psycopg.connect(server_url(url), autocommit=True) as connection:
@@ -212,14 +212,14 @@ async def test_a_claim_reads_no_more_than_it_takes_also_from_tables_that_nobody_
     """
     await until(lambda: rows(url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'speval'") == [(0,)])
     for table, scanned, fetched in rows(url, sql, schema):
-        # Seeding has read none of them, and each claim reads a row twice or three times on its way through.
+        # Seeding has not read these rows, and each claim reads a row two or three times.
         assert claimed <= scanned + fetched < 6 * claimed, (table, scanned, fetched, claimed)
 
 
 # The feed
 
 
-async def test_no_server_compiles_what_is_planned_with_something_switched_off(stores, url):
+async def test_jit_is_off_for_plans_with_disabled_plan_types(stores, url):
     """With it, a server that has a compiler takes thirty times as long; the one of these tests has none."""
     await stores(url)
     functions = "SELECT proname, coalesce(proconfig, '{}') FROM pg_proc WHERE pronamespace = ?::regnamespace"
@@ -229,7 +229,7 @@ async def test_no_server_compiles_what_is_planned_with_something_switched_off(st
     assert [name for name in planned if "jit=off" not in found[name]] == []
 
 
-async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores, url):
+async def test_the_feed_waits_for_an_uncommitted_sequence_number(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
     claims = (await store.record(Record(worker, idle=10))).claims
@@ -250,7 +250,7 @@ async def test_a_number_that_is_taken_and_not_yet_committed_is_waited_for(stores
     assert [e["name"] for _, e in ended] == ["2", "0", "1"]
 
 
-async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
+async def test_the_feed_passes_a_sequence_number_that_was_rolled_back(stores, url):
     store = await stores(url, range(10))
     worker = await store.register(30)
     claims = (await store.record(Record(worker, idle=10))).claims
@@ -264,7 +264,7 @@ async def test_a_number_that_came_to_nothing_holds_nobody_up(stores, url):
 
 
 @pytest.mark.parametrize("first", [2**15, 2**31, 2**40])
-async def test_the_feed_goes_on_past_every_size_of_number(stores, url, first):
+async def test_the_feed_continues_past_every_integer_size(stores, url, first):
     store = await stores(url, range(10))
     rows(url, "SELECT setval('seqs', ?)", first - 5)
     worker = await store.register(30)
@@ -276,7 +276,7 @@ async def test_the_feed_goes_on_past_every_size_of_number(stores, url, first):
     assert (cursor, names) == (first + 5, [str(i) for i in range(10)])
 
 
-async def test_under_many_writers_the_feed_brings_each_exactly_once(stores, url):
+async def test_the_feed_returns_each_end_exactly_once_with_many_writers(stores, url):
     workers = []
     for _ in range(4):
         store = await stores(url, range(2000))
@@ -336,7 +336,7 @@ def assert_all_done(copies, url, count, folder, twice):
     return ends
 
 
-def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, scripts, tmp_path):
+def test_a_server_crash_loses_no_result_and_no_worker(own, scripts, tmp_path):
     url = scripts.database = own.url(namespace="crash")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "800", "5") for _ in range(3)]
@@ -348,7 +348,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing_and_no_worker(own, s
     assert not any("is dead" in err for _, err in ends)
 
 
-def test_a_server_that_stands_still_for_longer_than_a_lease_costs_no_worker_its_life(own, scripts, tmp_path):
+def test_a_server_that_hangs_longer_than_a_lease_kills_no_worker(own, scripts, tmp_path):
     url = scripts.database = own.url(namespace="still")
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "600", "1") for _ in range(3)]
@@ -361,7 +361,7 @@ def test_a_server_that_stands_still_for_longer_than_a_lease_costs_no_worker_its_
     assert all("could not be renewed" in err for _, err in ends)
 
 
-def test_terminated_backends_cost_nothing(url, scripts, tmp_path):
+def test_terminated_connections_lose_nothing(url, scripts, tmp_path):
     scripts.database = url
     script = scripts.write(COUNTED)
     copies = [scripts.start(script, "600", "30") for _ in range(3)]
@@ -377,9 +377,7 @@ def test_terminated_backends_cost_nothing(url, scripts, tmp_path):
     assert_all_done(copies, url, 600, tmp_path, twice=0)
 
 
-def test_a_network_that_is_gone_for_longer_than_a_lease_stops_one_worker_and_it_goes_on_after(
-    postgres, proxy, namespace, scripts, tmp_path
-):
+def test_a_disconnected_worker_stops_and_continues_when_the_network_is_back(postgres, proxy, namespace, scripts, tmp_path):
     url = postgres.url(namespace=namespace)
     scripts.database = proxy.url(postgres, namespace)
     log = (tmp_path / "log").open("w+")
@@ -434,7 +432,7 @@ PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 @needs("pgbouncer", PGBOUNCER is not None, "pgbouncer is not installed")
-def test_behind_pgbouncer_each_transaction_may_be_on_another_connection(own, scripts, tmp_path):
+def test_each_transaction_may_use_another_connection_behind_pgbouncer(own, scripts, tmp_path):
     port, folder = free_port(), own.folder
     (folder / "pgbouncer.ini").write_text(
         f"""
@@ -472,7 +470,7 @@ def may_make_namespaces() -> bool:
 
 
 @pytest.mark.skipif(not may_make_namespaces(), reason="needs to make network namespaces")
-def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
+def test_four_hosts_share_one_server_while_one_is_disconnected_and_one_dies():
     server = Server(listen_addresses="'*'")
     is_ours = False
     try:
@@ -487,7 +485,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
         assert "evaluated by all: True" in done.stdout
         assert "could not be renewed" in done.stderr
         assert rows(server.url(namespace="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
-        # One that the example has not made is still there, and of its own nothing is.
+        # A namespace of another program still exists, and those of the example are gone.
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         assert "ada" in left.split()
         assert "-ada" not in left
@@ -500,7 +498,7 @@ def test_four_hosts_share_one_server_though_one_is_cut_off_and_one_dies():
 # Starting
 
 
-def test_fifty_workers_that_start_at_once_make_one_schema_and_seed_once(url):
+def test_fifty_workers_that_start_at_once_create_one_schema_and_seed_once(url):
     barrier = threading.Barrier(50)
     failures = []
 
@@ -526,7 +524,7 @@ def test_fifty_workers_that_start_at_once_make_one_schema_and_seed_once(url):
     assert rows(url, "SELECT count(*) FROM evaluations") == [(100,)]
 
 
-def test_spaces_of_one_database_know_nothing_of_each_other(postgres, namespace):
+def test_namespaces_of_one_database_are_independent(postgres, namespace):
     one, other = postgres.url(namespace=f"{namespace}a"), postgres.url(namespace=f"{namespace}b")
     assert speval(lambda args: args, [1, 2], one).completed == 2
     assert speval(lambda args: -args, [1, 2, 3], other).recorded == 3
@@ -534,7 +532,7 @@ def test_spaces_of_one_database_know_nothing_of_each_other(postgres, namespace):
     assert [e["result"] for e in load_evals(other)] == [-1, -2, -3]
 
 
-def test_reading_what_is_not_there_makes_nothing(postgres, url):
+def test_reading_a_missing_namespace_creates_nothing(postgres, url):
     with pytest.raises(DatabaseMissingError, match="this database does not exist"):
         load_evals(url)
     with psycopg.connect(postgres.url()) as connection:
@@ -553,7 +551,7 @@ def test_a_newer_schema_is_refused_saying_what_to_install(url):
         speval(abs, [1], url)
 
 
-def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
+def test_a_schema_of_another_program_is_not_changed(postgres, url):
     schema = PostgresUrl.parse(url).schema
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {schema} CREATE TABLE meta (key text, value text)")
@@ -565,7 +563,7 @@ def test_a_schema_of_something_else_is_left_as_it_is(postgres, url):
         assert tables == (1,)
 
 
-def test_a_database_that_can_not_hold_every_text_is_refused(postgres, namespace):
+def test_a_database_without_utf8_is_refused(postgres, namespace):
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {namespace} ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(DatabaseError, match="its encoding is LATIN1"):
@@ -594,7 +592,7 @@ def test_a_user_needs_no_more_than_the_documented_privileges(postgres, namespace
 # Values
 
 
-async def test_every_text_comes_back_as_it_was(url):
+async def test_every_text_is_returned_unchanged(url):
     names = [
         "a\0b",
         "\x10",
@@ -629,7 +627,7 @@ async def test_every_text_comes_back_as_it_was(url):
         await aio.speval(function, space | {"a\0b": 1}, url)
 
 
-async def test_large_results_go_in_pieces_of_one_transaction(url, stores, monkeypatch):
+async def test_large_results_are_sent_in_pieces_in_one_transaction(url, stores, monkeypatch):
     monkeypatch.setattr("speval.stores.postgres.store._MOST_TEXT", 1000)
     store = await stores(url, range(20))
     worker = await store.register(30)
@@ -689,7 +687,7 @@ def test_no_password_is_ever_shown(postgres, scripts, wrong):
     assert "sesame" not in ran.stdout + ran.stderr.replace(code.strip(), "")
 
 
-def test_a_url_that_can_not_be_read_is_refused_without_being_shown(scripts):
+def test_a_malformed_url_is_refused_without_being_shown(scripts):
     for url in (
         "postgresql://u:se@same@h/db",
         "postgresql://u:se/same@h/db",

@@ -221,7 +221,7 @@ def test_killed_before_or_after_any_commit_the_next_start_completes_the_rest(
     assert [fault for kill in kills for fault in faults_after(kill, count, 1)] == []
 
 
-def test_killed_while_taking_back_from_a_dead_copy_the_next_start_takes_back_from_both(tmp_path, postgres, namespace):
+def test_a_start_reclaims_from_a_dead_worker_and_from_one_killed_while_reclaiming(tmp_path, postgres, namespace):
     options = {"executor": "coroutine", "concurrency": 4, "lease": 1.0}
     kills = kill_at_each_step(tmp_path, postgres, namespace, 6, options, held_after=4)
     assert "take_back_1" in {kill.label for kill in kills}

@@ -70,7 +70,7 @@ def own():
         server.close()
 
 
-def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgres, namespace, scripts):
+def test_workers_that_start_at_once_work_with_any_settings_of_their_role(postgres, namespace, scripts):
     role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN; GRANT CREATE ON DATABASE postgres TO {role}")
@@ -85,7 +85,7 @@ def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgre
     evaluations = load_evals(url)
     assert [e["result"] for e in evaluations] == [None if n % 10 == 0 else "€" * n for n in range(200)]
     assert all(e["error"] is None or e["error"]["type"] == "ValueError" for e in evaluations)
-    assert all(e["started"] % 1 for e in evaluations[1:20])  # as precise as it was
+    assert all(e["started"] % 1 for e in evaluations[1:20])  # with full precision
     assert retry(url) == 20
 
 
@@ -109,7 +109,7 @@ def test_copies_that_start_at_once_get_on_whatever_is_set_for_their_role(postgre
         ("XX001", Verdict.STAYS),
     ],
 )
-def test_a_server_is_understood_by_its_codes_in_any_language(state, expected):
+def test_errors_are_classified_by_code_in_any_language(state, expected):
     severity, text = "ВАЖНО", "что-то случилось"
     fields = f"S{severity}\0V{severity}\0C{state}\0M{text}\0\0".encode()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -134,7 +134,7 @@ def test_a_server_is_understood_by_its_codes_in_any_language(state, expected):
     assert text in str(why)
 
 
-def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(postgres, namespace, scripts):
+def test_a_starting_worker_waits_for_a_free_connection_and_warns_once(postgres, namespace, scripts):
     role = f"{namespace}_role"
     with psycopg.connect(postgres.url(), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 1; GRANT CREATE ON DATABASE postgres TO {role}")
@@ -152,7 +152,7 @@ def test_a_starting_copy_waits_for_a_connection_of_its_role_and_says_so_once(pos
     assert ("2 evaluations: 2 completed" in out, err) == (True, "")
 
 
-def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
+def test_a_starting_worker_waits_for_a_server_that_is_starting(scripts):
     server = Server()
     try:
         scripts.database = server.url(namespace="early")
@@ -165,7 +165,7 @@ def test_a_starting_copy_waits_for_a_server_that_is_about_to_start(scripts):
         server.close()
 
 
-def test_what_stays_is_an_error_at_once(postgres):
+def test_a_permanent_error_is_raised_at_once(postgres):
     for problem, url in {
         "does not exist": postgres.url("nowhere"),
         'role "nobody" does not exist': postgres.url().replace("postgres@", "nobody@"),
@@ -176,7 +176,7 @@ def test_what_stays_is_an_error_at_once(postgres):
         assert not isinstance(caught.value, DatabaseUnavailableError)
 
 
-def test_a_standby_is_read_and_is_an_error_for_who_writes(own, monkeypatch):
+def test_a_standby_can_be_read_and_refuses_writers(own, monkeypatch):
     url = own.url(namespace="standby")
     speval(abs, [1], url, progress=False)
     own.stop(signal.SIGINT)
@@ -209,7 +209,7 @@ def test_a_pgbouncer_in_statement_mode_is_refused(own):
         pooler.wait()
 
 
-async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it(url):
+async def test_a_worker_ends_when_a_newer_release_has_changed_the_schema(url):
     store = make_store(PostgresUrl.parse(url))
     await store.open()
     try:
@@ -218,6 +218,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         await store.seed(space, "error")
         worker = await store.register(30)
         await store.record(Record(worker, idle=1))
+        control = make_control(PostgresUrl.parse(url), "write")
         with psycopg.connect(server_url(url)) as connection:
             schema = PostgresUrl.parse(url).schema
             connection.execute(f"UPDATE {schema}.meta SET value = CASE key WHEN 'schema' THEN '2' ELSE '7.1' END "
@@ -225,7 +226,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         keeping = store.lease_keeping()
         for write in (
             store.record(Record(worker, idle=1)),
-            store.retry(None, "failed"),
+            asyncio.to_thread(control.retry),
             store.register(30),
             store.leave(worker),
             store.extend([("x", "1")], "error"),
@@ -234,6 +235,7 @@ async def test_a_copy_stops_when_a_newer_release_has_changed_the_schema_under_it
         ):
             with pytest.raises(NewerSchemaError, match=r"has schema version 2.*pip install 'speval>=7\.1'"):
                 await write
+        control.close()
         space.close()
     finally:
         await store.close()
@@ -257,7 +259,7 @@ def add_workers(place, count, machine):
     )  # fmt: skip
 
 
-async def test_a_thousand_workers_look_no_more_often_in_all_than_a_few(place):
+async def test_a_thousand_workers_check_as_often_in_total_as_a_few(place):
     store = place.store()
     await store.open()
     try:
@@ -282,7 +284,7 @@ async def test_a_thousand_workers_look_no_more_often_in_all_than_a_few(place):
         await store.close()
 
 
-async def test_when_nearly_all_of_many_workers_die_at_once_the_last_one_looks_with_its_next_renewal(place):
+async def test_the_last_of_many_workers_checks_with_its_next_renewal(place):
     store = place.store()
     await store.open()
     try:
@@ -300,7 +302,7 @@ async def test_when_nearly_all_of_many_workers_die_at_once_the_last_one_looks_wi
         await store.close()
 
 
-async def test_among_many_workers_one_that_dies_on_this_machine_is_noticed_at_once(place):
+async def test_a_death_on_this_machine_is_detected_at_once_among_many_workers(place):
     store = place.store()
     await store.open()
     sleeper = subprocess.Popen(["sleep", "600"])

@@ -101,7 +101,7 @@ def use_all(url: str) -> None:
         assert control.drop(["b"]) == 1
 
 
-def test_what_a_stranger_puts_into_the_search_path_is_never_executed(town, tmp_path):
+def test_code_in_the_search_path_is_never_executed(town, tmp_path):
     town.as_mallory(SHADOWS)
     town.admin("ALTER ROLE {victim} SET search_path = public, pg_catalog")
     assert town.as_victim("SELECT current_setting('search_path')") == [("public, pg_catalog",)]
@@ -113,7 +113,7 @@ def test_what_a_stranger_puts_into_the_search_path_is_never_executed(town, tmp_p
     assert town.admin("SELECT * FROM public.loot") == []
 
 
-def test_a_schema_that_somebody_else_has_made_first_is_refused_unless_the_url_names_its_owner(town):
+def test_a_schema_of_another_role_is_refused_unless_the_url_names_its_owner(town):
     schema = "speval_theirs"
     town.as_mallory(f"CREATE SCHEMA {schema}; GRANT ALL ON SCHEMA {schema} TO {{victim}}")
     url = town.url(town.victim, namespace="theirs")
@@ -125,7 +125,7 @@ def test_a_schema_that_somebody_else_has_made_first_is_refused_unless_the_url_na
     assert speval(abs, [1], trusting, progress=False).completed == 1
 
 
-def test_a_superuser_and_one_made_a_member_of_the_owner_refuse_it_too(town):
+def test_superusers_and_members_of_the_owner_refuse_it_too(town):
     assert speval(abs, [1], town.url(town.mallory, namespace="hers"), progress=False).completed == 1
     town.admin("GRANT {mallory} TO {victim}")
     for role in ("postgres", town.victim):
@@ -170,7 +170,7 @@ def test_each_object_of_a_schema_is_checked_before_it_is_read(town):
                 pytest.fail(trap)
 
 
-def test_a_policy_that_comes_after_the_check_is_an_error_and_executes_nothing(town):
+def test_a_policy_created_after_the_check_is_an_error_and_executes_nothing(town):
     url = town.url(town.victim, namespace="late")
     speval(abs, [1], url, progress=False)
     town.admin("GRANT USAGE ON SCHEMA speval_late TO {mallory}; GRANT SELECT ON ALL TABLES IN SCHEMA speval_late TO {mallory}")
@@ -191,18 +191,18 @@ def test_a_policy_that_comes_after_the_check_is_an_error_and_executes_nothing(to
         "sslmode=require host=x",
     ],
 )
-def test_a_connection_string_of_libpq_is_told_to_be_a_url(text):
+def test_a_libpq_connection_string_is_refused_with_the_url_form(text):
     with pytest.raises(OptionError, match="write it as a URL: postgresql://USER@HOST:PORT/DBNAME") as caught:
         speval(abs, [1], text)
     assert "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["user=a", "host=a b=c", "a=b.db", "folder/host=a.db"])
-def test_a_file_name_with_an_equals_sign_stays_one(text):
+def test_a_file_name_may_contain_an_equals_sign(text):
     assert not isinstance(checked_database(text), PostgresUrl)
 
 
-def test_a_choice_that_libpq_does_not_know_is_refused_with_those_it_knows(url_of):
+def test_an_invalid_libpq_option_is_refused_with_the_valid_values(url_of):
     with pytest.raises(OptionError, match="sslmode is one of prefer, disable, allow, require, verify-ca, verify-full"):
         speval(abs, [1], url_of("sslmode=nonsense"))
     with pytest.raises(DatabaseError, match=r'invalid.* option.*"nonsense"'):

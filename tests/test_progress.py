@@ -41,7 +41,7 @@ def wait_for(name):
 """
 
 
-def test_the_bar_says_what_is_done_failed_running_how_quick_and_how_long(script, tmp_path):
+def test_the_bar_shows_counts_rate_and_time_left(script, tmp_path):
     seen = script(
         GATED
         + """
@@ -63,7 +63,7 @@ speval(f, range(8), "runs.db", concurrency=2, executor="thread")
     assert len(bar) < seen.screen.columns
 
 
-def test_the_bar_counts_what_other_copies_run(script, scripts, tmp_path):
+def test_the_bar_counts_what_other_workers_run(script, scripts, tmp_path):
     code = (
         GATED
         + """
@@ -82,7 +82,7 @@ print(speval(f, range(10), "runs.db", concurrency=int(sys.argv[1]), executor="th
 
 
 @pytest.mark.parametrize("executor", ["thread", "process", "coroutine"])
-def test_prints_of_the_function_stand_above_the_bar_as_they_were_printed(script, executor):
+def test_output_of_the_function_appears_above_the_bar_unchanged(script, executor):
     say = "in_one_piece" if executor == "thread" else "print"  # threads mix the pieces of their prints, bar or no bar
     seen = script(
         f"""
@@ -109,7 +109,7 @@ def test_prints_of_the_function_stand_above_the_bar_as_they_were_printed(script,
     assert len(lines(seen, bar=True)) == 1
 
 
-def test_what_a_logging_handler_made_before_writes_stands_above_the_bar(script):
+def test_output_of_an_older_logging_handler_appears_above_the_bar(script):
     seen = script(
         """
         import logging, time
@@ -127,7 +127,7 @@ def test_what_a_logging_handler_made_before_writes_stands_above_the_bar(script):
 
 
 @pytest.mark.parametrize("executor", ["thread", "process"])
-def test_a_line_that_is_printed_bit_by_bit_stays_one_line(script, tmp_path, executor):
+def test_a_line_printed_in_pieces_stays_one_line(script, tmp_path, executor):
     seen = script(
         GATED
         + f"""
@@ -161,7 +161,7 @@ def test_prints_without_a_buffer_are_not_lost(scripts, terminal, executor):
     assert lines(seen) == [f"line {n}" for n in range(20)]
 
 
-def test_a_bar_of_the_function_itself_is_not_spoiled(script, tmp_path):
+def test_a_bar_of_the_function_is_not_damaged(script, tmp_path):
     seen = script(
         """
         import sys, time
@@ -178,7 +178,7 @@ def test_a_bar_of_the_function_itself_is_not_spoiled(script, tmp_path):
     assert lines(seen) == ["epoch 4", "epoch 4"]
 
 
-def test_the_bar_keeps_to_the_width_of_the_window(script, tmp_path):
+def test_the_bar_fits_the_width_of_the_window(script, tmp_path):
     seen = script(
         GATED
         + """
@@ -197,7 +197,7 @@ speval(f, range(2), "runs.db", executor="process")
     assert seen.end() == 0
 
 
-def test_ctrl_c_leaves_a_last_bar_and_a_terminal_as_it_was(script):
+def test_ctrl_c_leaves_a_final_bar_and_an_unchanged_terminal(script):
     seen = script(
         """
         import time
@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_a_last_bar_and_a_terminal_as_it_was(script):
         assert mode not in seen.raw
 
 
-def test_what_was_printed_before_the_process_is_aborted_is_there_with_the_last_words_of_python(script):
+def test_output_before_an_abort_is_kept_with_pythons_crash_report(script):
     seen = script(
         """
         import faulthandler, os, time
@@ -235,7 +235,7 @@ def test_what_was_printed_before_the_process_is_aborted_is_there_with_the_last_w
     assert "Fatal Python error: Aborted" in seen.text()
 
 
-def test_a_fork_of_the_function_prints_as_well(script):
+def test_output_of_a_forked_child_appears(script):
     seen = script(
         """
         import os, time
@@ -253,7 +253,7 @@ def test_a_fork_of_the_function_prints_as_well(script):
     assert sum(line.endswith(("child 7", "parent 7")) for line in lines(seen)) == 2
 
 
-def test_a_process_that_was_left_behind_prints_on_and_keeps_nobody(script, tmp_path):
+def test_an_abandoned_process_keeps_printing_and_blocks_nothing(script, tmp_path):
     seen = script(
         """
         import os, subprocess, sys, time
@@ -279,7 +279,7 @@ def test_a_process_that_was_left_behind_prints_on_and_keeps_nobody(script, tmp_p
     seen.wait_for("still here")
 
 
-def test_streams_are_as_before_when_the_call_is_over(script):
+def test_streams_are_restored_after_the_call(script):
     seen = script(
         """
         import sys
@@ -298,7 +298,7 @@ def test_streams_are_as_before_when_the_call_is_over(script):
     assert "got 4" in lines(seen)
 
 
-def test_what_goes_to_a_file_goes_there_and_the_bar_to_the_terminal(scripts, terminal, tmp_path):
+def test_redirected_output_goes_to_its_file_and_the_bar_to_the_terminal(scripts, terminal, tmp_path):
     path = scripts.write(
         """
         from speval import speval
@@ -321,18 +321,18 @@ speval(lambda args: print("line", args), range(3), "runs.db", {options})
 """
 
 
-def test_it_is_quiet_where_nobody_looks(scripts, terminal):
+def test_there_is_no_bar_without_a_terminal(scripts, terminal):
     path = scripts.write(QUIET.format(options=""))
     piped = subprocess.run([sys.executable, path], cwd=path.parent, capture_output=True, text=True, timeout=WAIT)
     assert piped.stderr == ""
     assert "\x1b" not in piped.stdout
-    # In the background of a terminal, where twenty copies would draw over each other; sh -m gives them groups of their own.
+    # In the background of a terminal, where twenty copies would draw over each other; sh -m gives each a process group.
     seen = terminal("bash", "-mc", f"{sys.executable} {path} & wait")
     assert seen.end() == 0
     assert lines(seen, bar=True) == []
 
 
-def test_it_is_quiet_on_demand_and_shown_on_demand(script, scripts, tmp_path):
+def test_the_bar_can_be_forced_on_and_off(script, scripts, tmp_path):
     seen = script(QUIET.format(options="progress=False"))
     assert seen.end() == 0
     assert lines(seen) == ["line 0", "line 1", "line 2"]
@@ -342,7 +342,7 @@ def test_it_is_quiet_on_demand_and_shown_on_demand(script, scripts, tmp_path):
     assert re.search(r"100%\|.*\| 3/3", piped.stderr)
 
 
-def test_a_space_drawn_bit_by_bit_has_a_bar_that_grows(script):
+def test_the_total_of_the_bar_grows_with_a_lazy_space(script):
     seen = script(
         """
         import asyncio
@@ -368,7 +368,7 @@ def run_notebook(folder, *cells: str) -> list:
     return [cell.outputs for cell in notebook.cells]
 
 
-def test_a_notebook_shows_the_bar_beside_what_is_printed(tmp_path):
+def test_a_notebook_shows_the_bar_next_to_the_output(tmp_path):
     define, here, there = run_notebook(
         tmp_path,
         """

@@ -40,20 +40,20 @@ async def test_an_async_iterator_is_evaluated_in_its_order_and_named_by_position
     assert [(e["name"], e["args"], e["result"]) for e in await aio.load_evals(db)] == [(str(i), i, 2 * i) for i in range(100)]
 
 
-def test_it_works_from_blocking_code_with_every_kind_of_executor(db):
+def test_a_lazy_space_works_from_blocking_code_with_every_executor(db):
     executors: list[tuple[int, Any]] = [(3, "thread"), (6, "process"), (9, "coroutine")]
     for count, executor in executors:
         summary = speval(double, numbers(count), db, executor=executor, concurrency=2)
         assert (summary.completed, summary.recorded) == (count, 3)
 
 
-async def test_started_again_it_evaluates_only_what_has_no_result(db):
+async def test_a_second_start_evaluates_only_what_has_no_result(db):
     await aio.speval(double, numbers(10), db)
     assert (await aio.speval(double, numbers(15), db)).recorded == 5
     assert (await aio.speval(double, range(15), db)).recorded == 0  # a list of the same names and args is the same space
 
 
-async def test_an_async_iterator_is_asked_for_no_more_than_the_slots_take(db):
+async def test_an_async_iterator_is_polled_only_for_as_many_as_the_slots_take(db):
     asked = 0
     go = asyncio.Event()
 
@@ -83,7 +83,7 @@ def made(db):
     return db.exists() and rows(db, "SELECT 1 FROM sqlite_master WHERE name = 'evals'")
 
 
-async def test_what_a_slow_iterator_has_brought_is_evaluated_before_the_rest_comes(db):
+async def test_items_of_a_slow_iterator_are_evaluated_before_the_next_ones_arrive(db):
     more = asyncio.Event()
 
     async def slow():
@@ -98,7 +98,7 @@ async def test_what_a_slow_iterator_has_brought_is_evaluated_before_the_rest_com
     assert (await call).completed == 2
 
 
-async def test_an_async_iterator_in_two_copies_is_evaluated_once(db):
+async def test_an_async_iterator_in_two_workers_is_evaluated_once(db):
     ran = Counter()
 
     async def count(args):
@@ -117,7 +117,7 @@ async def test_as_completed_yields_all_of_an_async_iterator(db):
     assert len(list(await asyncio.to_thread(lambda: list(as_completed(double, numbers(20), db))))) == 20
 
 
-async def test_other_args_for_a_stored_name_are_an_error_and_what_had_ended_is_recorded(db):
+async def test_different_args_for_a_stored_name_are_an_error_after_recording_what_ended(db):
     await aio.speval(double, numbers(3), db)
 
     async def changed():
@@ -130,7 +130,7 @@ async def test_other_args_for_a_stored_name_are_an_error_and_what_had_ended_is_r
     assert (await aio.speval(double, changed(), db, on_changed="rerun")).recorded == 1
 
 
-async def test_what_an_iterator_raises_is_raised_when_what_had_ended_is_recorded(db):
+async def test_an_exception_of_an_iterator_is_raised_after_recording_what_ended(db):
     async def breaks():
         yield 1
         yield 2
@@ -140,10 +140,10 @@ async def test_what_an_iterator_raises_is_raised_when_what_had_ended_is_recorded
         await aio.speval(double, breaks(), db)
     assert rows(db, f"SELECT count(*) FROM {STATES} WHERE status IN (1, 4)") == [(0,)]
     assert rows(db, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
-    assert (await aio.speval(double, numbers(0), db)).pending == 0  # what was drawn is evaluated by whoever comes
+    assert (await aio.speval(double, numbers(0), db)).pending == 0  # the next call evaluates what was polled
 
 
-async def test_args_of_an_iterator_that_are_no_json_end_the_call_and_are_named(db):
+async def test_args_of_an_iterator_without_a_json_form_end_the_call_and_are_named(db):
     async def odd():
         yield 1
         yield {1, 2}
@@ -172,7 +172,7 @@ async def test_a_cancelled_call_closes_its_iterator_and_holds_nothing(db):
     assert not rows_in_progress(db)
 
 
-async def test_an_iterator_that_refuses_to_be_cancelled_is_left_behind(db, caplog):
+async def test_an_iterator_that_ignores_cancellation_is_abandoned(db, caplog):
     asked, end, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def stubborn():
@@ -205,7 +205,7 @@ def halve(ended):
         yield f"step {step}", {"x": (low + high) / 2}
 
 
-def test_a_generator_is_told_of_every_result_before_it_is_asked_for_more(db):
+def test_an_adaptive_space_gets_every_result_before_it_is_polled(db):
     speval(lambda args: args["x"] - 0.3, halve, db)
     found = load_evals(db)
     assert [e["name"] for e in found] == [f"step {i}" for i in range(12)]
@@ -224,7 +224,7 @@ async def test_an_async_generator_function_awaits_what_has_ended(db):
     assert told == [[], [0], [2], [4], [6]]
 
 
-def test_what_had_ended_before_is_told_first_and_failures_too(db):
+def test_an_adaptive_space_gets_earlier_results_and_failures_first(db):
     speval(lambda args: 1 // args, [1, 0], db)
     told = []
 
@@ -237,7 +237,7 @@ def test_what_had_ended_before_is_told_first_and_failures_too(db):
     assert (summary.completed, summary.failed, summary.recorded) == (1, 1, 0)
 
 
-def test_none_means_nothing_just_now_and_it_is_asked_again(db):
+def test_a_space_that_yields_none_is_polled_again(db):
     """Generations: the next one begins when all of the last have ended."""
     told = []
 
@@ -254,7 +254,7 @@ def test_none_means_nothing_just_now_and_it_is_asked_again(db):
     assert told == [0, 1, 2]
 
 
-async def test_a_generator_that_thinks_for_long_stops_nobody(db):
+async def test_a_slow_generator_blocks_no_evaluation(db):
     release = threading.Event()
     thinking = threading.Event()
 
@@ -272,7 +272,7 @@ async def test_a_generator_that_thinks_for_long_stops_nobody(db):
 
 
 @pytest.mark.leaves_threads
-async def test_a_generator_that_never_comes_back_does_not_keep_a_cancelled_call(db):
+async def test_a_generator_that_never_returns_does_not_block_a_cancelled_call(db):
     release, thinking = threading.Event(), threading.Event()
 
     def hangs(ended):
@@ -289,7 +289,7 @@ async def test_a_generator_that_never_comes_back_does_not_keep_a_cancelled_call(
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "speval eval space"])
 
 
-def test_what_a_dead_copy_has_proposed_is_evaluated_by_whoever_comes(db):
+def test_evaluations_proposed_by_a_dead_worker_are_evaluated_by_the_next_one(db):
     def one(ended):
         yield "proposed by one", 1
 
@@ -303,13 +303,13 @@ def test_what_a_dead_copy_has_proposed_is_evaluated_by_whoever_comes(db):
 
 
 @pytest.mark.parametrize("item", [5, "ab", ["a", 1], ("a", 1, 2), (1.5, 1)])
-def test_what_is_no_pair_of_name_and_args_is_refused(db, item):
+def test_an_item_that_is_not_a_pair_of_name_and_args_is_refused(db, item):
     with pytest.raises(SpaceError):
         speval(abs, lambda ended: iter([item]), db)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StopIteration(), ValueError("no")])
-def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db, error):
+def test_any_exception_of_a_generator_is_raised_and_ends_only_the_call(db, error):
     def raises(ended):
         yield "first", 1
         raise error
@@ -320,12 +320,12 @@ def test_whatever_a_generator_raises_is_raised_and_ends_no_more_than_the_call(db
     assert speval(abs, lambda ended: iter(()), db).completed == 1
 
 
-def test_a_function_that_returns_nothing_to_iterate_over_is_refused(db):
+def test_a_function_that_does_not_return_an_iterator_is_refused(db):
     with pytest.raises(OptionError, match="must be a generator function"):
         speval(abs, lambda ended: 5, db)  # type: ignore[arg-type,return-value]
 
 
-def test_a_share_of_nobody_knows_how_many_is_refused_before_anything_is_made(db):
+def test_a_fraction_of_a_lazy_space_is_refused_before_anything_is_created(db):
     with pytest.raises(OptionError, match="max_failures"):
         speval(abs, halve, db, max_failures=0.5)
     assert not db.exists()
@@ -343,7 +343,7 @@ def test_max_failures_ends_an_endless_space(db):
     assert "max_failures=5" in summary.stopped
 
 
-async def test_while_paused_nothing_is_drawn(db):
+async def test_a_paused_worker_does_not_poll_the_space(db):
     await aio.speval(double, [], db)
     connection = sqlite3.connect(db)
     with connection:
@@ -364,7 +364,7 @@ async def test_while_paused_nothing_is_drawn(db):
     assert (await call).completed == 3
 
 
-def test_copies_killed_while_they_draw_lose_nothing_and_record_nothing_twice(db, scripts):
+def test_workers_killed_while_polling_lose_nothing_and_record_nothing_twice(db, scripts):
     """Each copy proposes what no other one has, until all have proposed enough; two of four are killed."""
     script = scripts.write(
         """

@@ -105,18 +105,18 @@ class Twins(dict):
         (Twins(), "a"), ({numpy.float64(3): 1}, "float64"),
     ],
 )  # fmt: skip
-def test_names_that_clash_or_are_none_are_refused(space, name):
+def test_duplicate_and_invalid_names_are_refused(space, name):
     with pytest.raises(SpaceError, match=name):
         rows_of(space)
 
 
 @pytest.mark.parametrize("space", ["text", b"text", 17, None, object()])
-def test_what_is_no_space_is_refused(space):
+def test_an_invalid_space_is_refused(space):
     with pytest.raises(OptionError, match="eval_space"):
         rows_of(space)
 
 
-def test_names_that_look_alike_are_names_of_their_own():
+def test_similar_names_are_different_names():
     names = ["1", "01", "+1", "1.0", " 1", "1\0", "\u0661", "\u00b9", "\uff11", "1_0", "10", "e\u0301", "\u00e9", "-0", "0", ""]
     names += [str(n + d) for n in (2**63, 2**64, 10**18) for d in (-1, 0, 1)]
     rows = rows_of({name: n for n, name in enumerate(names)})
@@ -129,7 +129,7 @@ def test_unserializable_args_are_named():
         rows_of({"first": 1, "second": object()})
 
 
-def test_an_error_of_the_users_generator_is_passed_on():
+def test_an_exception_of_the_users_generator_is_raised():
     def broken():
         yield 1
         raise ZeroDivisionError
@@ -138,7 +138,7 @@ def test_an_error_of_the_users_generator_is_passed_on():
         rows_of(broken())
 
 
-def test_the_digest_knows_names_args_and_order():
+def test_the_digest_depends_on_names_args_and_order():
     assert digest_of([1, 2]) == digest_of({"0": 1, "1": 2})
     assert len({digest_of(s) for s in ([1, 2], [2, 1], [1, 2, 3], {"a": 1, "b": 2}, {"b": 2, "a": 1}, [], [12])}) == 7
 

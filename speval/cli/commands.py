@@ -1,8 +1,7 @@
 """The command group with all subcommands.
 
-Owns the group, and the completion scripts of shells. Invariant: the code of a subcommand is in its own module, which is
-imported when that subcommand runs, shows its help or is completed; the help of the group and the completion of a
-name import none.
+Owns the group, its list of subcommands and the subcommand ``completion``. Invariant: the code of every other subcommand is in
+its own module, which is imported when that subcommand runs, prints its help or completes its arguments.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class ClosedPipe(Exception):
 
 
 class _Listed(click.Command):
-    """A subcommand as the group lists it.
+    """A subcommand whose module is not imported yet.
 
     Args:
-        name: What it is called.
-        where: The module in this package and the name in it.
-        help: One line.
+        name: The name of the subcommand.
+        where: Its module in this package and its name in that module.
+        help: Its line in the help of the group.
     """
 
     def __init__(self, name: str, where: str, help: str) -> None:
@@ -81,7 +80,7 @@ def speval(context: click.Context) -> int:
     return 0
 
 
-@click.command(short_help="Print the completion script for a shell.")
+@click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script for a shell. Usage: eval "$(speval completion bash)"."""

@@ -65,6 +65,7 @@ class Slots:
         self._group: asyncio.TaskGroup | None = None
         self._running: dict[int, _Turn] = {}  # by slot number
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._parked: deque[_Turn] = deque()  # free slots that go on at once
         self._interrupted: set[int] = set()
         self._equipped: set[int] = set()  # slots that have run something
         self._made = 0
@@ -95,6 +96,8 @@ class Slots:
     def close(self) -> None:
         """Let slots end instead of taking another claim."""
         self.is_closing = True
+        while self._parked:
+            self._parked.popleft().go_on(None)
         self._wake(len(self._waiting))
 
     def take(self, claims: Sequence[Claim]) -> None:
@@ -103,6 +106,7 @@ class Slots:
             self.released.extend(claims)
             return
         self.ready.extend(claims)
+        self._unpark()
         new = min(len(self.ready) - len(self._waiting), self.concurrency - self._alive)
         self._wake(len(self.ready))
         for _ in range(new):
@@ -163,6 +167,13 @@ class Slots:
         self._room, self._room_again = others, self._clock.monotonic() + _ROOM_AGAIN
         self.concurrency = min(self.concurrency, others)
 
+    def _unpark(self) -> None:
+        """Have parked slots go on."""
+        while self._parked and self.ready and len(self._running) < self.concurrency:
+            turn = self._parked.popleft()
+            self._running[turn.number] = turn
+            turn.go_on(turn.more())
+
     def _wake(self, count: int) -> None:
         for _ in range(min(count, len(self._waiting))):
             waiter = self._waiting.popleft()
@@ -201,13 +212,15 @@ class Slots:
                     if number in self._interrupted:
                         task.uncancel()  # too late: it had ended
                 finally:
-                    del self._running[number]
+                    self._running.pop(number, None)  # a parked slot does not run
                     self._interrupted.discard(number)
                     self._on_change()
                 if task.cancelling():
                     raise asyncio.CancelledError
         finally:
             self._alive -= 1
+            if turn in self._parked:
+                self._parked.remove(turn)
             await slot.close()
 
     def _next_claims(self) -> list[Claim]:
@@ -228,6 +241,7 @@ class Slots:
             self.released.extend(claims)
         else:
             self.ready.extendleft(reversed(claims))
+        self._unpark()
         self._wake(len(self.ready))
         self._on_change()
 
@@ -237,19 +251,29 @@ class Slots:
             return None
         return self.ready.popleft()
 
+    def park(self, turn: _Turn) -> bool:
+        """Keep a free slot for the next claim; return False if it shall end its work instead."""
+        if self.is_closing or turn.number in self._interrupted or len(self._running) > self.concurrency:
+            return False
+        del self._running[turn.number]
+        self._parked.append(turn)
+        self._on_change()
+        return True
+
 
 class _Turn(Work):
     """What one slot runs."""
 
-    __slots__ = ("_number", "_slots", "claims", "running", "task", "timeout")
+    __slots__ = ("_slots", "claims", "go_on", "number", "running", "task", "timeout")
 
     def __init__(self, slots: Slots, number: int, task: asyncio.Task[None], timeout: float | None) -> None:
         self._slots = slots
-        self._number = number
+        self.number = number
         self.task = task
         self.timeout = timeout
         self.claims: Sequence[Claim] = ()
         self.running: list[Claim] = []  # those that have not ended
+        self.go_on: Callable[[Claim | None], None] = _nothing_to_do
 
     def begin(self, claims: list[Claim]) -> None:
         """Begin with these."""
@@ -265,7 +289,15 @@ class _Turn(Work):
         self._slots.put_back(claims)
 
     def more(self) -> Claim | None:
-        claim = self._slots.one_more(self._number)
+        claim = self._slots.one_more(self.number)
         if claim is not None:
             self.running.append(claim)
         return claim
+
+    def park(self, go_on: Callable[[Claim | None], None]) -> bool:
+        self.go_on = go_on
+        return self._slots.park(self)
+
+
+def _nothing_to_do(claim: Claim | None) -> None:
+    """Stand for a slot that is not parked."""

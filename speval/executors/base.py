@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import SpevalError
@@ -52,8 +52,15 @@ class Work(ABC):
         raise NotImplementedError
 
     def more(self) -> Claim | None:
-        """Return another evaluation once all before it have ended; None ends the work."""
+        """Return another evaluation once all before it have ended; None: there is none now."""
         return None
+
+    def park(self, go_on: Callable[[Claim | None], None]) -> bool:
+        """Return whether the slot may wait for another evaluation instead of ending the work.
+
+        If so, ``go_on`` is called with it, or with None to end the work. It spares waking the task that runs the slot.
+        """
+        return False
 
 
 class _One(Work):
