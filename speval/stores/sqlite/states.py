@@ -172,7 +172,7 @@ def take_out(c: sqlite3.Connection, table: Ranges, ids: Sequence[int], holder: i
     taken: set[int] = set()
     for first, (last, rest, out) in cuts.items():
         taken.update(out)
-        _cut(c, table, first, last, rest, out)
+        _cut(c, table, first, last, rest, sorted(out))  # a run that came from the range before is looked for last
     return taken
 
 
