@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from ...model import Claim
@@ -158,21 +159,21 @@ def take_out(c: sqlite3.Connection, table: Ranges, ids: Sequence[int], holder: i
         holder: Of ``claimed`` only what this worker holds.
     """
     cuts: dict[int, tuple[int, tuple[Any, ...], list[int]]] = {}  # of each range its end, its other columns, what is taken
-    left = list(ids)
-    while left:
-        # One look for all runs of ids. A run may go on in the next range: then what is left of it is looked for again.
-        begins = dict(runs(left))
-        left = []
-        for id, first, last, *rest in c.execute(table.find, (json.dumps(list(begins)),)).fetchall():
-            end = begins[id]
-            if end > last:
-                left.extend(range(last + 1, end + 1))
-            if holder is None or rest[0] == holder:
-                cuts.setdefault(first, (last, tuple(rest), []))[2].extend(range(id, min(end, last) + 1))
+    # First one look for the beginnings of runs, which are in one range as a rule; then one for every id that this did not find.
+    ends = dict(runs(ids))
+    for id, first, last, *rest in c.execute(table.find, (json.dumps(list(ends)),)).fetchall():
+        stop = min(ends[id], last) + 1
+        cuts.setdefault(first, (last, tuple(rest), []))[2].extend(range(id, stop))
+    seen = set(chain.from_iterable(out for _, _, out in cuts.values()))
+    single = [id for id in ids if id not in seen] if len(seen) < len(ids) else []
+    for id, first, last, *rest in c.execute(table.find, (json.dumps(single),)).fetchall() if single else ():
+        cuts.setdefault(first, (last, tuple(rest), []))[2].append(id)
     taken: set[int] = set()
     for first, (last, rest, out) in cuts.items():
+        if holder is not None and rest[0] != holder:
+            continue
         taken.update(out)
-        _cut(c, table, first, last, rest, sorted(out))  # a run that came from the range before is looked for last
+        _cut(c, table, first, last, rest, sorted(out))
     return taken
 
 
