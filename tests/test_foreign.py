@@ -199,6 +199,7 @@ print(len([e for e in evaluations if e["status"] == "completed"]), {e["status"] 
 """
 
 
+@pytest.mark.slow  # the client looks for it for a while
 def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiting_for_ever(scripts: Scripts):
     done = scripts.run(LOSES_ITS_SCHEDULER)
     assert "executor=ClientExecutor accepts no more calls" in done.stdout, done.stderr

@@ -23,8 +23,10 @@ from .states import FRESH, HOMES, STATES, Counters, add_range, lift, put_back
 
 __all__ = [
     "CHUNK",
+    "SMALL",
     "Comparison",
     "add",
+    "at_once",
     "compare",
     "count_missing",
     "extend",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 CHUNK = 10_000  # rows added in one transaction: holds the lock for some 30 ms
+SMALL = 100  # rows of a space that is compared under the lock as well: holds it for some 2 ms
 _EXAMPLES = 3
 
 # name is declared without a type, here as in the schema, so that 17 and '17' stay what they are.
@@ -212,15 +215,37 @@ def settle(
 
 def extend(c: sqlite3.Connection, db: str, rows: Sequence[tuple[Key, str]], on_changed: OnChanged, now: float) -> Seeded:
     """Do all of it for a few evaluations at once, where what else is stored does not matter."""
-    load(c, rows)
-    comparison = compare(c)
-    comparison.refuse(db, on_changed)
-    if comparison.missing:
-        add(c, 0, len(rows), now)
+    comparison = _merged(c, db, rows, len(rows), on_changed, now)
     if comparison.differing and on_changed == "rerun":
         _rerun(c, comparison.version, now)
     unload(c)
     return comparison.seeded(len(rows), 0)
+
+
+def at_once(c: sqlite3.Connection, db: str, space: Space, on_changed: OnChanged, now: float) -> tuple[Seeded, int]:
+    """Compare, add and settle a small space in one transaction.
+
+    Returns:
+        What was found, and the last id of the space.
+    """
+    comparison = _merged(c, db, space.rows(), space.count, on_changed, now)
+    settled = settle(c, space, comparison, on_changed, now)
+    assert settled is not None  # no other worker writes meanwhile
+    unload(c)
+    gone, last = settled
+    return comparison.seeded(space.count, gone), last
+
+
+def _merged(
+    c: sqlite3.Connection, db: str, rows: Iterable[tuple[Key, str]], count: int, on_changed: OnChanged, now: float
+) -> Comparison:
+    """Compare so many rows with what is stored, and add those that are missing."""
+    load(c, rows)
+    comparison = compare(c)
+    comparison.refuse(db, on_changed)
+    if comparison.missing:
+        add(c, 0, count, now)
+    return comparison
 
 
 def _rerun(c: sqlite3.Connection, version: int, now: float) -> None:

@@ -221,6 +221,9 @@ class SqliteStore(Store):
             return Seeded(new=0, unchanged=space.count, changed=0, gone=0)
         if space.count and not self._last and await self._fill(space):
             return Seeded(new=space.count, unchanged=0, changed=0, gone=0)
+        if space.count <= seeding.SMALL:
+            seeded, self._last = await self._write(seeding.at_once, self._shown, space, on_changed, self._clock.wall())
+            return seeded
         # Left behind when cancelled or broken off: the connection is closed then, and its TEMP tables go with it.
         await self._read(seeding.load, space.rows())
         try:
