@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -301,18 +300,6 @@ except speval.SpevalError as error:
 OWNER = pwd.getpwuid(os.geteuid()).pw_name
 
 
-@pytest.fixture
-def open_folder():
-    """A folder that everybody may enter, which pytest's own are not."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scripts):
     open_folder.chmod(0o555)
     done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
@@ -326,13 +313,13 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
 LOOKS = """
 import os, sys
 import speval.stores.sqlite.control
-from speval.cli.params import opened
+from speval import Database
 import encodings.idna
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
-with opened(sys.argv[1]) as control:
+with Database(sys.argv[1]) as db:
     for _ in sys.stdin:
-        seen, health = control.overview(), control.check()
+        seen, health = db.status(), db.check()
         found = [finding.problem for finding in health.findings if finding.is_error]
         print(seen.completed, seen.settings.concurrency, found, health.facts["writable"], health.facts["journal"], flush=True)
 """
@@ -350,7 +337,7 @@ def test_whoever_may_only_read_sees_what_others_record_later_and_is_told_no_erro
             print(file=reader.stdin)
             return reader.stdout.readline().strip()
 
-        assert look() == "2 None [] False can't be told without write permission"
+        assert look() == "2 None [] False unknown without write permission"
         open_folder.chmod(0o755)
         with closing(sqlite3.connect(db, isolation_level=None)) as writer:
             writer.execute("INSERT INTO meta VALUES ('concurrency', '3')")
@@ -545,7 +532,7 @@ async def test_what_a_stranger_has_written_reaches_the_terminal_as_something_to_
     signed(no_json)
     assert await aio.load_evals(no_json) == []
     write(no_text := await make("no text.db"), "UPDATE attempts SET result = CAST(x'22ff1b5b326a' AS TEXT)")
-    with pytest.raises(DatabaseError, match="damaged: what should be text in it is none"):
+    with pytest.raises(DatabaseError, match="damaged: a text value is not valid UTF-8"):
         await aio.load_evals(no_text)
 
     def dead(path):
@@ -600,7 +587,7 @@ async def test_a_file_deleted_or_replaced_under_a_run_ends_it_and_keeps_what_was
                 Path(f"{db}{name}").unlink()
         return args
 
-    with pytest.raises(DatabaseError, match=f"was {how} while in use; all that was recorded is in .*rescued: rename it"):
+    with pytest.raises(DatabaseError, match=f"was {how} while in use; all recorded data is in .*rescued: rename it"):
         await aio.speval(function, range(5000), db, lease=1.0)  # this process lives on, so its claims wait for the lease
     rescued = Path(f"{db}.rescued")
     assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
@@ -653,7 +640,7 @@ async def test_a_disk_full_while_seeding_is_an_error_and_what_was_there_stays(db
         self.connection.execute("PRAGMA max_page_count = 1")
 
     monkeypatch.setattr(SqliteFile, "_prepare", prepare)
-    with pytest.raises(DatabaseUnavailableError, match="the disk is full; nothing is lost, make room"):
+    with pytest.raises(DatabaseUnavailableError, match="the disk is full; free some space, no result is lost"):
         await aio.speval(double, range(100_000), db)
     monkeypatch.undo()
     assert [e["result"] for e in (await aio.load_evals(db))[:10]] == [2 * i for i in range(10)]

@@ -166,7 +166,7 @@ async def test_a_second_deletion_of_the_file_keeps_all_again_beside_the_first_re
                 elsewhere(DELETED, db)
             return [time, args]
 
-        with pytest.raises(DatabaseError, match=r"was deleted while in use; all that was recorded is in .*rescued") as caught:
+        with pytest.raises(DatabaseError, match=r"was deleted while in use; all recorded data is in .*rescued") as caught:
             await aio.speval(function, range(40), db)
         assert "kept in" in str(caught.value)
     stored = {}
@@ -363,9 +363,9 @@ def test_a_copy_without_the_wal_of_a_killed_run_has_the_space_and_the_doctor_say
     shutil.copy(db, half)
     shutil.copy(db, whole)
     shutil.copy(f"{db}-wal", f"{whole}-wal")
-    assert "has no -wal file" not in doctor(whole)
+    assert "its -wal is missing" not in doctor(whole)
     text = doctor(half)
-    assert "it has no -wal file, and worker" in text
+    assert "its -wal is missing, and worker" in text
     assert "copy both files" in text
     assert rows(half, "SELECT count(*) FROM evaluations") == [(30,)]
 
@@ -377,7 +377,7 @@ async def test_a_start_on_such_a_copy_from_another_machine_warns(db, scripts, tm
     with closing(sqlite3.connect(half)) as connection, connection:
         connection.execute("UPDATE workers SET machine = 'another', lease = 0.2")
     await aio.speval(str, range(30), half, executor="thread")
-    assert "it has no -wal file, and worker" in caplog.text
+    assert "its -wal is missing, and worker" in caplog.text
     caplog.clear()
     await aio.speval(str, range(30), half, executor="thread")
     assert "-wal" not in caplog.text

@@ -1,14 +1,14 @@
-"""What rows of a SQLite file mean, and whether they are what was written.
+"""The rows of a SQLite file, and their checksums.
 
-Owns the columns of an evaluation, with what it takes to check them. Invariant: what is not as it was written is an error that
-names the evaluation, never a value; and where there are evaluations to read, those that are damaged keep none of the others
-from being read.
+Owns the columns of an evaluation and their check. Invariant: a corrupt row is an error that names the evaluation, never a
+value; and when many evaluations are read, the damaged ones are skipped.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from sys import getsizeof
 from typing import Any
 
 from ...errors import DatabaseError, EvaluationDamagedError
@@ -28,7 +28,6 @@ __all__ = [
     "check_evaluation",
     "check_names",
     "evaluation",
-    "shown_0_1",
 ]
 
 ATTEMPT = """
@@ -48,7 +47,6 @@ FINAL_COLUMNS = f"""
 """
 
 _TEXTS = (7, 17, 20)  # the places of args, result and traceback
-_TEXTS_0_1 = (4, 6)
 
 # Ids that have a state, and no row in evaluations.
 _NAMELESS = """
@@ -67,10 +65,10 @@ _HOLES = 1000  # missing ids of a range that are named
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of ``COLUMNS`` stands for.
+    """Return the evaluation of a row with ``COLUMNS``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     id, status, attempt, released, forgiven, updated, name, args, crc = row[:9]
     ended, ended_crc, worker = row[9:21], row[21], row[22:]
@@ -91,34 +89,29 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     return shown_evaluation(db, values)
 
 
-def shown_0_1(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of a database of speval 0.1.1 stands for, which has no checksums."""
-    return shown_evaluation(db, row[1:])
-
-
 def check_evaluation(db: str, id: int, name: object, args: Any, crc: int | None) -> None:
     """Check a row of ``evaluations``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     if args is None:
         raise EvaluationDamagedError(db, f"number {id}", "its name and its args are gone")
     if crc != of_evaluation(id, name, args):
-        raise EvaluationDamagedError(db, str(name), "its name or its args are not as they were written")
+        raise EvaluationDamagedError(db, str(name), "its name or its args are corrupt")
 
 
 def check_attempt(db: str, name: object, row: Sequence[Any], crc: int | None) -> None:
     """Check a row of ``attempts``, from ``seq`` to ``error_traceback``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     if row[0] is None:
         raise EvaluationDamagedError(db, str(name), "its last attempt, with its result, is gone")
     if crc != of_attempt(row):
         what = "the result" if row[7] == "completed" else "the outcome"
-        raise EvaluationDamagedError(db, str(name), f"{what} of its attempt {row[2]} is not as it was written")
+        raise EvaluationDamagedError(db, str(name), f"{what} of its attempt {row[2]} is corrupt")
 
 
 def check_names(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, upto: int) -> None:
@@ -140,7 +133,7 @@ def _holes(c: sqlite3.Connection, first: int, last: int) -> Iterator[int]:
         expected = id + 1
 
 
-def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0_1: bool = False) -> Iterator[tuple[Any, ...]]:
+def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iterator[tuple[Any, ...]]:
     """Yield rows until there are enough of them, or enough text in them.
 
     Args:
@@ -148,12 +141,10 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
         cursor: Where they come from; closed at the end, as an open one keeps a transaction from ending.
         limit: How many at most.
         place: Of the column that has to ascend, and by which the next page begins.
-        is_0_1: Whether they are rows of a database of speval 0.1.1.
 
     Raises:
         DatabaseError: it does not ascend, so a page would begin at the wrong place.
     """
-    texts = _TEXTS_0_1 if is_0_1 else _TEXTS
     count = size = 0
     last = None
     try:
@@ -164,9 +155,9 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
             last = row[place]
             yield row
             count += 1
-            for text in texts:
+            for text in _TEXTS:
                 if type(row[text]) is str:
-                    size += len(row[text])
+                    size += getsizeof(row[text])
             if count == limit or size > PAGE_SIZE:
                 return
     finally:
