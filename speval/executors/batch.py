@@ -82,12 +82,11 @@ class Batch:
         if not self._woken.done():
             self._woken.set_result(None)
 
-    def end(self, outcome: Outcome) -> Claim:
-        """Tell how the first of the pending ones ended; the next begins."""
-        claim = self.pending.popleft()
+    def end(self, *outcomes: Outcome) -> None:
+        """Tell how the first of the pending ones ended; the next one begins."""
+        for outcome in outcomes:
+            self._work.ended(self.pending.popleft(), outcome)
         self.begin()
-        self._work.ended(claim, outcome)
-        return claim
 
     def give_back(self, unstarted: int) -> None:
         """Give back the last so many, which have not begun."""

@@ -75,6 +75,8 @@ class _CoroutineSlot(Slot):
             await self._waiter
         except asyncio.CancelledError:
             is_cancelled = True
+            if self._is_told and self._waiter.cancelled():  # parked
+                raise
             await surely(self._stop_cancelled())  # a loop that ends cancels more than once
             if self._task.cancelled() or not self._task.done() or self._evaluation.is_cancelled_too:
                 raise

@@ -128,15 +128,14 @@ class _ProcessSlot(Slot):
         batch = Batch(process, work, self._executor.clock)
         is_over = False
 
-        def take(message: Any) -> None:
+        def take(messages: list[Any]) -> None:
             nonlocal is_over
-            result, is_over = message
-            if result is not None:
-                batch.end(as_outcome(result))
+            batch.end(*(as_outcome(result) for result, _ in messages if result is not None))
+            is_over = messages[-1][1]
             if is_over:
                 batch.wake()
 
-        process.on_message = take
+        process.on_messages = take
         process.exited.add_done_callback(batch.wake)
         try:
             process.send([(claim.name, claim.args) for claim in work.claims])
@@ -149,7 +148,7 @@ class _ProcessSlot(Slot):
                 # Cancelled, run into its timeout, or dead already: this worker is not used again.
                 self._process = None
                 await process.kill()
-            process.on_message = process.distrust
+            process.on_messages = process.distrust
         if not is_over:
             self._settle(batch, process, work.timeout)
             self._executor.spare()

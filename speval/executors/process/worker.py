@@ -77,7 +77,7 @@ class WorkerProcess:
         self._socket = ours
         self._received = bytearray()
         self.garbled = False  # what came through the channel is not what a worker sends
-        self.on_message: Callable[[Any], None] = self._on_first_message
+        self.on_messages: Callable[[list[Any]], None] = self._on_first_messages
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.exited: asyncio.Future[None] = self._loop.create_future()
@@ -142,8 +142,8 @@ class WorkerProcess:
             return
         raise ChildProcessError(f"a worker process {self.how()} before it was ready")
 
-    def _on_first_message(self, message: Any) -> None:
-        kind, value = message
+    def _on_first_messages(self, messages: list[Any]) -> None:
+        kind, value = messages[0]
         if self._ready.done():
             return
         if kind == "ready":
@@ -192,31 +192,34 @@ class WorkerProcess:
             self._received += data
             if len(data) < 1 << 18:
                 break
+        messages, length = self._messages()
+        if messages:
+            self.on_messages(messages)
+        if self.garbled:
+            self._received.clear()
+            self._kill_group()  # its end is noticed, and tells the rest
+        elif length:
+            del self._received[:length]
+
+    def _messages(self) -> tuple[list[Any], int]:
+        """Return the messages that are complete, and how many bytes they take."""
+        messages: list[Any] = []
         received, tag = self._received, self._tag
         start, end = 0, len(received)
-        while end - start >= _HEAD and not self.garbled:
-            size = int.from_bytes(received[start + _TAG : start + _HEAD], "little")
-            if received[start : start + _TAG] != tag or end - start - _HEAD - _TAG < size:
-                self.garbled = received[start : start + _TAG] != tag
-                break
-            begin, start = start + _HEAD, start + _HEAD + size + _TAG
-            self._take(memoryview(received)[begin : begin + size], received[start - _TAG : start])
-        if self.garbled:
-            received.clear()
-            self._kill_group()  # its end is noticed, and tells the rest
-        elif start:
-            del received[:start]
-
-    def _take(self, data: memoryview, mark: bytearray) -> None:
-        with data:
-            try:
-                message = marshal.loads(data) if mark == self._tag else None
-            except (EOFError, ValueError, TypeError):
-                message = None
-        if isinstance(message, tuple) and len(message) == 2:
-            self.on_message(message)
-        else:
-            self.garbled = True
+        with memoryview(received) as view:
+            while end - start >= _HEAD and not self.garbled:
+                begin = start + _HEAD
+                mark = begin + int.from_bytes(view[start + _TAG : begin], "little")
+                if not received.startswith(tag, start):
+                    self.garbled = True
+                elif end - mark < _TAG:
+                    break
+                elif received.startswith(tag, mark) and (message := _loaded(view[begin:mark])) is not None:
+                    messages.append(message)
+                    start = mark + _TAG
+                else:
+                    self.garbled = True
+        return messages, start
 
     def _frame(self, message: Any) -> bytes:
         data = marshal.dumps(message)
@@ -270,9 +273,9 @@ class WorkerProcess:
         if self._popen.returncode is None:
             self._group.kill()
 
-    def distrust(self, message: object) -> None:
+    def distrust(self, messages: list[Any]) -> None:
         """Kill a worker that says something while it has no call."""
-        logger.error("%r sends an answer without a call (%.100r): it is killed", self, message)
+        logger.error("%r sends an answer without a call (%.100r): it is killed", self, messages[0])
         self._kill_group()
 
     def how(self) -> str:
@@ -350,6 +353,15 @@ class WorkerProcess:
             self._socket.close()
             for fd in (self._tokens, self._tokens_in, self._lifeline):
                 os.close(fd)
+
+
+def _loaded(data: memoryview) -> tuple[Any, Any] | None:
+    """Return the message that some bytes stand for; None if no worker sends such bytes."""
+    try:
+        message = marshal.loads(data)
+    except (EOFError, ValueError, TypeError):
+        return None
+    return message if isinstance(message, tuple) and len(message) == 2 else None
 
 
 def _interpreter_flags() -> list[str]:
