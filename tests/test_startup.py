@@ -1,11 +1,14 @@
 """What is imported when: the modules are counted, since no clock is right on a busy machine."""
 
+import asyncio
 import subprocess
 import sys
+import time
 
 import pytest
 
 from speval import aio
+from speval.stores.sqlite.file import SqliteFile
 
 from .conftest import WAIT
 
@@ -32,6 +35,16 @@ HEAVY = {
 }
 REPORT = "import atexit, sys; atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); "
 COMMAND = "sys.argv[:] = {arguments!r}; from speval.cli import main; main()"
+
+
+def nap(args):
+    time.sleep(0.05)
+    return args
+
+
+async def nap_async(args):
+    await asyncio.sleep(0.05)
+    return args
 
 
 def modules(code: str, **environment: str) -> set[str]:
@@ -92,3 +105,23 @@ speval(abs, [1], "never-made.db")
 """
     done = subprocess.run([sys.executable, "-c", "import sys" + code], capture_output=True, text=True, timeout=WAIT)
     assert {"anyio._backends._asyncio", "asyncio", "speval.aio"} <= set(eval(done.stdout)), done.stderr
+
+
+@pytest.mark.parametrize("executor", ["thread", "process", "coroutine"])
+async def test_evaluations_that_take_longer_than_a_commit_cost_one_each(db, monkeypatch, executor):
+    transactions = []
+    transaction = SqliteFile._transaction
+
+    def counted(self, begin, *args, **kwargs):
+        transactions.append(begin)
+        return transaction(self, begin, *args, **kwargs)
+
+    monkeypatch.setattr(SqliteFile, "_transaction", counted)
+    monkeypatch.setattr("speval.engine.lease._LONGEST_TICK", 60.0)
+    function = nap_async if executor == "coroutine" else nap
+    found = []
+    for count in (10, 30):
+        transactions.clear()
+        await aio.speval(function, range(count), db.with_name(f"{count}.db"), executor=executor)
+        found.append(len(transactions))
+    assert found[1] - found[0] < 1.5 * (30 - 10)

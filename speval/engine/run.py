@@ -240,6 +240,7 @@ class Run:
         try:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
+            await asyncio.sleep(0)  # slots that ended something become free, and the same commit claims for them
             self._wake.clear()
             self._poll_anew()
         except TimeoutError:

@@ -109,7 +109,7 @@ class SqliteControl(Control):
         given_up: Other threads set it to end all waiting for locks.
     """
 
-    _fix = "restore the file from a copy, or start a new one"
+    _fix = "use a backup of the file, or start a new one"
 
     def __init__(
         self, path: Path, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
