@@ -1,4 +1,4 @@
-"""speval for code that blocks: the same four calls as ``speval.aio``; what evaluates runs in an event loop of its own.
+"""speval for code that blocks: the same four calls as ``speval.aio``; those that evaluate run in a separate event loop.
 
 Owns the public names; ``portal`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
 gives back what it holds. A program that makes no call does not import the event loop: a call imports it, in the calling thread

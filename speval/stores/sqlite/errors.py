@@ -60,7 +60,7 @@ def may_use(path: Path, mode: int) -> bool:
 
 @contextmanager
 def understood(shown: str) -> Iterator[None]:
-    """Read values inside; where they make no sense, the file is damaged in a way that SQLite does not notice."""
+    """Read values inside; if they are invalid, the file has damage that SQLite does not detect."""
     try:
         yield
     except SpevalError:
@@ -70,7 +70,7 @@ def understood(shown: str) -> Iterator[None]:
 
 
 def nonsense(shown: str, error: Exception) -> DatabaseError:
-    """Return the error for values that make no sense."""
+    """Return the error for invalid values."""
     problem = f"the file contains invalid data ({error!r}); use a backup of the file, or start a new one"
     return DatabaseError(shown, problem)
 
