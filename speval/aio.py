@@ -37,7 +37,7 @@ _PAGE = 1000  # evaluations read at once
 _POLL = 0.2  # seconds between looks for what other workers have recorded
 
 
-class Run(Protocol):
+class _Run(Protocol):
     """Runs what blocks in a thread."""
 
     async def __call__(self, work: Callable[[], T]) -> T: ...
@@ -181,7 +181,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 
 
 @asynccontextmanager
-async def _controlled(location: Location, mode: ControlMode) -> AsyncGenerator[tuple[Control, Run]]:
+async def _controlled(location: Location, mode: ControlMode) -> AsyncGenerator[tuple[Control, _Run]]:
     """Open what people use a database with in a thread, and give it out with the way into that thread."""
     opened: list[Control] = []
     given_up = threading.Event()

@@ -109,7 +109,7 @@ class SqliteControl(Control):
         given_up: Other threads set it to end all waiting for locks.
     """
 
-    _fix = "restore the file from a copy, or start a new one"
+    _fix = "use a backup of the file, or start a new one"
 
     def __init__(
         self, path: Path, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
@@ -313,7 +313,7 @@ class SqliteControl(Control):
         if obstacle is not None:
             problem = f"SQLite could not check the file in a process of its own ({obstacle})"
             findings.append(Finding(problem, "run `speval doctor` with a Python that this user may execute", False))
-        fix = f"`speval salvage {self.shown} NEW` copies the intact evaluations"
+        fix = f"`speval salvage {self.shown} NEW` copies all intact data"
         findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
         return f"{fix}, `speval drop` deletes one"
 
