@@ -1,4 +1,4 @@
-"""Make the pictures of the README: ``python -m benchmarks.pictures``, a minute or two.
+"""Make the pictures of the README and the guide: ``python -m benchmarks.pictures``, a minute or two.
 
 ``docs/watch.svg`` is what ``speval watch`` shows of three real copies at work, ``docs/digits.svg`` what
 ``examples/04_draw_digits.py`` draws.

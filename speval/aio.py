@@ -58,11 +58,11 @@ async def speval(
     Args:
         func: The function, plain or async. It gets one argument: the args of the evaluation as JSON gives them back.
         eval_space: Args by name, or an iterable of args, which are then named "0", "1" and so on. Read once, in order, before
-            the first evaluation starts. Or a space that does not exist yet, drawn from while the run goes on, whenever a slot
+            the first evaluation starts. Or a lazy space, read while the run goes on, whenever a slot
             has nothing to do: an async iterable of args, named by position; or a generator function, plain (run in a thread)
             or async, that is given a function ``ended`` and yields pairs of a name and args, or None for "nothing until
             more has ended". ``ended()``, to be awaited in an async one, returns the evaluations that have ended since it was
-            last called, whoever has recorded them, at first all. With such a space the call speaks of all that is stored.
+            last called, whichever worker recorded them, at first all. With such a space the call speaks of all that is stored.
         db: A file name, made if it is missing, with its folders; or the URL of a PostgreSQL database, ``postgresql://host/name``.
         timeout: Seconds an evaluation may run. None: as long as it takes.
         concurrency: Evaluations this call runs at once.
@@ -94,7 +94,7 @@ async def speval(
         ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
         FunctionError: the function can't be sent to processes.
         ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
-        DatabaseError: the file can't be used as a database. In all these cases it is as it was.
+        DatabaseError: the file can't be used as a database. In all these cases nothing was changed.
     """
     options = Options(
         timeout=timeout,
@@ -178,7 +178,7 @@ def as_completed(
 
 
 async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:
-    """Read evaluations from a database, without changing it and without waiting for anybody.
+    """Read evaluations from a database, without changing it and without waiting for other programs.
 
     Args:
         db: The database: a file name, also of one of speval 0.1.1, or a URL.
@@ -189,7 +189,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
 
     Raises:
         DatabaseMissingError: there is no such file.
-        DatabaseError: it is no database of speval, or can't be read.
+        DatabaseError: it is not a database of speval, or can't be read.
     """
     path = checked_database(db)
     checked_status(status, (None, "pending", "in_progress", "completed", "failed"))

@@ -2,7 +2,7 @@
 
 Owns what becomes of them when the interpreter exits, when the process forks, and when a garbage collection drops one.
 Invariant: at exit each is ended while its threads still run; a forked child knows of none; and what a garbage collection calls
-waits for nothing, since it may be called in the very thread that would have to be waited for.
+waits for nothing, since it may be called in the very thread that it would wait for.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def add(call: _Call) -> None:
         atexit.register(_end, everywhere=True)
         # It comes late for a call that the main thread has left open: pools of threads are closed by then, and an evaluation
         # that wants one would fail for good. What closes the pools is registered with this hook, and runs after ours.
-        with suppress(AttributeError, RuntimeError):  # it is not there any more; the exit has begun
+        with suppress(AttributeError, RuntimeError):  # a Python without it; the exit has begun
             threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 

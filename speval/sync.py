@@ -1,4 +1,4 @@
-"""speval for code that blocks: the same four calls as ``speval.aio``, each run in an event loop of its own.
+"""speval for code that blocks: the same four calls as ``speval.aio``, each run in a separate event loop.
 
 Owns the public names; ``portal`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
 gives back what it holds. A program that makes no call does not import the event loop: a call imports it, in the calling thread
@@ -62,7 +62,7 @@ def speval(
         db: The database: a file name or a URL.
         timeout: Seconds an evaluation may run.
         concurrency: Evaluations this call runs at once.
-        executor: Where the function runs; coroutines run in a loop of their own.
+        executor: Where the function runs; coroutines run in a separate event loop.
         max_attempts: Attempts an evaluation gets.
         retry_on: Exception types after which an evaluation is tried again.
         backoff: Seconds before the second attempt.

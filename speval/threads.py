@@ -1,7 +1,7 @@
 """A thread beside the event loop.
 
 Owns the way of a piece of blocking work to a thread and of its outcome back. Invariant: nothing that happens there keeps the
-interpreter from exiting, and what nobody waits for any more is dropped.
+interpreter from exiting, and a result that is not awaited any more is dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WorkThread:
         return await self._put(work)
 
     def end(self) -> None:
-        """Let the thread end once it has done what it was given; nobody waits for that."""
+        """Let the thread end once it has done what it was given; return at once."""
         self._work.put(None)
 
     async def finish(self, last: Callable[[], object], hurry: Callable[[], object]) -> None:

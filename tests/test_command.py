@@ -456,7 +456,7 @@ def test_drop_asks_before_it_deletes(filled, call, terminal):
     assert seen.end() == 130
     assert len(load_evals(filled)) == 3
     seen = terminal(COMMAND, "drop", "runs.db", "a")
-    seen.wait_for("Drop 1 evaluation")
+    seen.wait_for("Delete 1 evaluation")
     seen.type("y\r")
     assert seen.end() == 0
     assert "1 evaluation dropped" in seen.text()

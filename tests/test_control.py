@@ -534,7 +534,7 @@ async def test_a_reader_of_ended_evaluations_misses_nothing_after_a_drop(databas
     assert [e["name"] for _, e in seen] == ["3"]
 
 
-# Looking under the bonnet
+# Checking a database
 
 
 async def test_an_intact_database_has_facts_and_no_findings(database):
@@ -574,7 +574,7 @@ async def test_damage_is_an_error_with_a_fix(file):
 async def test_damage_in_any_row_is_found(file):
     store = await file.open({"long": "x" * 100_000})
     await store.close()
-    file.damage()  # in the middle of args that nobody has asked for
+    file.damage()  # in the middle of args that no query has read
     control = file.control()
     unseen = control.check(integrity=False)
     assert (unseen.findings, "integrity" in unseen.facts) == ((), False)

@@ -119,7 +119,7 @@ def test_a_stopped_copy_is_fenced_off_and_goes_on_with_new_claims(scripts, db):
     assert [copy.returncode for copy in copies] == [0] * 4
     evaluations = load_evals(db)
     assert {e["status"] for e in evaluations} == {"completed"}
-    assert "has been declared dead; it starts anew" in ended[0][1]
+    assert "was declared dead; it starts anew" in ended[0][1]
     assert rows(db, "SELECT count(*) FROM workers WHERE pid = ?", victim.pid)[0][0] == before[0][0] + 1, ended[0][1]
     if held is not None:
         refused = f"evaluation '{held}': attempt 1 ended after another worker had been given it; its outcome is refused"

@@ -1,4 +1,4 @@
-"""Files that say what no speval has written about who holds what: nothing waits for ever for somebody who isn't there."""
+"""Files with invalid claims: evaluations of holders that do not exist never block a run."""
 
 import sqlite3
 from contextlib import closing
@@ -68,7 +68,7 @@ def test_what_is_held_by_nobody_uses_up_its_attempts_like_any_other(db):
     summary = speval(str, range(10), db, max_attempts=1)
     assert (summary.completed, summary.failed, summary.causes) == (3, 7, {"lost": 7})
     error = load_evals(db, status="failed")[0]["error"]
-    assert "?:?:00000000002a is none of those in the database that have not ended" in error["message"]
+    assert "?:?:00000000002a is not an active worker of this database" in error["message"]
 
 
 def test_a_row_that_says_it_is_completed_keeps_its_result_whoever_is_said_to_hold_it(db):
@@ -173,7 +173,7 @@ def behind_the_index(db, index, statement):
 )
 def test_what_has_a_result_and_is_marked_pending_as_well_is_an_error_and_keeps_its_result(db, statement):
     held_by(db, statement)
-    with pytest.raises(DatabaseError, match=r"runs\.db: holds what no speval has written"):
+    with pytest.raises(DatabaseError, match=r"runs\.db: the file contains invalid data"):
         speval(str, range(10), db)
     assert rows(db, "SELECT count(*) FROM attempts WHERE evaluation = 2") == [(1,)]
 

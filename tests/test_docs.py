@@ -311,6 +311,9 @@ def test_a_page_that_shows_something_else_is_noticed():
         assert not shows(shown[:2], printed, in_order=in_order)
         assert not shows(["one", "one", "..."], printed, in_order=in_order)
         assert not shows([*shown[:2], shown[2].replace("(3", "(2")], printed, in_order=in_order)
+    bars = [f" {percent}%|██▏   | {done}/12, 1 running, 1.66/s, 4.2 s left" for percent, done in ((41, 5), (42, 5), (50, 6))]
+    assert shows(bars[:1], bars[1:2], in_order=True)
+    assert not shows(bars[:1], bars[2:], in_order=True)
     assert shows([shown[1], shown[0], shown[2]], printed, in_order=False)
     assert not shows([shown[1], shown[0], shown[2]], printed, in_order=True)
 
@@ -328,6 +331,7 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs_and_what_is_there():
     found = [c for b in blocks(ROOT / "README.md") if b.language == "console" for c, _ in commands(b)]
     main, tests = [c for c in found if c.startswith("python3 -m venv ")]
     assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert " install -q . && " in main, "it installs no extra"
     assert (ROOT / main.rpartition(" ")[2]).is_file()
 
 
@@ -455,7 +459,7 @@ def test_imports_point_downwards():
         ("executors",),
         ("stores",),
         ("spaces",),
-        ("options", "model", "codec", "bitmap", "url", "errors", "escape", "clock", "host", "threads"),
+        ("options", "model", "codec", "bitmap", "url", "errors", "escape", "pauses", "clock", "host", "threads"),
     ]
     level = {room: number for number, names in enumerate(rooms) for room in names}
     for path in (ROOT / "speval").rglob("*.py"):

@@ -162,7 +162,7 @@ def test_tuning_digits_prints_the_best_and_a_second_run_prints_it_without_evalua
     assert set(plain(shown("04_tune_digits"))) <= set(plain(first))
     second = examples.run("04_tune_digits", db)
     assert plain(second) == ["36 evaluations: 36 completed in # (0 by this call)", first[-1]]
-    # The picture that the README shows is what the example draws of this.
+    # The picture in docs/guide/results.md is what the example draws of this.
     drawn = examples.run("04_draw_digits", db, "04_digits.svg")
     assert drawn == shown("04_draw_digits")
     numbers = [re.findall(r">(0\.\d{3})<", svg.read_text()) for svg in (db.with_name("04_digits.svg"), DOCS / "digits.svg")]

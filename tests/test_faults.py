@@ -42,7 +42,7 @@ async def test_a_wal_file_that_is_deleted_or_replaced_under_a_run_ends_it_and_al
             elsewhere(how, f"{db}-wal")
         return args
 
-    with pytest.raises(DatabaseError, match=r"has lost its -wal file.* all that was recorded is in .*rescued: rename it"):
+    with pytest.raises(DatabaseError, match=r"has lost its -wal file.* all recorded data is in .*rescued: rename it"):
         async with aclosing(aio.as_completed(function, range(5000), db, lease=1.0)) as evaluations:
             async for e in evaluations:
                 seen[e["name"]] = e["result"]
@@ -85,7 +85,7 @@ async def test_a_plain_copy_made_in_this_process_drops_its_locks_and_what_comes_
         ended = str(error)
     if ended is not None:
         assert was_deleted == [True]
-        assert re.search(r"has lost its -wal file.* all that was recorded is in .*rescued: rename it", ended)
+        assert re.search(r"has lost its -wal file.* all recorded data is in .*rescued: rename it", ended)
         assert seen <= {e["name"] for e in await aio.load_evals(f"{db}.rescued", status="completed")}
     else:
         assert was_deleted == [False]
@@ -240,7 +240,7 @@ async def test_on_a_disk_that_is_full_results_wait_for_room_and_none_is_lost(sma
     running = asyncio.create_task(run())
     while "kept, to be written as soon as possible" not in caplog.text:
         await asyncio.sleep(0.01)
-    assert "the disk is full; nothing is lost, make room" in caplog.text
+    assert "the disk is full; free some space, no result is lost" in caplog.text
     while "what can be stopped is stopped" not in caplog.text:  # longer than its lease
         await asyncio.sleep(0.01)
     # What was reported is there already, and can be read although nothing can be written.

@@ -98,7 +98,7 @@ async def test_a_timeout_gives_the_call_up_and_says_so(pool, tmp_path, caplog):
     outcome = await one(pool, function, str(tmp_path / "released"), timeout=0.2)
     assert (outcome.cause, outcome.again) == ("timeout", True)
     assert "evaluation '17' took longer than 0.2 s in a " in caplog.text
-    assert "which stops nothing that has begun: it may run on" in caplog.text
+    assert "which can't stop a running call: it is abandoned" in caplog.text
     (tmp_path / "released").touch()
     assert (await one(pool, function, "", timeout=60)).result == '"late"'
 
@@ -199,6 +199,7 @@ print(len([e for e in evaluations if e["status"] == "completed"]), {e["status"] 
 """
 
 
+@pytest.mark.slow  # the client looks for it for a while
 def test_a_dask_client_that_has_lost_its_scheduler_ends_the_run_instead_of_waiting_for_ever(scripts: Scripts):
     done = scripts.run(LOSES_ITS_SCHEDULER)
     assert "executor=ClientExecutor accepts no more calls" in done.stdout, done.stderr
@@ -323,7 +324,7 @@ def test_a_pool_that_is_occupied_by_what_ran_too_long_ends_the_run_and_charges_n
 
     with ThreadPoolExecutor(2) as pool:
         try:
-            with pytest.raises(ExecutorError, match=r"still occupied by 2 calls that ran longer than 0\.3 s"):
+            with pytest.raises(ExecutorError, match=r"occupied by 2 calls that ran longer than 0\.3 s"):
                 speval(function, range(10), db, executor=pool, concurrency=4, timeout=0.3, max_attempts=1)
         finally:
             release.set()

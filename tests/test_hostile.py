@@ -1,4 +1,4 @@
-"""Files made to do harm: whoever opens one gets data or an error that names it, within seconds, and nothing of it is executed.
+"""Malicious files: opening one gives data or an error that names it, within seconds, and executes no code from it.
 
 ``SPEVAL_HOSTILE=N`` tries N random files more.
 """
@@ -56,7 +56,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fresh(whole, tmp_path) -> Callable[..., Path]:
-    """Return what makes a hostile file, alone in a folder of its own."""
+    """Return what creates a malicious file, alone in a new folder."""
     made = []
 
     def make(change) -> Path:
@@ -161,7 +161,7 @@ def test_a_file_that_takes_forever_to_read_raises_an_error(fresh, change, name):
 
 
 def test_endless_reading_raises_an_error(fresh):
-    with pytest.raises(DatabaseError, match=r"evil\.db: reading it takes longer than for any file of its size"):
+    with pytest.raises(DatabaseError, match=r"evil\.db: reading takes longer than any file of this size"):
         watch(fresh(ENDLESS["b-tree of evaluations without end"]))
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_sqlite_itself_crashes_on_does_not_crash_the_doctor(fresh):
     arguments = [sys.executable, "-m", "speval", "doctor", str(db)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=WAIT, preexec_fn=small)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "SQLite itself crashes on it (SIGSEGV)" in done.stdout
+    assert "SQLite crashes while it checks the file (SIGSEGV)" in done.stdout
 
 
 def test_the_doctor_executes_no_code_of_other_tables(fresh):
@@ -279,7 +279,7 @@ async def test_all_data_of_a_deleted_open_file_is_saved(tmp_path, monkeypatch):
                 path.unlink()
         return args
 
-    with pytest.raises(DatabaseError, match=r"was deleted while in use; all that was recorded is in .*rescued"):
+    with pytest.raises(DatabaseError, match=r"was deleted while in use; all recorded data is in .*rescued"):
         await aio.speval(function, range(5000), db)
     assert len(load_evals(f"{db}.rescued", status="completed")) > 1000
 

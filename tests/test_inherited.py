@@ -130,7 +130,7 @@ def test_where_no_worker_can_be_started_at_all_the_error_names_the_limit(scripts
             print(error)
         """
     )
-    assert "no worker process can be started: the system starts no more processes for this user" in done.stdout, done.stderr
+    assert "no worker process can start: the system starts no more processes for this user" in done.stdout, done.stderr
     assert not (tmp_path / "runs.db").exists()
 
 

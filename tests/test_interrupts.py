@@ -14,6 +14,8 @@ import pytest
 from speval import FunctionError, aio, as_completed, load_evals, speval, sync
 from speval import open_calls as calls
 from speval import portal as crossing
+from speval.stores.sqlite.contents import GuardedConnection
+from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, our_threads, rows, wait_for
@@ -338,3 +340,27 @@ def test_ctrl_c_at_any_time_from_the_first_moment_on_exits_130_and_holds_nothing
             assert process.returncode == -2, err
             assert err.rstrip().endswith("KeyboardInterrupt"), err
         assert_nothing_held(db)
+
+
+def test_ctrl_c_during_a_checkpoint_or_a_rescue_comes_out_of_it(db):
+    class Interrupted(GuardedConnection):
+        """Ctrl-C arrives while a statement runs: SQLite ends the statement."""
+
+        def execute(self, *args):
+            self._caught = KeyboardInterrupt()
+            raise sqlite3.OperationalError("interrupted")
+
+    assert speval(abs, range(3), db, progress=False).completed == 3
+    file = SqliteFile(db, "write", "process")
+    connection = sqlite3.connect(db, factory=Interrupted)
+    connection.watch(db, "runs.db", 1000)
+    usual, file.connection = file.connection, connection
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            file.checkpoint()
+        with pytest.raises(KeyboardInterrupt):
+            file._watchman.rescue(connection)
+    finally:
+        file.connection = usual
+        connection.close()
+        file.close()

@@ -52,7 +52,7 @@ def test_a_lease_that_no_speval_has_written_is_believed_for_a_day_and_told_once(
     assert caplog.messages == []
     assert watch.dead(rows, 99, 61) == watch.dead(rows, 99, 86_399) == []
     assert len(caplog.messages) == 1
-    assert "shows no sign of life for 61 s; what it may hold is waited for until its lease of 86400 s" in caplog.text
+    assert "has not renewed its lease for 61 s; its evaluations are reclaimed when the lease of 86400 s" in caplog.text
     assert watch.dead(rows, 99, 86_400) == rows
 
 
@@ -424,7 +424,7 @@ def test_something_unforeseen_does_not_end_its_thread(keeping, clock, caplog):
     lease = Lease(keeping, 1, 30.0, 3, clock, on_doubt=print, on_lost=print, on_broken=print)
     clock.now += 11
     lease.start()
-    wait_for(lambda: "something unforeseen" in caplog.text)
+    wait_for(lambda: "goes on after an unexpected error" in caplog.text)
     keeping.answer = True
     wait_for(lambda: keeping.renewed)
     lease.stop()

@@ -5,7 +5,7 @@ import pytest
 from .model import PostgresKind, SqliteKind, Workers, run_workers
 
 slow = pytest.mark.slow
-OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "refused to renew", "strangers", "due", "released"}
+OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "refused to renew", "unlisted", "due", "released"}
 # A renewal between look and verdict is too rare to be found at will; tests/test_store.py has it by itself.
 RARE = {"taken back in its backoff", "interrupted in taking back", "forged", "found itself lost"}
 RARE |= {"rerun while in_progress", "retried failed", "args changed, refused"}

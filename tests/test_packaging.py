@@ -15,11 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BUILT = ("pyproject.toml", "LICENSE", "README.md")  # what a build needs beside the package
-SMOKE = ("tests/test_public.py", "tests/test_subtasks.py", "tests/test_control.py")  # both databases, every executor, scripts
+SMOKE = ("tests/test_public.py", "tests/test_space.py", "tests/test_subtasks.py")  # every executor, and scripts
 
 pytestmark = [
     pytest.mark.skipif(not all((ROOT / name).is_file() for name in BUILT), reason="it is built from a checkout"),
-    pytest.mark.timeout(600),  # a few seconds of CPU, which a busy machine takes long to give
+    pytest.mark.timeout(600),  # some ten seconds of CPU, which a busy machine takes long to give
+    pytest.mark.xdist_group("packaging"),  # what is built is built once
 ]
 
 

@@ -164,7 +164,7 @@ speval(function, [1], "runs.db", executor="process")
     )
     assert "FunctionError: function can't run in worker processes: the module 'model' is imported in the body of" in done.stderr
     assert f"lib/model.py here, and a fresh interpreter finds another one, from {scripts.folder}/model.py." in done.stderr
-    assert "Have its folder in sys.path" in done.stderr
+    assert "Keep its folder in sys.path" in done.stderr
     assert not (scripts.folder / "runs.db").exists()
 
 
@@ -244,8 +244,9 @@ def test_a_compiled_module_from_elsewhere_is_refused_with_its_file_and_what_to_d
                 print(error)
         """
     )
-    assert done.stdout.count(f"the module {name!r} is a compiled module, which can't travel: it is from") == 2, done.stderr
-    assert done.stdout.count("Have its folder in sys.path") == 2
+    problem = f"the module {name!r} is a compiled module, which can't be pickled: here it is from"
+    assert done.stdout.count(problem) == 2, done.stderr
+    assert done.stdout.count("Keep its folder in sys.path") == 2
     assert str(scripts.folder / "lib" / file.name) in done.stdout
 
 

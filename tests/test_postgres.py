@@ -212,7 +212,7 @@ async def test_a_claim_reads_only_the_rows_it_takes_also_without_statistics(stor
     """
     await until(lambda: rows(url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'speval'") == [(0,)])
     for table, scanned, fetched in rows(url, sql, schema):
-        # Seeding has read none of them, and each claim reads a row twice or three times on its way through.
+        # Seeding has not read these rows, and each claim reads a row two or three times.
         assert claimed <= scanned + fetched < 6 * claimed, (table, scanned, fetched, claimed)
 
 
@@ -485,7 +485,7 @@ def test_four_hosts_share_one_server_while_one_is_disconnected_and_one_dies():
         assert "evaluated by all: True" in done.stdout
         assert "could not be renewed" in done.stderr
         assert rows(server.url(namespace="hosts"), "SELECT count(*) FROM attempts WHERE final") == [(240,)]
-        # One that the example has not made is still there, and of its own nothing is.
+        # A namespace of another program still exists, and those of the example are gone.
         left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
         assert "ada" in left.split()
         assert "-ada" not in left

@@ -85,7 +85,7 @@ def test_workers_that_start_at_once_work_with_any_settings_of_their_role(postgre
     evaluations = load_evals(url)
     assert [e["result"] for e in evaluations] == [None if n % 10 == 0 else "€" * n for n in range(200)]
     assert all(e["error"] is None or e["error"]["type"] == "ValueError" for e in evaluations)
-    assert all(e["started"] % 1 for e in evaluations[1:20])  # as precise as it was
+    assert all(e["started"] % 1 for e in evaluations[1:20])  # with full precision
     assert retry(url) == 20
 
 

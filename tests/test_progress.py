@@ -326,7 +326,7 @@ def test_there_is_no_bar_without_a_terminal(scripts, terminal):
     piped = subprocess.run([sys.executable, path], cwd=path.parent, capture_output=True, text=True, timeout=WAIT)
     assert piped.stderr == ""
     assert "\x1b" not in piped.stdout
-    # In the background of a terminal, where twenty copies would draw over each other; sh -m gives them groups of their own.
+    # In the background of a terminal, where twenty copies would draw over each other; sh -m gives each a process group.
     seen = terminal("bash", "-mc", f"{sys.executable} {path} & wait")
     assert seen.end() == 0
     assert lines(seen, bar=True) == []

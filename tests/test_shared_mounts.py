@@ -138,7 +138,7 @@ def test_a_machine_that_is_shown_old_data_ends_before_it_writes_over_what_others
     ends = [copy.communicate(timeout=100)[1] for copy in copies]
     assert sorted(copy.returncode for copy in copies) == [0, 1], ends
     (told,) = [err for copy, err in zip(copies, ends, strict=True) if copy.returncode]
-    assert "its filesystem (fuse.glusterfs) shows this machine old data" in told
+    assert "its filesystem (fuse.glusterfs) shows old data on this machine" in told
     # Not where GlusterFS keeps it, which gives each file a second name there.
     shutil.copy(shared.brick / "runs.db", tmp_path / "seen.db")
     recorded = [(e["status"], e["result"]) for e in load_evals(tmp_path / "seen.db")]
@@ -150,7 +150,7 @@ def test_a_mount_without_locks_is_refused(shared, scripts):
     (copy,) = start(scripts, shared.one / "runs.db")
     err = copy.communicate(timeout=100)[1]
     assert copy.returncode == 1
-    assert "its filesystem (fuse.glusterfs) has no locks that work" in err
+    assert "file locks don't work on its filesystem (fuse.glusterfs)" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tries locks of Linux")

@@ -100,6 +100,14 @@ def test_the_browser_fetches_nothing_from_another_host(site, pages):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
+def test_the_pictures_are_small_and_whole():
+    for picture in (ROOT / "docs").glob("*.svg"):
+        text = picture.read_text(encoding="utf-8")
+        assert len(text) < 300_000, picture
+        assert not re.search(r"(href|src)=\"(?!#)|url\([\"']?https?:|@import", text), picture
+    assert "prefers-reduced-motion" in (ROOT / "docs" / "recording.svg").read_text(encoding="utf-8")
+
+
 def test_the_page_of_functions_has_every_public_name(site, pages):
     ids = pages[site / "api.html"].ids
     for name in set(speval.__all__) - {"aio"}:

@@ -140,7 +140,7 @@ async def test_an_exception_of_an_iterator_is_raised_after_recording_what_ended(
         await aio.speval(double, breaks(), db)
     assert rows(db, f"SELECT count(*) FROM {STATES} WHERE status IN (1, 4)") == [(0,)]
     assert rows(db, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
-    assert (await aio.speval(double, numbers(0), db)).pending == 0  # what was drawn is evaluated by whoever comes
+    assert (await aio.speval(double, numbers(0), db)).pending == 0  # the next call evaluates what was polled
 
 
 async def test_args_of_an_iterator_without_a_json_form_end_the_call_and_are_named(db):

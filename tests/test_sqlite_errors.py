@@ -176,7 +176,7 @@ def test_a_limit_of_the_size_of_files_ends_a_run_at_once_and_names_the_file_that
 @pytest.mark.parametrize("free", [0, 1])
 def test_too_many_open_files_are_named_as_such(scripts: Scripts, free):
     done = scripts.run(LIMITED, "files", str(free))
-    told = "DatabaseUnavailableError runs.db: this process has all 50 files open that it may have (`ulimit -n`)"
+    told = "DatabaseUnavailableError runs.db: this process has reached its limit of 50 open files (`ulimit -n`)"
     assert done.stdout.startswith(told), done
 
 
@@ -223,7 +223,7 @@ async def test_where_temporary_files_find_no_room_their_folder_is_named_and_not_
     script = scripts.write(code)
     process = scripts.start(script, env=os.environ | {"SQLITE_TMPDIR": str(disk)})
     out, err = process.communicate(timeout=60)
-    told = f"runs.db: temporary files can't be written in {disk} (No space left on device); nothing is lost, make room there"
+    told = f"runs.db: can't write temporary files in {disk} (No space left on device); free some space there"
     assert told in out, out + err
 
 

@@ -545,7 +545,7 @@ async def test_what_a_stranger_has_written_reaches_the_terminal_as_something_to_
     signed(no_json)
     assert await aio.load_evals(no_json) == []
     write(no_text := await make("no text.db"), "UPDATE attempts SET result = CAST(x'22ff1b5b326a' AS TEXT)")
-    with pytest.raises(DatabaseError, match="damaged: what should be text in it is none"):
+    with pytest.raises(DatabaseError, match="damaged: a text value is not valid UTF-8"):
         await aio.load_evals(no_text)
 
     def dead(path):
@@ -600,7 +600,7 @@ async def test_a_file_deleted_or_replaced_under_a_run_ends_it_and_keeps_what_was
                 Path(f"{db}{name}").unlink()
         return args
 
-    with pytest.raises(DatabaseError, match=f"was {how} while in use; all that was recorded is in .*rescued: rename it"):
+    with pytest.raises(DatabaseError, match=f"was {how} while in use; all recorded data is in .*rescued: rename it"):
         await aio.speval(function, range(5000), db, lease=1.0)  # this process lives on, so its claims wait for the lease
     rescued = Path(f"{db}.rescued")
     assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
@@ -653,7 +653,7 @@ async def test_a_disk_full_while_seeding_is_an_error_and_what_was_there_stays(db
         self.connection.execute("PRAGMA max_page_count = 1")
 
     monkeypatch.setattr(SqliteFile, "_prepare", prepare)
-    with pytest.raises(DatabaseUnavailableError, match="the disk is full; nothing is lost, make room"):
+    with pytest.raises(DatabaseUnavailableError, match="the disk is full; free some space, no result is lost"):
         await aio.speval(double, range(100_000), db)
     monkeypatch.undo()
     assert [e["result"] for e in (await aio.load_evals(db))[:10]] == [2 * i for i in range(10)]

@@ -50,7 +50,7 @@ async def test_a_file_with_a_second_name_is_refused_by_either_before_anything_is
     other = db.with_name("other.db")
     os.link(db, other)
     for name in (db, other):
-        await refused(name, rf"{name.name}: has 2 names \(hard links\).*remove the others")
+        await refused(name, rf"{name.name}: the file has 2 names \(hard links\).*remove the others")
     other.unlink()
     assert (await aio.speval(double, [1, 2], db)).completed == 2
 
@@ -70,7 +70,7 @@ async def test_a_second_name_given_under_a_run_is_told_and_lets_no_copy_in(db, c
             await aio.load_evals(name)
 
     assert (await aio.speval(function, range(200), db, concurrency=1)).completed == 200
-    assert caplog.text.count("has got a second name (a hard link)") == 1
+    assert caplog.text.count("has a second name (a hard link)") == 1
     assert rows(other, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -98,7 +98,7 @@ async def test_a_file_that_is_mounted_by_itself_is_refused(db, mounted):
     (inside / "runs.db").touch()
     mounted("--bind", db, inside / "runs.db")
     assert is_mount_point(inside / "runs.db")
-    await refused(inside / "runs.db", r"runs\.db: is mounted by itself.*mount its folder in place of the file")
+    await refused(inside / "runs.db", r"runs\.db: the file is mounted without its folder.*mount its folder instead of the file")
     assert (await aio.speval(double, [1, 2, 3], db)).completed == 3
 
 
@@ -248,7 +248,9 @@ async def test_where_others_use_the_write_ahead_log_a_copy_that_must_not_says_so
     try:
         monkeypatch.setattr("speval.stores.sqlite.file.filesystem", lambda path: "fakeowner")
         monkeypatch.setattr("speval.stores.sqlite.file._PATIENCE", 0.05)
-        with pytest.raises(DatabaseError, match="others use its write-ahead log, which is lost on fakeowner; stop them first"):
+        with pytest.raises(
+            DatabaseError, match="other workers use its write-ahead log, which loses data on fakeowner; stop them first"
+        ):
             await aio.speval(double, [1], db)
     finally:
         other.close()
@@ -292,7 +294,7 @@ for call in (lambda: speval.speval(abs, [1], "runs.db"), lambda: speval.load_eva
 @pytest.mark.parametrize(
     ("lacks", "told"),
     [
-        ("version", "its SQLite is 3.34.1, and speval needs 3.35 or later; use a Python that brings a newer one"),
+        ("version", "its SQLite is 3.34.1, and speval needs 3.35 or later; use a Python that includes a newer one"),
         ("threads", "was built without threads; use a Python"),
         ("json", "was built without JSON functions; use a Python"),
     ],
@@ -368,8 +370,8 @@ def test_a_fork_of_a_process_that_has_a_database_open_gets_a_clear_error_and_doe
     done = scripts.run(FORKED)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert "runs.db: was opened by process" in lines[0]
-    assert all("DatabaseError runs.db: was open in process" in line for line in lines[1:3]), lines
+    assert "runs.db: process " in lines[0]
+    assert all("DatabaseError runs.db: the file was open in process" in line for line in lines[1:3]), lines
     assert all("'spawn'" in line for line in lines[:3])
     assert lines[3:] == ["in the fork: 2", "3", "in the fork: 3"]
 
@@ -406,7 +408,7 @@ async def test_a_copy_that_starts_waits_for_a_lock_as_long_as_one_that_runs_and_
         blocker.execute("PRAGMA locking_mode = EXCLUSIVE")
         blocker.execute("BEGIN EXCLUSIVE")
         running = asyncio.create_task(aio.speval(double, [1, 2], db))
-        while "waiting for a lock of another program; `fuser" not in caplog.text:
+        while "waiting for a lock of another program; find it with `fuser" not in caplog.text:
             assert not running.done()
             await asyncio.sleep(0.01)
         blocker.execute("ROLLBACK")

@@ -21,7 +21,8 @@ SLIPS = {  # what is wrong, and what each checker says of it
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="the settings are those of a checkout"),
-    pytest.mark.timeout(600),  # ten seconds of CPU, which a busy machine takes long to give
+    pytest.mark.timeout(600),  # half a minute of CPU the first time, which a busy machine takes long to give
+    pytest.mark.xdist_group("typing"),  # the second run of a checker uses what the first one has stored
 ]
 
 

@@ -21,7 +21,8 @@ from speval import aio
 from speval.engine.side_files import keep
 from speval.errors import DatabaseError
 from speval.model import Claim, Outcome
-from speval.stores.base import Ended
+from speval.stores.base import Ended, TakenIn
+from speval.stores.late import Adopted, note_refused
 from speval.url import PostgresUrl
 
 from .conftest import WAIT, exists, rows, server_url, wait_for
@@ -165,7 +166,7 @@ async def test_a_second_deletion_of_the_file_keeps_all_again_beside_the_first_re
                 elsewhere(DELETED, db)
             return [time, args]
 
-        with pytest.raises(DatabaseError, match=r"was deleted while in use; all that was recorded is in .*rescued") as caught:
+        with pytest.raises(DatabaseError, match=r"was deleted while in use; all recorded data is in .*rescued") as caught:
             await aio.speval(function, range(40), db)
         assert "kept in" in str(caught.value)
     stored = {}
@@ -362,9 +363,9 @@ def test_a_copy_without_the_wal_of_a_killed_run_has_the_space_and_the_doctor_say
     shutil.copy(db, half)
     shutil.copy(db, whole)
     shutil.copy(f"{db}-wal", f"{whole}-wal")
-    assert "has no -wal file" not in doctor(whole)
+    assert "its -wal is missing" not in doctor(whole)
     text = doctor(half)
-    assert "it has no -wal file, and worker" in text
+    assert "its -wal is missing, and worker" in text
     assert "copy both files" in text
     assert rows(half, "SELECT count(*) FROM evaluations") == [(30,)]
 
@@ -376,7 +377,7 @@ async def test_a_start_on_such_a_copy_from_another_machine_warns(db, scripts, tm
     with closing(sqlite3.connect(half)) as connection, connection:
         connection.execute("UPDATE workers SET machine = 'another', lease = 0.2")
     await aio.speval(str, range(30), half, executor="thread")
-    assert "it has no -wal file, and worker" in caplog.text
+    assert "its -wal is missing, and worker" in caplog.text
     caplog.clear()
     await aio.speval(str, range(30), half, executor="thread")
     assert "-wal" not in caplog.text
@@ -412,3 +413,30 @@ async def test_a_call_that_waits_because_of_a_pause_says_so_and_how_to_go_on(pla
     control.close()
     assert (await asyncio.wait_for(running, WAIT)).completed == 1
     assert caplog.text.count("paused: ") == 1
+
+
+def test_a_result_whose_token_the_database_refuses_waits_for_the_next_start():
+    ended = [Ended(Claim(i, 1, 1, str(i), "1", 7), Outcome(None, '"x"', None, 1.0, 1.0), False) for i in range(3)]
+    adopted = [Adopted(one._replace(claim=one.claim._replace(attempt=2)), 0, False) for one in ended]
+    claims = [one.claim for one in ended]
+    taken = TakenIn(recorded=claims.copy())
+    note_refused(taken, adopted, [])
+    assert taken == TakenIn(recorded=claims)
+    note_refused(taken, adopted, [adopted[1].ended.claim])
+    assert taken.recorded == [claims[0], claims[2]]
+    assert taken.waits == [(claims[1], "the database has refused its token")]
+
+
+async def test_a_side_file_stays_while_the_database_refuses_what_is_in_it(db, monkeypatch, caplog):
+    await aio.speval(asyncio.sleep, [0], db)
+    lost = Ended(Claim(1, 1, 1, "0", "0", 7), Outcome(None, '"x"', None, 1.0, 1.0), False)
+    with closing(sqlite3.connect(db)) as connection:
+        is_known = connection.execute("SELECT id FROM evaluations").fetchall() == [(1,)]
+    assert is_known
+    path, _ = keep(db, [lost])
+    with monkeypatch.context() as patched:
+        patched.setattr("speval.stores.late.judge", lambda ended, standing: Adopted(ended, 0, False))
+        patched.setattr("speval.stores.sqlite.late.end", lambda c, ended, now: [one.claim for one in ended])
+        await aio.speval(asyncio.sleep, [0], db)
+    assert path.exists()
+    assert "'0': the database has refused its token" in caplog.text

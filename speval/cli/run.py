@@ -64,7 +64,7 @@ class _ExceptionType(click.ParamType):  # type: ignore[type-arg]
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Without a renewal for this time a worker is dead.",
+    help="A worker that does not renew for this time is dead.",
 )
 @click.option(
     "--on-changed", type=click.Choice(["error", "keep", "rerun"]), default="error", show_default=True,

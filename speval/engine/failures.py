@@ -1,6 +1,6 @@
-"""Failures that are alike, told a few times and then counted.
+"""Failures that are alike: logged a few times, then counted.
 
-Owns what the log says of evaluations that fail. Invariant: every failure is either told in a line of its own or counted in one.
+Owns what the log says of evaluations that fail. Invariant: every failure is either logged in one line or counted in one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 class Told:
-    """What was said of failures; two are alike when their errors differ in numbers at most.
+    """Logs failures; two are alike when their errors differ in numbers only.
 
     Args:
         logger: Where to.
@@ -39,7 +39,7 @@ class Told:
         if self._counts[kind] <= _FIRST:
             self._logger.log(level, text, *values, visible(error))
         elif self._counts[kind] == _FIRST + 1:
-            self._logger.log(level, "more errors like this one are counted, and told at the end: %s", visible(kind[1]))
+            self._logger.log(level, "more errors like this one are counted, and logged at the end: %s", visible(kind[1]))
 
     def sum_up(self) -> None:
         """Log how many were not told."""

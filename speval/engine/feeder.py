@@ -1,4 +1,4 @@
-"""Drawing from an eval space that does not exist yet.
+"""Drawing from a lazy eval space.
 
 Owns the task that asks the space for evaluations. Invariant: it never asks for more than the slots would take, so what a
 space yields last it yields knowing nearly all that has ended.
@@ -58,7 +58,7 @@ class Feeder:
 
     def ask(self, idle: int, ahead: int) -> None:
         """Say how many evaluations the slots would take at once, and how many besides."""
-        # One that looks at what has ended is asked as late as can be, and for one at a time.
+        # Adaptive spaces are polled as late as possible, for one evaluation at a time.
         self._wanted = min(idle, 1) if self._source.looks_back else idle + ahead
         self._asked.set()
 
@@ -68,7 +68,7 @@ class Feeder:
         return drawn
 
     async def stop(self) -> None:
-        """End drawing; a space that does not let go is left behind."""
+        """End drawing; a space that refuses to be cancelled is left behind."""
         if not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=_END_WITHIN)
@@ -101,7 +101,7 @@ class Feeder:
             asyncio.get_running_loop().call_soon(self._on_drawn)  # when the task is done
 
     async def _ended(self) -> list[Evaluation]:
-        """Return what has ended since the last call, whoever has recorded it."""
+        """Return what has ended since the last call, whichever worker recorded it."""
         found: list[Evaluation] = []
         while True:
             self._cursor, page = await self._store.ended_since(self._cursor, _PAGE)

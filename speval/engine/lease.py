@@ -105,7 +105,7 @@ class Lease:
                     self._beat()
                 except Exception:
                     # Without this thread the worker would be lost without a word; the next beat may well succeed.
-                    logger.exception("the lease thread met something unforeseen and goes on")
+                    logger.exception("the lease thread goes on after an unexpected error")
         finally:
             self._keeping.close()
 
@@ -130,7 +130,7 @@ class Lease:
         try:
             alive = self._keeping.renew(worker, patience=max(left, self._tick))
         except SpevalError as error:
-            # Having to wait is no death: there is time to try again until the lease is nearly over.
+            # To wait is not to be dead: there is time to try again until the lease has nearly expired.
             self._note(error)
             if self._clock.monotonic() - self._proven >= self._doubt_after:
                 self._doubt(True, error)

@@ -1,6 +1,6 @@
 """Side files: results that could not be recorded, kept beside the database until the next start takes them in.
 
-Owns writing, finding, reading and removing them. Invariant: a file that is spoken of is on the disk, none is ever overwritten,
+Owns writing, finding, reading and removing them. Invariant: a file that the log names is on the disk, none is ever overwritten,
 and one is removed only when the database holds all that is in it. One JSON object a line; docs/guarantees.md names its keys.
 """
 
@@ -154,7 +154,7 @@ def _found(beside: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[str] | None]:
-    """Open a file that nobody else writes or takes in; None if somebody does, or has done so by now.
+    """Open a file and lock it; None if another process writes it, takes it in, or has taken it in by now.
 
     Raises:
         OSError: it can't be read, or is not one that this user, root or the owner of the folder has written.

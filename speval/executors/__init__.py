@@ -61,7 +61,7 @@ def _is_async(function: Any) -> bool:
 
 
 class _Blocking:
-    """An async function called from a thread, in an event loop of its own."""
+    """An async function called from a thread, in a separate event loop."""
 
     def __init__(self, function: Function) -> None:
         self._function = function

@@ -1,6 +1,6 @@
 """Several calls handed to one worker at once.
 
-Owns what is known of such calls from outside: which have ended, which runs, since when, and which can still be had back.
+Owns what is known of such calls from outside: which have ended, which runs, since when, and which can still be taken back.
 Invariant: one that runs long keeps nothing waiting behind it, and its timeout is counted from its own beginning.
 """
 

@@ -135,7 +135,7 @@ def _storable(text: str, longest: int) -> str:
 
 
 def _name(error: BaseException) -> str:
-    return str(type.__dict__["__qualname__"].__get__(type(error)))  # past a metaclass with ideas of its own
+    return str(type.__dict__["__qualname__"].__get__(type(error)))  # a metaclass may override __qualname__
 
 
 def _text(error: BaseException) -> str:

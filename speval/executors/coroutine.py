@@ -1,7 +1,7 @@
 """Coroutines in the caller's event loop.
 
-Owns async functions. Invariant: each evaluation is a task of its own, so that its cancellation, context and cancel scopes
-are its own, and one that refuses to end can be left behind.
+Owns async functions. Invariant: each evaluation is a separate task, with its cancellation, context and cancel
+scopes, so one that refuses to end can be left behind.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CoroutineExecutor(Executor):
 
 
 class _CoroutineSlot(Slot):
-    """Begins each evaluation when the one before it is over, without waking whoever waits for all of them."""
+    """Begins each evaluation when the one before it has ended, without waking the task that runs the slot."""
 
     def __init__(self, executor: CoroutineExecutor) -> None:
         self._executor = executor
@@ -66,7 +66,7 @@ class _CoroutineSlot(Slot):
         return self._left.popleft() if self._left else self._work.more()
 
     async def _run(self, claim: Claim) -> Claim | None:
-        """Run evaluations until there are no more, or one has to be stopped; return the one to go on with."""
+        """Run evaluations until there are no more, or one must be stopped; return the next one."""
         # Not simply ``await task``: that would wait for ever for one that swallows its cancellation.
         self._waiter: asyncio.Future[None] = self._loop.create_future()
         self._begin(claim)
@@ -215,8 +215,7 @@ async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:
     await asyncio.wait({task}, timeout=GRACE)
     if not task.done():
         logger.warning(
-            "evaluation %r refuses to be cancelled: it is left behind, still running in the event loop, and whatever it "
-            "returns is dropped",
+            "evaluation %r refuses to be cancelled: it is left behind in the event loop, and what it returns is dropped",
             evaluation.name,
         )
         task.add_done_callback(_retrieve)
@@ -225,7 +224,7 @@ async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:
 
 
 def _retrieve(task: asyncio.Task[Outcome]) -> None:
-    """Look at the exception of a task nobody waits for any more, or asyncio complains that nobody did."""
+    """Retrieve the exception of an abandoned task, or asyncio logs that it was never retrieved."""
     if not task.cancelled():
         task.exception()
 

@@ -62,7 +62,7 @@ class FreshInterpreter:
     def path(self) -> list[str]:
         """Return the ``sys.path`` that it needs, good in any folder."""
         entries = (entry for entry in sys.path if isinstance(entry, str))
-        # What a hook takes for its sign is no path, and changed it would be no sign: setuptools' editable namespaces have one.
+        # Entries that a hook recognises are not paths and must not change, such as those of setuptools' editable namespaces.
         return [entry if self._is_sign(entry) else _absolute(entry) for entry in entries]
 
     def _compare(self, name: str) -> bool:
@@ -186,7 +186,7 @@ def _is_same(module: object, name: str, spec: ModuleSpec) -> bool:
         if spec.origin is None:  # a namespace package
             there = set(_real(spec.submodule_search_locations or ()))
             return hasattr(module, "__path__") and set(_real(module.__path__)) <= there
-        return type(module) is not ModuleType  # one that has put an object of its own in its place
+        return type(module) is not ModuleType  # one that has put another object in its place
     return spec.origin is not None and os.path.realpath(spec.origin) in _real(files)
 
 

@@ -1,7 +1,7 @@
-"""How many files this process may have open, and making room for worker processes.
+"""The limit of open files of this process, raised for worker processes.
 
-Owns the soft limit of open files. Invariant: it is only ever raised, never past the hard limit; worker processes get the one
-back that the user had.
+Owns the soft limit of open files. Invariant: the limit is only raised, and never above the hard limit; worker processes get the
+limit that the user had set.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ __all__ = ["PER_WORKER", "OpenFiles"]
 
 logger = logging.getLogger("speval.executor")
 
-PER_WORKER = 5  # descriptors the parent has open for each worker process
-_RESERVE = 48  # kept for all else: databases, the event loop, what starting a process needs for a moment
+PER_WORKER = 5  # descriptors that the parent has open for each worker process
+_RESERVE = 48  # descriptors for everything else: databases, the event loop, starting a process
 
 
 class OpenFiles:
     """The limit of open files of this process."""
 
     _lock = threading.Lock()
-    users_own: int | None = None  # the soft limit that the user had set, if it was raised
-    _ours: int | None = None  # what it was raised to
+    users_own: int | None = None  # the soft limit of the user, if it was raised
+    _ours: int | None = None  # the raised limit
 
     @classmethod
     def make_room(cls, workers: int) -> None:
-        """Raise the soft limit if so many worker processes need it and the hard one allows it."""
+        """Raise the soft limit if ``workers`` processes need it and the hard limit allows it."""
         if resource is None:
             return
         with cls._lock:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if soft != cls._ours:  # the user has set another one since
+            if soft != cls._ours:  # the user has changed it
                 cls.users_own = cls._ours = None
             wanted = workers * PER_WORKER + 2 * _RESERVE + 64
             if soft == resource.RLIM_INFINITY or soft >= wanted or (hard != resource.RLIM_INFINITY and soft >= hard):
@@ -46,14 +46,14 @@ class OpenFiles:
             new = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
-            except (OSError, ValueError):  # forbidden here: there are fewer workers then
+            except (OSError, ValueError):  # not permitted: the run uses fewer worker processes
                 return
             cls.users_own, cls._ours = cls.users_own or soft, new
-            logger.debug("the limit of open files is %d now, it was %d", new, soft)
+            logger.debug("raised the limit of open files from %d to %d", soft, new)
 
     @classmethod
     def check(cls, descriptor: int) -> None:
-        """See that a descriptor opened just now, the lowest that was free, leaves room for what else must be opened.
+        """Check that a new descriptor, the lowest free number, leaves a reserve for other files.
 
         Raises:
             OSError: it does not (EMFILE).
@@ -61,13 +61,13 @@ class OpenFiles:
         if resource is None:
             return
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # With a very low limit even a single worker could not be started, so a part of it is all that is kept.
+        # With a very low limit, reserve only a part of it, so that one worker process can start.
         if soft != resource.RLIM_INFINITY and descriptor > soft - min(_RESERVE, soft // 2):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     @staticmethod
     def explained(error: OSError) -> str:
-        """Return what keeps another worker from being started, and what helps."""
+        """Return why no other worker process can start, and the fix."""
         if error.errno in (errno.EMFILE, errno.ENFILE):
             soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if resource is not None else "?"
             return f"the limit of open files is reached (hard limit {soft}; raise it with `ulimit -n`)"

@@ -1,7 +1,7 @@
-"""The function on its way to the worker processes.
+"""The pickled function for worker processes.
 
-Owns the bytes of the function and the file they are written to, once. Invariant: what can't travel is refused by name before
-anything is claimed.
+Owns the bytes of the function and the file with them, written once. Invariant: a function that can't be pickled is refused,
+with the name of the cause, before anything is claimed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .unwrap import unwrapped
 
 __all__ = ["pickled", "write_payload"]
 
-_ALIGNMENT = 64  # bytes; what NumPy likes for its arrays
+_ALIGNMENT = 64  # bytes; the alignment that NumPy prefers
 
 
 def write_payload(fd: int, function: Function, retry_on: RetryOn) -> None:
-    """Write a function where worker processes can map it.
+    """Write a function to a file that worker processes can map.
 
     Args:
-        fd: An empty file's descriptor; it stays open.
-        function: The function, with all it refers to.
-        retry_on: Exception types the worker has to know.
+        fd: The descriptor of an empty file; it stays open.
+        function: The function, with everything it refers to.
+        retry_on: Exception types that the worker process needs.
 
     Raises:
         FunctionError: the function can't be pickled.
@@ -41,7 +41,7 @@ def write_payload(fd: int, function: Function, retry_on: RetryOn) -> None:
     body = pickled(function, retry_on, buffers.append, is_alone=True)
     parts: list[bytes | memoryview] = [body, *(buffer.raw() for buffer in buffers)]
     spans: list[tuple[int, int]] = []
-    # The head tells where the parts are, and how long it is itself depends on that: so it gets room to spare.
+    # The head contains the positions of the parts, which depend on its length: so it gets spare space.
     start = _aligned(8 + len(_head([(2**60, 2**60)] * len(parts))))
     for part in parts:
         spans.append((start, start + len(part)))
@@ -61,16 +61,16 @@ def pickled(
     buffer_callback: Callable[[pickle.PickleBuffer], object] | None = None,
     is_alone: bool = False,
 ) -> bytes:
-    """Pickle a function with the exception types that go with it.
+    """Pickle a function together with exception types.
 
     Args:
-        function: The function, with all it refers to.
+        function: The function, with everything it refers to.
         retry_on: The exception types.
-        buffer_callback: Given large buffers, which are left out then.
-        is_alone: Whether a process that loads it has nothing else to do.
+        buffer_callback: Receives large buffers, which are then not part of the bytes.
+        is_alone: Whether the process that loads it runs only this function.
 
     Raises:
-        FunctionError: it can't be pickled.
+        FunctionError: the function can't be pickled.
     """
     try:
         return _dumped((function, retry_on), buffer_callback, is_alone)
@@ -88,7 +88,7 @@ def _text(error: Exception) -> str:
 
 
 def _head(spans: list[tuple[int, int]]) -> bytes:
-    # Version 2 writes everything out; later ones refer to what they have written already, and the length would be no bound.
+    # Version 2 has no back references, so the length of a larger value is an upper bound.
     return marshal.dumps((FreshInterpreter().path(), list(sys.argv), spans), 2)
 
 
@@ -102,7 +102,7 @@ def _name(function: Any) -> str:
 
 
 def _culprit(function: Any) -> str | None:
-    """Name what keeps the function from being pickled, if it is one of the things the function refers to."""
+    """Return which object that the function refers to can't be pickled, if there is one."""
     plain = unwrapped(function)
     if type(plain) is not FunctionType:
         return None

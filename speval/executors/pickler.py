@@ -83,7 +83,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return kind, (obj.func,), {"dispatcher": obj.dispatcher}
         if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj, obj.__qualname__):
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
-        # Instances are not looked at, their classes are; what has a qualified name of its own is some kind of function.
+        # Instances are not looked at, their classes are; an object with a qualified name is some kind of function.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
             name = _home(obj)
             if isinstance(name, str) and name != "__main__" and not self._goes_by_name(name):

@@ -1,7 +1,6 @@
 """Plain functions in threads of this process.
 
-Owns one daemon thread per slot. Invariant: nothing ever waits for a thread that was given up: neither the run, nor the
-interpreter's exit.
+Owns one daemon thread per slot. Invariant: neither the run nor the exit of the interpreter ever waits for an abandoned thread.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["ThreadExecutor"]
 
 logger = logging.getLogger("speval.executor")
 
-_LOOK = 3.0  # seconds between looks at a thread, which as a rule tells of its end itself
+_LOOK = 3.0  # seconds between checks of a thread, which usually reports its end itself
 
 
 class ThreadExecutor(Executor):
@@ -51,25 +50,25 @@ class ThreadExecutor(Executor):
         pass
 
     def warn_of_abandoned(self, name: str, timeout: float) -> None:
-        """Say once what a timeout means here."""
+        """Warn once what a timeout means for threads."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "evaluation %r ran longer than %g s in a thread, which can't be stopped: it runs on, and whatever it returns "
-                "is dropped. An async function can be cancelled, a process killed.",
+                "evaluation %r ran longer than %g s in a thread, which can't be stopped: it is abandoned, and its result will "
+                "be ignored; use executor='process' or an async function to stop it",
                 name,
                 timeout,
             )
 
 
 class _Calls:
-    """The calls of one batch, shared by a thread that makes them and the loop that waits for them."""
+    """The calls of one batch, shared by the thread that runs them and the event loop that waits for them."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         self._calls = deque((claim.name, claim.args) for claim in claims)
         self._done: deque[Outcome] = deque()
         self._loop = asyncio.get_running_loop()
-        self._is_told = False  # the loop will look
+        self._is_told = False  # whether the loop is notified
         self.batch: Batch | None = None
 
     # In the thread; every operation on a deque is atomic.
@@ -82,17 +81,17 @@ class _Calls:
             return None
 
     def done(self, outcome: Outcome) -> None:
-        """Hand over an outcome."""
+        """Pass an outcome to the event loop."""
         self._done.append(outcome)
         if not self._is_told:
             self._is_told = True
-            with suppress(RuntimeError):  # the loop is over: we were given up
+            with suppress(RuntimeError):  # the loop is closed: this thread was abandoned
                 self._loop.call_soon_threadsafe(self._tell)
 
     # In the loop
 
     def _tell(self) -> None:
-        self._is_told = False  # first, so that what ends from here on is told again
+        self._is_told = False  # first, so that later outcomes notify again
         self.receive()
         if self.batch is not None and not self.batch.pending:
             self.batch.wake()
@@ -125,22 +124,22 @@ class _Thread:
         except RuntimeError as error:  # the system starts no more threads
             problem = f"{error} (`ulimit -u`, or the pids limit of a container)"
             raise NoRoomError(problem, SystemLimitError(f"thread {self._thread.name!r}")) from error
-        # The exception can hit what tells of the end, too.
+        # An exception from outside can also hit the code that reports the end.
         self._timer = self._loop.call_later(_LOOK, self._look)
 
     @property
     def is_dead(self) -> bool:
-        """Return whether it has ended, as it does when an exception is raised in it from outside."""
+        """Return whether the thread has ended, for example by an exception raised in it from outside."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._make_calls()
         except BaseException as error:
-            # Raised in this thread from outside, between two lines of ours: the slot gets another thread.
-            logger.warning("thread %s ends: %s was raised in it from outside", self._thread.name, type(error).__name__)
+            # Raised in this thread from outside, in code of speval: the slot gets another thread.
+            logger.warning("thread %s ended: %s was raised in it from outside", self._thread.name, type(error).__name__)
         finally:
-            with suppress(RuntimeError):  # the loop is over
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._tell_end)
 
     def _tell_end(self) -> None:
@@ -153,7 +152,7 @@ class _Thread:
             self._timer = self._loop.call_later(_LOOK, self._look)
 
     def let_go(self) -> None:
-        """Let it end once it has done what it has begun."""
+        """Let the thread end after its running call."""
         self._timer.cancel()
         self.work.put(None)
 
@@ -162,11 +161,11 @@ class _Thread:
         while (calls := self.work.get()) is not None:
             while (call := calls.next()) is not None:
                 run = (executor.function, *call, executor.retry_on, executor.clock)
-                # Its own statement and no name: a big result is not kept while the next one is made.
+                # No variable for the result: a large one must not stay in memory during the next call.
                 calls.done(as_outcome(executor.context.copy().run(evaluate, *run)))
 
     def where(self) -> str:
-        """Return the thread's stack, without our own frames."""
+        """Return the stack of the thread, without frames of speval."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         stack = traceback.extract_stack(frame) if frame else traceback.StackSummary()
         mine = [entry for entry in stack if entry.filename not in _OURS]
@@ -194,7 +193,7 @@ class _ThreadSlot(Slot):
         try:
             while batch.pending:
                 await batch.wait()
-                calls.receive()  # what is overdue may have ended this moment
+                calls.receive()  # an overdue call may have just ended
                 if batch.pending and thread.is_dead:
                     self._abandon()
                     self._settle(batch, calls)
@@ -216,7 +215,7 @@ class _ThreadSlot(Slot):
             calls.batch = None
 
     def _settle(self, batch: Batch, calls: _Calls) -> None:
-        """Tell what became of the calls of a thread that is dead."""
+        """Report the outcomes of the calls of a dead thread."""
         batch.give_back(calls.take_back(len(batch.pending)))
         if batch.pending:
             started_at, duration = batch.since_wall, batch.running()
@@ -225,7 +224,7 @@ class _ThreadSlot(Slot):
         batch.give_back(len(batch.pending))
 
     def _abandon(self) -> _Thread:
-        """Let go of a thread that is still at work; the next call gets a new one."""
+        """Abandon a running thread; the next call gets a new one."""
         thread, self._thread = self._thread, None
         assert thread is not None
         thread.let_go()

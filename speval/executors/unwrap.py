@@ -1,7 +1,7 @@
-"""The function inside what was handed in.
+"""The function inside partials and methods.
 
-Owns looking through partials and methods. Invariant: it ends, whatever is handed in: attributes are looked up on objects of
-known types only, because a mock has all of them and an object may refer to itself.
+Owns unwrapping them. Invariant: it ends for every object: attributes are read only from objects of known types, because a mock
+has every attribute and an object may refer to itself.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 __all__ = ["unwrapped"]
 
-_DEEPEST = 100  # partials may be nested, and even in a circle
+_DEEPEST = 100  # partials may be nested, or circular
 _func_of = functools.partial.func.__get__
 
 
 def unwrapped(function: Any) -> Any:
-    """Return what is called in the end, by partials and methods."""
+    """Return the function that partials and methods finally call."""
     for _ in range(_DEEPEST):
-        if issubclass(type(function), functools.partial):  # isinstance() asks the object, which may lie
+        if issubclass(type(function), functools.partial):  # isinstance() reads __class__ of the object, which may be wrong
             function = _func_of(function)
         elif type(function) is MethodType:
             function = function.__func__

@@ -6,13 +6,14 @@ evaluation is not changed; and the claim of a live worker is not taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ..codec import same
+from ..model import Claim
 from .base import Ended, TakenIn
 
-__all__ = ["Adopted", "Standing", "Status", "StoredEnd", "judge", "sort_out", "standing_of"]
+__all__ = ["Adopted", "Standing", "Status", "StoredEnd", "judge", "note_refused", "sort_out", "standing_of"]
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
 
@@ -76,6 +77,15 @@ def sort_out(ended: Iterable[Ended], standing: Mapping[str, Standing]) -> tuple[
         else:
             (taken.waits if judged[0] == "waits" else taken.refused).append((one.claim, judged[1]))
     return taken, adopted
+
+
+def note_refused(taken: TakenIn, adopted: Sequence[Adopted], refused: Collection[Claim]) -> None:
+    """Correct what was to be recorded by what the database has refused: those results wait for the next start."""
+    stale = {one.ended.claim for one in adopted if one.ended.claim in refused}
+    if stale:
+        pairs = list(zip(taken.recorded, adopted, strict=True))
+        taken.recorded[:] = [claim for claim, one in pairs if one.ended.claim not in stale]
+        taken.waits += [(claim, "the database has refused its token") for claim, one in pairs if one.ended.claim in stale]
 
 
 def judge(ended: Ended, standing: Standing | None) -> Adopted | Literal["known"] | tuple[Literal["waits", "refused"], str]:

@@ -79,7 +79,7 @@ class World(Expected):
         copy.space = dict(args_by_name)
         copy.ids = {self.evaluations[name].id for name in args_by_name}
         copy.since = len(self.attempts)
-        self.happened["strangers"] += bool(gone)
+        self.happened["unlisted"] += bool(gone)
         return True
 
     def forgive(self, evaluation):

@@ -1,4 +1,4 @@
-"""How the processes of somebody else's executor tell that a call begins.
+"""How the processes of a user's executor report that a call begins.
 
 Owns the way their word takes to this process. Invariant: a call is reported as begun only when it has: a pool says so already
 of what waits in its pipes. Where there is no way, there is no channel, and nothing is reported.
@@ -39,7 +39,7 @@ class _Fifo(Channel):
 
     def __init__(self, report: Callable[[str], object]) -> None:
         self._report = report
-        self._folder = Path(tempfile.mkdtemp(prefix="speval-"))  # nobody else may enter it
+        self._folder = Path(tempfile.mkdtemp(prefix="speval-"))  # only this user may enter it
         self._path = self._folder / "begun"
         self._fd = -1
         try:

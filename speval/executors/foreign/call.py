@@ -1,7 +1,7 @@
-"""What runs in somebody else's executor, in a process of its own.
+"""What runs in a user's executor, in another process.
 
 Owns the functions that are loaded there. Invariant: a call runs the function it was submitted with, whatever other calls this
-process serves at the same time; and one that can't tell its beginning, as it was asked to, does not run at all.
+process serves at the same time; and one that must report its beginning and can't does not run at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..call import evaluate
 __all__ = ["NEEDS_PAYLOAD", "NOT_TOLD", "call_loaded"]
 
 NEEDS_PAYLOAD = "payload"  # this process has not got the function
-NOT_TOLD = "not told"  # nobody could be told that the call begins
+NOT_TOLD = "not told"  # the beginning of the call could not be reported
 _MOST_LOADED = 4  # functions, the last ones used; each may hold much memory
 
 _loaded: dict[bytes, Any] = {}

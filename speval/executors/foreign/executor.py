@@ -1,4 +1,4 @@
-"""Functions in somebody else's ``concurrent.futures.Executor``.
+"""Functions in a user's ``concurrent.futures.Executor``.
 
 Owns handing calls to such an executor and reading what comes back. Invariant: whatever goes wrong on the way there or back is
 the evaluation's crash, told apart from an exception of the function; the executor itself is the user's, who also closes it.
@@ -49,7 +49,7 @@ class ForeignExecutor(Executor):
         FunctionError: the function can't be pickled.
     """
 
-    can_stop = False  # none of them stops a call that has begun
+    can_stop = False  # no such executor stops a call that has begun
 
     def __init__(self, function: Function, pool: FutureExecutor, retry_on: RetryOn, clock: Clock) -> None:
         self.pool = pool
@@ -94,7 +94,7 @@ class ForeignExecutor(Executor):
             else:
                 address = self._listen(token, begun) if begun is not None else None
                 payload = self._payload if whole else None
-                # By position only, and never twice the same: Dask has uses of its own for many a keyword, and gives equal
+                # By position only, and never twice the same: Dask itself uses many keywords, and gives equal
                 # calls one result between them, which would make another attempt none.
                 future = self.pool.submit(call_loaded, self._digest, payload, token, address, name, args)
         except Exception as error:
@@ -140,7 +140,7 @@ class ForeignExecutor(Executor):
         Raises:
             ExecutorError: it can't.
         """
-        # A Dask client that has lost its scheduler says so to none of its futures.
+        # A Dask client that has lost its scheduler does not tell its futures.
         if getattr(getattr(self.pool, "_client", None), "status", None) == "closed":
             raise ExecutorError(type(self.pool).__qualname__, "its client is closed")
         if self._left_behind and timeout is not None and self.clock.monotonic() - self._news > timeout:
@@ -213,7 +213,7 @@ class _ForeignSlot(Slot):
                 if not _cancel(future) or not executor.is_honest:
                     executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
-        except BaseException:  # cancelled, or nothing is to be had from this pool any more
+        except BaseException:  # cancelled, or this pool can't bring results any more
             if not future.done():
                 _cancel(future)
                 raise

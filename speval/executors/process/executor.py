@@ -1,4 +1,4 @@
-"""Plain functions in processes of their own.
+"""Plain functions in separate processes.
 
 Owns the parent's half: starting workers, handing them calls, killing them with all they have started. Invariant: a call that
 is ended, by its timeout or by a cancellation, leaves no process of its group, and its outcome is told only after; what happens

@@ -1,7 +1,7 @@
-"""What a child that this process forks must not keep.
+"""Objects that a forked child must not keep.
 
-Owns the list of objects that hold a worker process by its descriptors. Invariant: after a fork only the parent holds them, so
-the parent's death reaches its workers, and nothing the child does or collects touches them.
+Owns the list of objects with descriptors of worker processes. Invariant: after a fork only the parent has these descriptors,
+so the death of the parent reaches its worker processes, and the child can't affect them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A worker's process group: the worker and all it has started that did not leave.
+"""The process group of a worker process: the process and its children that did not leave the group.
 
-Owns signalling, watching and burying the group. Invariant: nothing outside of the group is signalled or reaped.
+Owns signalling, checking and reaping the group. Invariant: processes outside of the group are never signalled or reaped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["Group"]
 
 
 class Group:
-    """The group that a process leads.
+    """The process group of a leader.
 
     Args:
-        leader: The number of the process, which is that of the group too. It is not reaped here.
+        leader: The pid of the leader, which is also the number of the group. The leader is reaped elsewhere.
     """
 
     def __init__(self, leader: int) -> None:
@@ -28,14 +28,14 @@ class Group:
         return f"<process group {self._leader}>"
 
     def kill(self) -> None:
-        """Send SIGKILL to every process of it."""
+        """Send SIGKILL to every process of the group."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._leader, signal.SIGKILL)
 
     def lives(self) -> bool:
-        """Tell whether one of its processes runs; zombies do not.
+        """Tell whether a process of the group runs; zombies do not count.
 
-        The leader has been reaped by now.
+        Call it after the leader was reaped.
         """
         self._reap()
         try:
@@ -44,11 +44,11 @@ class Group:
             return False
         except PermissionError:
             return True
-        # A zombie has a number too, for as long as its parent does not reap it, which in a container may be for ever.
+        # A zombie keeps its pid until its parent reaps it, which in a container may never happen.
         return sys.platform != "linux" or self._has_running()
 
     def _reap(self) -> None:
-        """Reap those whose parent is gone, where they have become our children: in a container, our process may be init."""
+        """Reap orphaned processes that have become our children: in a container, our process may be init."""
         with suppress(ChildProcessError):
             while os.waitpid(-self._leader, os.WNOHANG)[0]:
                 pass

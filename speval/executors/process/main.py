@@ -1,7 +1,8 @@
-"""What a worker process is started with: the script that imports the rest.
+"""The script of a worker process; it imports the rest.
 
-Owns how the rest is imported. Invariant: neither the package nor the user's main program is, and no trace is left of what is
-imported here: the function may import the real package. A script is compiled at each start, so this one is short.
+Owns how the rest is imported. Invariant: it imports neither the package ``speval`` nor the user's main program, and removes its
+modules from ``sys.modules``, so that the function can import the real package. Python compiles a script at each start, so it is
+short.
 """
 
 import os
@@ -9,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Import what serves, and let it serve."""
+    """Import the loop of the worker process, and run it."""
     path = os.path.abspath(__file__)  # noqa: PTH100 - pathlib takes as long to import as all else
     for name in ("speval.executors.process", "speval.executors", "speval"):
         path = os.path.dirname(path)  # noqa: PTH120

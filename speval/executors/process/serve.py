@@ -84,8 +84,8 @@ def _make_calls(calls: _Channel, tokens_fd: int, call: Callable[[str, str], Any]
     while (batch := calls.receive()) is not None:
         left = len(batch)
         for name, args in batch:
-            # Each call has a token in a pipe. Whoever reads it, this process to start the call or the parent to take it back,
-            # has it alone; the kernel sees to that.
+            # Each call has a token in a pipe. Either this process reads it and makes the call, or the parent reads it and takes
+            # the call back; the kernel gives it to one of them.
             try:
                 os.read(tokens_fd, 1)
             except BlockingIOError:

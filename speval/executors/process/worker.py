@@ -225,7 +225,7 @@ class WorkerProcess:
     # Ending
 
     def _watch(self) -> None:
-        """Notice the process's end, also when a child of its own keeps the socket open."""
+        """Notice the process's end, also when one of its children keeps the socket open."""
         if hasattr(os, "pidfd_open"):
             with suppress(OSError):
                 self._pidfd = os.pidfd_open(self._popen.pid)
@@ -240,7 +240,7 @@ class WorkerProcess:
             self._poll = self._loop.call_later(0.05, self._check)
 
     def _has_ended(self) -> bool:
-        # Without reaping: as long as nobody does that, the number of its group is nobody else's.
+        # Without reaping: until the process is reaped, no other group can get its number.
         try:
             return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:

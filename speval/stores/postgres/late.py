@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ...model import Claim
 from ..base import Ended, TakenIn
-from ..late import Standing, sort_out, standing_of
+from ..late import Standing, note_refused, sort_out, standing_of
 from .connection import Connection, numbers, texts
 from .schema import READY, Names, stored_name, true_name
 
@@ -56,7 +57,7 @@ INSERT INTO speval.running (id, attempt, released, forgiven, suspect, ahead, hel
 VALUES (%s, %s, %s, %s, %s, false, false, %s, 0, %s)
 """
 
-End = Callable[[Connection, Sequence[Ended]], object]
+End = Callable[[Connection, Sequence[Ended]], Sequence[Claim]]
 
 
 def take_in(c: Connection, names: Names, ended: Sequence[Ended], now: float, end: End) -> TakenIn:
@@ -86,7 +87,7 @@ def take_in(c: Connection, names: Names, ended: Sequence[Ended], now: float, end
             c.execute(names(_FORGET_LOST), (numbers(t.id for t in lost), numbers(t.attempt for t in lost)))
             with c.cursor() as cursor:
                 cursor.executemany(names(_HOLD), [(*row, now) for row in rows])
-            end(c, [a.ended for a in adopted])
+            note_refused(taken, adopted, end(c, [a.ended for a in adopted]))
     return taken
 
 

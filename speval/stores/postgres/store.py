@@ -289,9 +289,9 @@ class PostgresStore(Store):
         return recorded
 
     async def take_in(self, ended: Sequence[Ended]) -> TakenIn:
-        def end(c: Connection, adopted: Sequence[Ended]) -> None:
+        def end(c: Connection, adopted: Sequence[Ended]) -> Sequence[Claim]:
             again = [e.claim for e in adopted if e.again]
-            self._record(c, 0, Record(0, adopted, due=again))  # no worker has id 0; it claims nothing
+            return self._record(c, 0, Record(0, adopted, due=again)).refused  # no worker has id 0; it claims nothing
 
         return await self._run(take_in, self._names, ended, self._clock.wall(), end)
 

@@ -1,7 +1,7 @@
 """A SQLite file, read or filled as a whole.
 
-Owns the SQL of copying. Invariant: a claim that a worker holds in the source is nobody's in the copy, and charges nothing
-there.
+Owns the SQL of copying. Invariant: claims are not copied; an evaluation in progress is pending in the copy, and no attempt is
+charged for it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SqliteArchive(Archive):
                     ((attempt,),) = self._file.rows(_LAST_ATTEMPT, (id,))
                     released, updated_at = 0, 0.0
                 elif has_ended and last in lost:
-                    problem = "its last attempt, with its result, is not as it was written"
+                    problem = "its last attempt, with its result, is corrupt"
                 if problem is not None:
                     self.damaged.add(EvaluationDamagedError(self._file.shown, str(name), problem))
                     has_ended, forgiven, last = False, attempt - released, None

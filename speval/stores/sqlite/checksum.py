@@ -1,7 +1,7 @@
-"""Checksums of what must never come back as something else.
+"""Checksums of rows.
 
-Owns what goes into them. Invariant: they cover a whole row and its place, so that a value that has changed, or that stands in
-another row, is noticed; what only people read of a row, as its times, is covered as well.
+Owns what they cover. Invariant: a checksum covers the whole row and its id, so a value that has changed, or that is in
+another row, is detected; also values that are only for display, such as times.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def of_attempt(row: Sequence[Any]) -> int:
     seq, evaluation, attempt, worker, started_at, duration, ended_at, outcome, result, type_, message, traceback = row
     try:
         start = crc32(_NUMBERS(seq, evaluation, attempt, worker, started_at, duration, ended_at))
-    except (error, OverflowError):  # nobody knows its worker or its times; or somebody has tinkered with the file
+    except (error, OverflowError):  # the worker or the times are unknown, or the file was edited
         start = crc32(repr((seq, evaluation, attempt, worker, started_at, duration, ended_at)).encode())
-    if type_ is None and outcome == "completed" and type(result) is str:  # nearly all of them
+    if type_ is None and outcome == "completed" and type(result) is str:  # nearly every row
         return crc32(result.encode(), start)
     return crc32(f"{outcome}\t{result}\t{type_}\t{message}\t{traceback}".encode(), start)

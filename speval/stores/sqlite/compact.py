@@ -1,7 +1,7 @@
-"""A SQLite file made as small as what is in it.
+"""Compacts a SQLite file.
 
-Owns the order in which it is done. Invariant: nobody is at work meanwhile, nothing of an evaluation changes, and the file is
-whole at any moment.
+Owns the order of the steps. Invariant: no worker is alive meanwhile, evaluations are unchanged, and the file is valid at any
+moment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .file import SqliteFile
 __all__ = ["compact"]
 
 _AT_WORK = "SELECT count(*) FROM workers INDEXED BY workers_here WHERE ended_at IS NULL AND NOT dead"
-# What nobody refers to: a name in a list of attempts is the only thing that a worker which has left is good for.
+# Ended workers without attempts: only attempts and claims refer to a worker.
 _PRUNE = """
 DELETE FROM workers WHERE ended_at IS NOT NULL
     AND id NOT IN (SELECT worker FROM attempts WHERE worker IS NOT NULL)
@@ -27,17 +27,17 @@ DELETE FROM workers WHERE ended_at IS NOT NULL
 
 
 def compact(file: SqliteFile) -> Compacted:
-    """Shrink a database, and forget workers that left and that no attempt names.
+    """Shrink a database, and delete ended workers without attempts.
 
     Raises:
-        DatabaseError: workers are at work, or another program reads; the file is as it was, or smaller already.
+        DatabaseError: workers are alive, or another program uses the file; nothing was changed, except for deleted workers.
     """
     before = _bytes(file.path)
     pruned = file.write(_prune, file.shown)
     try:
         file.rewrite()
     except DatabaseLockedError as error:
-        problem = "another program uses it; nothing was changed, try again when that has ended"
+        problem = "another program uses the file; it was not changed, try again when that program has ended"
         raise DatabaseError(file.shown, problem) from error
     return Compacted(before, _bytes(file.path), pruned)
 
@@ -45,8 +45,8 @@ def compact(file: SqliteFile) -> Compacted:
 def _prune(c: sqlite3.Connection, shown: str) -> int:
     (count,) = c.execute(_AT_WORK).fetchone()
     if count:
-        fix = "stop them first, or wait for their end; a dead one is taken for dead by the next copy that is started"
-        raise DatabaseError(shown, f"{counted(count, 'worker')} at work would have to wait for long; {fix}")
+        fix = "stop them first, or wait until they end; the next worker that starts declares dead ones dead"
+        raise DatabaseError(shown, f"{counted(count, 'worker')} alive would wait for a long time; {fix}")
     pruned: int = c.execute(_PRUNE).rowcount
     return pruned
 

@@ -1,7 +1,7 @@
-"""Connecting to a SQLite file, by those too who may only read it.
+"""Connecting to a SQLite file, also with read permission only.
 
-Owns what tells whether a file that is read without locks stands still. Invariant: two equal stillnesses mean that what was read
-in between is one state of the file; a log is never overlooked.
+Owns the check whether a file that is read without locks has changed. Invariant: two equal values mean that everything read in
+between is one state of the file; a -wal is never ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Stillness", "connected", "stillness"]
 
 
 class Stillness(NamedTuple):
-    """A file at a moment."""
+    """The state of a file: two equal values mean that it has not changed."""
 
     inode: int
     size: int
@@ -29,7 +29,7 @@ class Stillness(NamedTuple):
 
 
 def stillness(path: Path) -> Stillness:
-    """Return how a file is now."""
+    """Return the present state of a file."""
     log = 0
     with suppress(OSError):
         log = Path(f"{path}-wal").stat().st_size
@@ -41,22 +41,22 @@ def stillness(path: Path) -> Stillness:
 
 
 def connected(path: Path, shown: str, *, reads: bool) -> tuple[GuardedConnection, Stillness | None]:
-    """Return a connection, and how the file stands if it had to be opened as one that nobody changes.
+    """Return a connection, and the state of the file if it was opened as immutable.
 
     Raises:
-        DatabaseError: it can't be read without writing beside it, which we may not.
+        DatabaseError: reading needs write permission for the folder, which is missing.
     """
-    # Never mode=rwc: a file that vanishes between two copies' starts must not come back empty under one of them. And not
-    # mode=ro for reading: a reader that may write cleans up behind itself.
+    # Never mode=rwc: a file that is deleted between the starts of two workers must not be created again, empty. Not mode=ro for
+    # reading: a reader with write permission removes the -wal and -shm that it has created.
     uri = f"file:{quote(str(path))}?mode=rw"
     connection = guarded(uri, path, shown, is_reader=reads)
     is_open = may_use(path.parent, os.W_OK)
     if not reads or is_open or not is_unreadable(connection):
         return connection, None
     connection.close()
-    # In a folder we may not write to, a WAL database opens only as one that nobody changes; with no -wal, nobody does.
+    # In a folder without write permission, a WAL database opens only as immutable; without a -wal, no worker changes it.
     still = stillness(path)
     if still.log:
         why = permission(path.parent, "wx")
-        raise DatabaseError(shown, f"its -wal file has to be merged, and {why}; or copy both files and read the copy")
+        raise DatabaseError(shown, f"its -wal must be merged, and {why}; or copy both files and read the copy")
     return guarded(f"{uri}&immutable=1", path, shown, is_reader=True), still

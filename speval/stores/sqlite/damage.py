@@ -1,7 +1,7 @@
-"""What SQLite finds wrong in a file.
+"""SQLite's integrity check of a file.
 
-Owns the process of its own in which SQLite looks. Invariant: a file that SQLite itself crashes on ends that process only, and
-Ctrl-C ends it at once.
+Owns the separate process that runs it. Invariant: a file on which SQLite crashes ends only that process, and Ctrl-C ends it at
+once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .errors import BUSY
 __all__ = ["damage"]
 
 _PATIENCE = 60  # seconds for the lock of another program
-# SQLite goes down a tree page by page, on its stack, however deep a crafted one is. And of a stranger's own tables, which
-# nothing else reads, it would compute the expressions, so with such tables only ours are checked.
+# SQLite descends a tree page by page on its stack, and a crafted tree can be very deep. It would also execute expressions in
+# tables of other programs, so if there are such tables, only ours are checked.
 _CHECK = """
 import json, signal, sqlite3, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -41,27 +41,27 @@ except sqlite3.Error as error:
 
 
 def damage(path: Path, shown: str, *, is_immutable: bool) -> tuple[list[str], str | None]:
-    """Return what SQLite finds wrong in a file, at most ten of it; and what kept it from looking, if something did.
+    """Return up to ten problems that SQLite finds in a file, and the reason if the check could not run.
 
     Args:
         path: The file.
-        shown: What errors call it.
-        is_immutable: Whether it has to be read as one that nobody changes.
+        shown: The display name for errors.
+        is_immutable: Whether to open it as immutable.
 
     Raises:
-        DatabaseLockedError: another program keeps its lock.
+        DatabaseLockedError: another program keeps it locked.
     """
     uri = f"file:{quote(str(path))}?mode=rw{'&immutable=1' if is_immutable else ''}"
-    # Neither packages nor modules of the folder we are in.
+    # Without site packages and without modules of the current folder.
     command = [sys.executable, "-S", "-P", "-c", _CHECK, uri, str(_PATIENCE), *tables()]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
-    except OSError as error:  # such as an interpreter that this user may not execute
+    except OSError as error:  # for example, this user may not execute the interpreter
         return [], f"{sys.executable}: {error.strerror}"
     if done.returncode == -signal.SIGINT:
         raise KeyboardInterrupt
     if done.returncode < 0:
-        return [f"SQLite itself crashes on it ({signal.Signals(-done.returncode).name})"], None
+        return [f"SQLite crashes while it checks the file ({signal.Signals(-done.returncode).name})"], None
     if done.returncode:
         return [], (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
     found, code = json.loads(done.stdout)

@@ -1,7 +1,7 @@
-"""What SQLite's errors mean, and how messages name a file.
+"""Translates errors of SQLite, and names files in messages.
 
-Owns the translation into errors of speval. Invariant: an error that passes by itself, or when people make room, is a
-DatabaseLockedError or a DatabaseUnavailableError; every other one is permanent, and its message names the file and the fix.
+Owns the translation into errors of speval. Invariant: a transient error is a DatabaseLockedError or a DatabaseUnavailableError;
+every other one is permanent, and its message names the file and the fix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIDE_FILES = ("-journal", "-wal", "-shm")
 
 _PROBED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM}
 _PASSING = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
-_FULL = "the disk is full; nothing is lost, make room"
+_FULL = "the disk is full; free some space, no result is lost"
 _NAME, _PATH = 255, 512  # bytes of a name on nearly every filesystem, and of a path in SQLite
 _PROBE = 65536  # bytes
 
@@ -72,15 +72,15 @@ def translated(
         waited: Seconds that were waited for a lock.
     """
     if isinstance(error, UnicodeDecodeError):
-        return DatabaseError(shown, f"damaged: what should be text in it is none ({error})")
+        return DatabaseError(shown, f"damaged: a text value is not valid UTF-8 ({error})")
     code = code_of(error)
     if code == sqlite3.SQLITE_NOTADB:
-        return ForeignDatabaseError(shown, "some other kind of file")
+        return ForeignDatabaseError(shown, "a file of another kind")
     if code == sqlite3.SQLITE_CORRUPT:
-        fix = f"`sqlite3 {shown} REINDEX` mends an index, `speval salvage {shown} NEW` saves what can be saved"
+        fix = f"`sqlite3 {shown} REINDEX` repairs an index, `speval salvage {shown} NEW` copies all intact data"
         return DatabaseError(shown, f"damaged ({error}); {fix}")
     if not code and str(error).startswith("Could not decode to UTF-8"):  # and goes on with all of the text
-        return DatabaseError(shown, "damaged: what should be text in it is none")
+        return DatabaseError(shown, "damaged: a text value is not valid UTF-8")
     if code in BUSY:
         return DatabaseLockedError(shown, waited)
     if code in _PROBED:
@@ -98,7 +98,7 @@ def translated(
     if code == sqlite3.SQLITE_READONLY:
         return DatabaseError(shown, f"can't be written to ({error}); check the permissions of file and folder")
     if code in _PASSING:
-        return DatabaseUnavailableError(shown, f"can't be read or written just now ({error})")
+        return DatabaseUnavailableError(shown, f"the database can't be read or written at the moment ({error})")
     return DatabaseError(shown, str(error))
 
 
@@ -111,7 +111,7 @@ def translated_os(error: OSError, path: Path, shown: str) -> DatabaseError:
         return DatabaseUnavailableError(shown, _many_open(error))
     if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ENOENT):
         return DatabaseError(shown, f"can't be opened ({error.strerror})")
-    return DatabaseUnavailableError(shown, f"can't be reached just now ({error.strerror})")
+    return DatabaseUnavailableError(shown, f"the file can't be reached at the moment ({error.strerror})")
 
 
 def name_problem(path: Path) -> str | None:
@@ -159,7 +159,7 @@ def _cause(code: int, path: Path, writes: bool) -> tuple[str, bool] | None:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return _many_open(error), True
-        return f"its folder {shown_path(folder)} can't be reached just now ({error.strerror})", True
+        return f"its folder {shown_path(folder)} can't be reached at the moment ({error.strerror})", True
     if code != sqlite3.SQLITE_FULL and (
         problem := name_problem(path) or _forbidden(path, writes) or (writes and _too_large(path))
     ):
@@ -197,12 +197,12 @@ def _unwritable(folder: Path) -> tuple[str, bool] | None:
         if error.errno == errno.ENOSPC:
             return _FULL, True
         if error.errno == errno.EDQUOT:
-            return f"the disk quota for {shown_path(folder)} is used up; nothing is lost, make room", True
-        return f"nothing can be written in {shown_path(folder)} just now ({error.strerror})", True
+            return f"the disk quota for {shown_path(folder)} is used up; free some space, no result is lost", True
+        return f"can't write files in {shown_path(folder)} at the moment ({error.strerror})", True
     temporary = Path(os.environ.get("SQLITE_TMPDIR") or tempfile.gettempdir())
     if (error := _probe(temporary)) is not None:
-        problem = f"temporary files can't be written in {temporary} ({error.strerror})"
-        return f"{problem}; nothing is lost, make room there or set SQLITE_TMPDIR to another folder", True
+        problem = f"can't write temporary files in {temporary} ({error.strerror})"
+        return f"{problem}; free some space there or set SQLITE_TMPDIR to another folder, no result is lost", True
     return None
 
 
@@ -219,8 +219,9 @@ def _probe(folder: Path) -> OSError | None:
 
 def _many_open(error: OSError) -> str:
     if error.errno == errno.ENFILE:
-        return "too many files are open on this machine; nothing is lost, close some"
+        return "too many files are open on this machine; close some, no result is lost"
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"this process has all {soft} files open that it may have (`ulimit -n`); nothing is lost, close some or raise the limit"
+        f"this process has reached its limit of {soft} open files (`ulimit -n`); close some or raise the limit, "
+        "no result is lost"
     )

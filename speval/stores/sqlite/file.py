@@ -1,8 +1,8 @@
 """One SQLite file and one connection to it.
 
-Owns opening, recognising and preparing the file, waiting for its lock, and noticing what becomes of it. Invariant: every
-transaction is one call on one thread, takes its lock at BEGIN, and is over when the call returns; a file that is not ours is
-never written to.
+Owns opening, recognising and preparing the file, waiting for its lock, and detecting that it was deleted or replaced.
+Invariant: every transaction is one call on one thread, takes its lock at BEGIN, and has ended when the call returns; a file
+of another program is never written to.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class SqliteFile:
         self._kind: str | None = None
         self._freshness: Freshness | None = None
         self._is_current = False
-        self._is_linked = False  # it has got a second name, which was said
-        self._is_waiting = False  # and has said so
+        self._is_linked = False  # whether it has a second name and this was logged
+        self._is_waiting = False  # whether it waits for a lock and this was logged
         self._writes = mode != "read"
-        self._rolls_back = False  # it has a rollback journal, which is looked for at the start of each transaction
-        self._still: Stillness | None = None  # how the file was when it was opened as one that nobody changes
+        self._rolls_back = False  # whether it uses a rollback journal, which each transaction checks first
+        self._still: Stillness | None = None  # the state of the file when it was opened as immutable
         self._watchman = Watchman(real)
-        self._marker: Marker | None = None  # where there is a -wal
+        self._marker: Marker | None = None  # only with a -wal
         self.lacks_log = lacks_log(real)
         self._given_up = given_up or threading.Event()
         self._closed = False
@@ -139,11 +139,11 @@ class SqliteFile:
 
     @property
     def is_immutable(self) -> bool:
-        """Return whether the file is read as one that nobody changes, until somebody does."""
+        """Return whether the file is opened as immutable, which holds until another process changes it."""
         return self._still is not None and not (self.is_empty or self.is_0_1)
 
     def _open_again(self) -> None:
-        """Read what others have written since the file was opened as one that nobody changes, or copied into memory."""
+        """Open the file again, after others have changed it since it was opened as immutable or copied into memory."""
         self.connection.close()
         was_copied = self.is_empty or self.is_0_1
         self.is_empty = self.is_0_1 = False
@@ -156,19 +156,19 @@ class SqliteFile:
                 self.show_as_current()
 
     def rows(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
-        """Yield what a query brings, in a transaction; what goes wrong is this file's error, whoever reads the rows."""
+        """Yield the rows of a query, in a transaction; errors are translated for this file."""
         with self._errors():
             cursor = self.connection.execute(sql, values)
             try:
-                for row in cursor:  # noqa: UP028 - which closes the cursor too, perhaps too late
+                for row in cursor:  # noqa: UP028 - `yield from` would close the cursor later
                     yield row
             finally:
-                # An open one would keep the file locked for as long as an error that was met is kept.
-                with suppress(sqlite3.ProgrammingError):  # the connection is closed by now
+                # An open cursor would keep the file locked as long as the error object exists.
+                with suppress(sqlite3.ProgrammingError):  # the connection is already closed
                     cursor.close()
 
     def show_as_current(self) -> None:
-        """Go on with a copy in memory, brought to this release's schema, if an empty or an old file was opened to read."""
+        """Replace an empty or an old file, opened for reading, by a copy in memory with the schema of this release."""
         if self.is_empty or self.is_0_1:
             still = self._still or stillness(self.path)
             copy = guarded(":memory:", self.path, self.shown, is_reader=False)
@@ -180,16 +180,16 @@ class SqliteFile:
                 migrate(copy)
 
     def look_after(self) -> None:
-        """See that the name still leads to the file that is open, before a look that may be one of many.
+        """Check that the name still belongs to the open file; for readers that read repeatedly.
 
         Raises:
             DatabaseError: it does not.
         """
         if how := self._watchman.taken_away():
-            raise DatabaseError(self.shown, f"{how} while in use; start again with the file that is there now")
+            raise DatabaseError(self.shown, f"{how} while in use; start again to use the file that exists now")
 
     def rewrite(self) -> None:
-        """Write the whole file anew, without the room that nothing needs, and empty the -wal.
+        """Rewrite the whole file without unused space, and empty the -wal.
 
         Raises:
             DatabaseLockedError: another program reads or writes it.
@@ -204,16 +204,18 @@ class SqliteFile:
     def data_version(self) -> int:
         """Return a number that differs after another connection has written."""
         self.owner.check()
-        self._look_after_the_file()  # who waits would not notice for long
+        self._look_after_the_file()  # a worker that only waits would not detect a deleted file for a long time
         self.connection.allow()
         with self._errors():
             (version,) = self.connection.execute("PRAGMA data_version").fetchone()
             return int(version)
 
     def checkpoint(self) -> None:
-        """Move what is in the -wal into the file, as far as that keeps nobody waiting."""
-        with suppress(sqlite3.Error):
+        """Move the -wal into the file, as far as that blocks no other worker."""
+        try:
             self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error:
+            self.connection.raise_caught()
 
     def close(self) -> None:
         """Close the connection; calling it again does nothing."""
@@ -255,7 +257,7 @@ class SqliteFile:
                 if version > SCHEMA and self._is_current:
                     raise self._newer(connection, version)
                 if self._freshness is not None and not self._freshness.is_fresh():
-                    problem = f"its filesystem ({self.network}) shows this machine old data, without what others have written"
+                    problem = f"its filesystem ({self.network}) shows old data on this machine, without the writes of others"
                     fix = "mount it without caches (direct_io, timeouts of 0), or use a PostgreSQL database"
                     raise DatabaseError(self.shown, f"{problem}; {fix}; nothing was written")
                 result = self._understanding(work, connection, *args, **kwargs)
@@ -272,30 +274,30 @@ class SqliteFile:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Run ``work``; where what it reads makes no sense, the file is damaged in a way that SQLite does not notice."""
+        """Run ``work``; if the data that it reads is invalid, the file has damage that SQLite does not detect."""
         try:
             return work(connection, *args, **kwargs)
         except SpevalError:
             raise
         except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError) as error:
-            problem = f"holds what no speval has written ({error!r}); go back to a copy of the file, or start a new one"
+            problem = f"the file contains invalid data ({error!r}); use a backup of the file, or start a new one"
             raise DatabaseError(self.shown, problem) from error
 
     def _look_after_the_file(self) -> None:
-        """See that the names still lead to the files that are open, since what is written to a deleted one is gone with us."""
+        """Check that the names still belong to the open files: data written to a deleted file would be lost."""
         how = self._watchman.taken_away()
         if how is not None:
             raise DatabaseError(self.shown, f"{how} while in use; {self._watchman.rescue(self.connection)}")
         if self._watchman.is_linked and not self._is_linked:
-            # Of no harm to those who have it open: no copy is let in by either name.
+            # Harmless for workers that have it open, because no new worker can open it by either name.
             self._is_linked = True
-            if self.patience >= _PATIENCE:  # not the lease's thread as well
-                logger.warning("%s has got a second name (a hard link): remove it, no copy starts before", self.shown)
+            if self.patience >= _PATIENCE:  # not from the lease thread as well
+                logger.warning("%s has a second name (a hard link): remove it, no worker can start before", self.shown)
 
     def _patiently(self, patience: float, statement: str) -> sqlite3.Cursor:
         """Execute a statement that may find the database locked."""
-        # SQLite's own busy handler lets some wait for seconds while others go first many hundred times. Short random
-        # pauses are fair and hardly slower; they grow once it is plain that somebody keeps the lock for long.
+        # With SQLite's busy handler, some wait for seconds while others proceed hundreds of times. Short random pauses are
+        # fair and hardly slower; they grow when the lock is held for a long time.
         started, waits = time.monotonic(), pauses(0.001, 0.05, growth=1.01, spread=1.0)
         while True:
             try:
@@ -308,7 +310,7 @@ class SqliteFile:
                     raise DatabaseLockedError(self.shown, waited) from error
                 if waited >= _SILENCE and patience >= _PATIENCE and not self._is_waiting:
                     self._is_waiting = True
-                    logger.warning("%s: waiting for a lock of another program; `fuser %s` finds it", self.shown, self.shown)
+                    logger.warning("%s: waiting for a lock of another program; find it with `fuser %s`", self.shown, self.shown)
                 if self._given_up.wait(next(waits)):
                     raise DatabaseLockedError(self.shown, waited) from error
 
@@ -317,8 +319,8 @@ class SqliteFile:
         return connection
 
     def _check_mount(self) -> None:
-        """See that there are locks, where that is not to be taken for granted."""
-        with suppress(OSError):  # no folder yet, so a local one, or none that can be made
+        """Check that file locks work, on a filesystem that may be shared."""
+        with suppress(OSError):  # the folder is missing
             self._kind = filesystem(self.path.parent)
             if is_network(self._kind):
                 check_locks(self.path, self.shown, str(self._kind))
@@ -326,7 +328,7 @@ class SqliteFile:
     def _create(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Closing a descriptor drops this process's locks on the file, so only ever on one that was not there before.
+            # Closing a descriptor drops the locks of this process on the file, so do this only with a new file.
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         except FileExistsError:
             if not self.path.parent.is_dir():
@@ -337,47 +339,48 @@ class SqliteFile:
             raise DatabaseError(self.shown, f"can't be created in {folder}: {error.strerror}{why}") from error
 
     def _recognise(self, mode: str) -> None:
-        """Tell what the file is, writing nothing."""
+        """Recognise the file; this only reads."""
         self.read(check_contents, APPLICATION_ID, SCHEMA)
         application_id, version, tables, columns = self.read(describe)
         if application_id == APPLICATION_ID:
             if version > SCHEMA:
                 raise self.read(self._newer, version)
             if version < SCHEMA:
-                problem = f"was made by a development version of speval (schema {version}), which no release reads"
-                raise DatabaseError(self.shown, f"{problem}; use another name for a new one")
+                problem = f"a development version of speval wrote this file (schema {version}), and no release can read it"
+                raise DatabaseError(self.shown, f"{problem}; use another name")
             self._is_current = True
         elif application_id == 0 and tables == {"evals"} and columns == COLUMNS_0_1:
             self.is_0_1 = True
         elif application_id == 0 and version == 0 and not tables:
-            # A copy that is just starting makes the file before it fills it, so for a reader there is nothing in it yet.
+            # A starting worker creates the file before it fills it, so for a reader it has no evaluations yet.
             self.is_empty = mode == "read"
             if mode == "write":
                 raise ForeignDatabaseError(self.shown, "an empty file")
         else:
-            shown = ", ".join(sorted(tables)[:5]) or "none"
-            raise ForeignDatabaseError(self.shown, f"an SQLite database of something else (its tables: {shown})")
+            names = ", ".join(sorted(tables)[:5]) or "none"
+            raise ForeignDatabaseError(self.shown, f"an SQLite database of another program (its tables: {names})")
 
     def _newer(self, connection: sqlite3.Connection, version: int) -> NewerSchemaError:
         return NewerSchemaError(self.shown, version, SCHEMA, stored_release(connection) or f"{version}.0")
 
     def _prepare(self, durability: str) -> None:
         connection = self.connection
-        kind = self._kind or filesystem(self.path)  # it is in its folder's, or would have been refused
+        kind = self._kind or filesystem(self.path)  # that of its folder: a file mounted without its folder is refused
         self.network = kind if is_network(kind) else None
         if self.network is not None and self.network.startswith("fuse"):
             self._freshness = Freshness(self.path)
-        # All have to agree, also those for whom the disk is a local one: the file server's own programs.
+        # All workers must use the same mode, also those on the file server, where the disk is local.
         stored = self.read(stored_journal_mode) if self._is_current else None
         mode = self._journal_mode("delete" if self.network or stored == "delete" else "wal")
         if self.network and mode == "wal":
-            raise DatabaseError(self.shown, f"others use its write-ahead log, which is lost on {self.network}; stop them first")
+            problem = f"other workers use its write-ahead log, which loses data on {self.network}; stop them first"
+            raise DatabaseError(self.shown, problem)
         if mode == "wal":
-            self.read(describe)  # makes the -wal
+            self.read(describe)  # creates the -wal
             self._watchman.note_log()
             self._marker = Marker(self.path)
         self._rolls_back = mode != "wal"
-        # Without a WAL, only a commit that is on the disk leaves a file that every power cut and every server forgives.
+        # Without a WAL, only a synced commit keeps the file intact in a power failure or a crash of the file server.
         full = durability == "power" or mode != "wal"
         if not full:
             self._begin_log()
@@ -385,11 +388,11 @@ class SqliteFile:
         connection.execute("PRAGMA journal_size_limit = 67108864")
         if not self._is_current:
             if self.write(migrate):
-                logger.warning("migrated a database of speval 0.1.1; copies of the old release can't use it any more")
+                logger.warning("migrated a database of speval 0.1.1; the old release can't use it any more")
             self.is_0_1, self._is_current = False, True
         if mode != stored:
             self.write(lambda c: c.execute("INSERT OR REPLACE INTO meta VALUES ('journal_mode', ?)", (mode,)).rowcount)
-            self.checkpoint()  # so that the file itself is one of speval, with or without its -wal
+            self.checkpoint()  # so that the file is a speval database also without its -wal
 
     def _begin_log(self) -> None:
         """Write the first commit of an empty -wal without waiting for the disk, which would take longer than a short call.

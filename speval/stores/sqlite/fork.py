@@ -1,8 +1,8 @@
-"""Which process has which SQLite file open.
+"""The process that has a SQLite file open.
 
-Owns what a forked process has to know of its parent. Invariant: SQLite keeps its locks in the memory of the process that took
-them, so a fork believes that it has its parent's, which the kernel has not given it; no fork uses a connection of its parent,
-nor opens a file that its parent had open when it forked.
+Owns the list of files that the parent of a forked process had open. SQLite keeps its locks in the memory of the process, so a
+forked child wrongly assumes that it holds the locks of its parent. Invariant: a forked child never uses a connection of its
+parent, and never opens a file that its parent had open at the fork.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ...errors import DatabaseError
 __all__ = ["Owner"]
 
 _FIX = "start it as a new process (multiprocessing.get_context('spawn') or 'forkserver'), or fork before the database is opened"
-_open: set[Owner] = set()  # of this process and of those it was forked from; without a lock, each access is atomic
+_open: set[Owner] = set()  # of this process and its ancestors by fork; it needs no lock, because each access is atomic
 
 
 class Owner:
-    """The process that opens a file, entered as long as the file is open.
+    """The process that has opened a file; registered while the file is open.
 
     Args:
         file: Device and number of the file.
         shown: The file, for messages.
 
     Attributes:
-        is_first: Whether this process had the file not open before.
+        is_first: Whether this process did not have the file open before.
 
     Raises:
-        DatabaseError: this is a fork of a process that had the file open.
+        DatabaseError: this process was forked from one that had the file open.
     """
 
     def __init__(self, file: tuple[int, int], shown: str) -> None:
@@ -37,7 +37,7 @@ class Owner:
         self._shown = shown
         for other in _open.copy():
             if other._file == file and not other.is_here:
-                problem = f"was open in process {other._pid} when this process ({self._pid}) was forked from it"
+                problem = f"the file was open in process {other._pid} when this process ({self._pid}) was forked from it"
                 raise DatabaseError(shown, f"{problem}, and can't be used here; {_FIX}")
         self.is_first = not any(other._file == file for other in _open.copy())
         _open.add(self)
@@ -51,16 +51,16 @@ class Owner:
         return os.getpid() == self._pid
 
     def check(self) -> None:
-        """See that this is still the process that opened the file.
+        """Check that this is still the process that opened the file.
 
         Raises:
-            DatabaseError: it is a fork of it.
+            DatabaseError: this process was forked from that one.
         """
         if not self.is_here:
-            problem = f"was opened by process {self._pid}, and this one ({os.getpid()}) is a fork of it, which can't use it"
+            problem = f"process {self._pid} opened the file, and this process ({os.getpid()}), a fork of it, can't use it"
             raise DatabaseError(self._shown, f"{problem}; {_FIX}")
 
     def leave(self) -> None:
-        """Take the entry back, the file being closed; calling it again does nothing, nor does a fork's call."""
+        """Remove the entry when the file is closed; a second call and a call in a forked child do nothing."""
         if self.is_here:
             _open.discard(self)

@@ -1,7 +1,7 @@
-"""Whether a SQLite file may be opened.
+"""Checks before SQLite opens a file.
 
-Owns the looks at a file, at what lies beside it and at SQLite itself, before SQLite has the file. Invariant: nothing is
-written here, and no descriptor of a database is closed, because that would drop the locks of this process on it.
+Owns the checks of the file, of the files beside it and of SQLite itself. Invariant: this module writes nothing and never
+closes a descriptor of a database, because that would drop the locks of this process.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["check_file", "check_journal", "check_library", "check_path"]
 
 _OLDEST = (3, 35)  # RETURNING
 _SMALLEST = 512  # bytes of the smallest database
-_MAGIC = bytes.fromhex("d9d505f920a163d7")  # begins a journal, and ends one that names a super-journal
+_MAGIC = bytes.fromhex("d9d505f920a163d7")  # the start of a journal, and the end of one that names a super-journal
 
 
 def check_library(shown: str) -> None:
-    """See that SQLite can do what speval asks of it.
+    """Check that SQLite has the features that speval needs.
 
     Raises:
-        DatabaseError: it is too old, or was built without what is needed.
+        DatabaseError: it is too old, or was built without a required feature.
     """
     if problem := _library_problem():
-        fix = "use a Python that brings a newer one, such as those of `uv venv --python 3.13`, conda or python.org"
+        fix = "use a Python that includes a newer one, from `uv venv --python 3.13`, conda or python.org"
         raise DatabaseError(shown, f"can't be used with this Python ({sys.executable}): its SQLite {problem}; {fix}")
 
 
@@ -53,10 +53,10 @@ def _library_problem() -> str | None:
 
 
 def check_path(path: Path, shown: str, mode: str) -> Path:
-    """Return the path that symbolic links lead to; SQLite puts its other files beside that one.
+    """Return the path with symbolic links resolved; SQLite puts its other files beside that file.
 
     Raises:
-        DatabaseError: it can't be a database, or is not there and ``mode`` is not ``create``.
+        DatabaseError: the path can't be a database, or does not exist and ``mode`` is not ``create``.
     """
     real = Path(os.path.realpath(path))
     if problem := name_problem(real):
@@ -65,7 +65,7 @@ def check_path(path: Path, shown: str, mode: str) -> Path:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            problem = f"is a symbolic link to {path.readlink()}, which is not there; make that or remove the link"
+            problem = f"this is a symbolic link to {path.readlink()}, which does not exist; create that or remove the link"
             raise DatabaseError(str(path), problem) from None
         if mode != "create":
             raise DatabaseMissingError(shown) from None
@@ -73,32 +73,32 @@ def check_path(path: Path, shown: str, mode: str) -> Path:
     except OSError as error:
         raise translated_os(error, path, shown) from error
     if stat.S_ISDIR(status.st_mode):
-        raise DatabaseError(shown, "is a folder; name a file in it")
+        raise DatabaseError(shown, "this is a folder; name a file in it")
     return real
 
 
 def check_file(path: Path, shown: str) -> None:
-    """See that a file, and what lies beside it, can be given to SQLite without harm to anything.
+    """Check that SQLite can open a file, with the files beside it, without damage to any file.
 
     Raises:
-        DatabaseError: it can't be.
+        DatabaseError: it can't.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ForeignDatabaseError(shown, "a device, a pipe or a socket")
-        # SQLite takes a single byte for an empty database.
+        # SQLite treats a file of one byte as an empty database.
         if 0 < status.st_size < _SMALLEST:
-            raise ForeignDatabaseError(shown, "some other kind of file")
+            raise ForeignDatabaseError(shown, "a file of another kind")
         if status.st_nlink > 1:
             problem = (
-                f"has {status.st_nlink} names (hard links); SQLite keeps a -wal beside each, and the file would be destroyed"
+                f"the file has {status.st_nlink} names (hard links); SQLite keeps a -wal beside each, which destroys the file"
             )
             fix = f"remove the others (`find / -xdev -samefile {shown}` lists them), or use a copy of the file"
             raise DatabaseError(shown, f"{problem}: {fix}")
         if is_mount_point(path):
-            problem = "is mounted by itself, and others may keep answers in a -wal beside it that can't be seen from here"
-            raise DatabaseError(shown, f"{problem}: mount its folder in place of the file (docker -v FOLDER:{path.parent})")
+            problem = "the file is mounted without its folder; other workers may keep results in a -wal that is not visible"
+            raise DatabaseError(shown, f"{problem}: mount its folder instead of the file (docker -v FOLDER:{path.parent})")
         for suffix in SIDE_FILES:
             _check_beside(Path(f"{path}{suffix}"), status, shown)
     except OSError as error:
@@ -106,7 +106,7 @@ def check_file(path: Path, shown: str) -> None:
 
 
 def check_journal(path: Path, shown: str) -> None:
-    """See that SQLite may roll back the journal that it finds beside a file; for each transaction that has one.
+    """Check that SQLite may roll back the journal beside a file; called for each transaction with a rollback journal.
 
     Raises:
         DatabaseError: it may not.
@@ -118,7 +118,7 @@ def check_journal(path: Path, shown: str) -> None:
 
 
 def _check_beside(file: Path, database: os.stat_result | None, shown: str) -> None:
-    """See that one of the files beside a database leads to no other file and comes from those who may write the database."""
+    """Check a file beside a database: it must be the file itself, of a user who may write to the database."""
     try:
         status = file.lstat()
     except FileNotFoundError:
@@ -128,17 +128,17 @@ def _check_beside(file: Path, database: os.stat_result | None, shown: str) -> No
         kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not an ordinary file"
         what = "has other names (hard links)" if stat.S_ISREG(status.st_mode) else f"is {kind}"
         raise DatabaseError(
-            shown, f"{name} {what}, and SQLite would write to what it leads to; find out who made it, and remove it"
+            shown, f"{name} {what}, and SQLite would write to its target; find out who created it, and remove it"
         )
     if not status.st_size or file.name.endswith("-shm"):
-        return  # nothing that could get into the database
+        return  # SQLite takes no data from it
     database = database or Path(str(file).removesuffix("-journal")).stat()
     if not _is_trusted(status.st_uid, database):
-        problem = f"{name} belongs to another user ({_user(status.st_uid)}), and SQLite would change the database by it"
+        problem = f"{name} belongs to another user ({_user(status.st_uid)}), and SQLite would apply it to the database"
         raise DatabaseError(shown, f"{problem}; find out what it is, and remove it if it is not yours")
     if file.name.endswith("-journal") and _names_another(file):
         problem = f"{name} names another file, which SQLite would delete (a super-journal)"
-        fix = "remove it, unless a transaction of yours over several databases broke off; then open it with `sqlite3` first"
+        fix = "remove it, unless your own transaction over several databases was interrupted; then open it with `sqlite3` first"
         raise DatabaseError(shown, f"{problem}; {fix}")
 
 
@@ -146,7 +146,7 @@ def _names_another(journal: Path) -> bool:
     """Tell whether a journal ends with the name of a super-journal, its length, a checksum and the magic bytes."""
     try:
         descriptor = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):  # gone meanwhile, or SQLite can't read it either
+    except (FileNotFoundError, PermissionError):  # deleted in the meantime, or SQLite can't read it either
         return False
     try:
         size = os.fstat(descriptor).st_size

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
+from ...model import Claim
 from ...spaces.eager import name_to_key
 from ..base import Ended, TakenIn
-from ..late import Adopted, Standing, Status, sort_out, standing_of
+from ..late import Adopted, Standing, Status, note_refused, sort_out, standing_of
 from .record import due, end
 from .states import STATES, Counters, lift
 
@@ -39,7 +40,7 @@ def take_in(c: sqlite3.Connection, ended: Sequence[Ended], now: float) -> TakenI
     standing, counters = _look_up(c, ended)
     taken, adopted = sort_out(ended, standing)
     if adopted:
-        _record(c, adopted, counters, now)
+        note_refused(taken, adopted, _record(c, adopted, counters, now))
     return taken
 
 
@@ -55,14 +56,15 @@ def _look_up(c: sqlite3.Connection, ended: Sequence[Ended]) -> tuple[dict[str, S
     return standing_of(rows, ends), counters
 
 
-def _record(c: sqlite3.Connection, adopted: Sequence[Adopted], counters: dict[int, Counters], now: float) -> None:
+def _record(c: sqlite3.Connection, adopted: Sequence[Adopted], counters: dict[int, Counters], now: float) -> list[Claim]:
     ended = [one.ended for one in adopted]
     lift(c, [claim.id for claim, _, _ in ended])
     rows = []
     for (claim, _, _), released, _ in adopted:
         rows.append((claim.id, claim.attempt, *counters[claim.id]._replace(released=released), claim.worker, now))
     c.executemany(_ADOPT, rows)
-    end(c, ended, now)
+    refused = end(c, ended, now)
     # Only now: the next number in ``seq`` follows the highest there is, and those who follow have seen these.
     c.executemany(_FORGET_LOST, [(a.ended.claim.id, a.ended.claim.attempt) for a in adopted if a.in_place])
     due(c, [one.claim for one in ended if one.again])
+    return refused

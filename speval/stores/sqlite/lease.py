@@ -1,8 +1,8 @@
-"""Leases in a SQLite file: renewing one's own, watching the others'.
+"""Leases in a SQLite file: renewing the lease of this worker and watching those of others.
 
-Owns the connection of the lease thread. Invariant: nobody is declared dead by comparing wall clocks. A worker is dead when
-its process on this machine is gone, or when its beat has stood still for its whole lease on our own monotonic clock; the
-verdict and the taking back happen in one transaction that looks at the beat once more.
+Owns the connection of the lease thread. Invariant: a worker is never declared dead by comparing wall clocks. A worker is dead
+when its process on this machine has ended, or when its beat has not changed for its whole lease on our monotonic clock. The
+verdict and the reclaiming are one transaction, which checks the beat again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SqliteLeaseKeeping(Reclaiming):
 
     def _opened(self) -> SqliteFile:
         if self._file is None:
-            # Taking back can wait for the next look, one's own renewal can't wait for it.
+            # Reclaiming can wait for the next check, and the renewal must not wait for it.
             self._file = SqliteFile(self._path, "write", patience=1.0)
         return self._file
 
@@ -99,9 +99,9 @@ class SqliteLeaseKeeping(Reclaiming):
         return self._opened().write_within(patience, beat)
 
     def look(self, worker: int) -> tuple[list[WorkerRow], list[object]]:
-        """Return who is dead, and who holds something and is none of those that have not ended.
+        """Return the dead workers, and the orphaned holders: ids in claims that no active worker has.
 
-        Each worker watches all others by itself, so a look reads a row of each; the more there are, the fewer look.
+        Each worker watches all others, so a check reads all rows; the more workers there are, the less often each one checks.
         """
         now = self._clock.monotonic()
         if now >= self._checkpoint_at:
@@ -138,13 +138,13 @@ class SqliteLeaseKeeping(Reclaiming):
         if c.execute(_IS_THERE, (holder,)).fetchone() is not None:
             return None
         known = holder if c.execute(_IS_KNOWN, (holder,)).fetchone() else None
-        message = f"worker {unknown_label(holder)} is none of those in the database that have not ended"
+        message = f"worker {unknown_label(holder)} is not an active worker of this database"
         return self._take_held(c, holder, known, message, max_attempts, bound)
 
     def _take_held(
         self, c: sqlite3.Connection, holder: object, known: object, message: str, max_attempts: int, bound: int
     ) -> Taken:
-        """Take back a bounded number of what the holder holds; ``known`` is who is entered in the table of attempts."""
+        """Reclaim a bounded number of evaluations of a holder; ``known`` is the worker to record in the table of attempts."""
         now = self._clock.wall()
         taken = _taken(c, holder, bound)
         pending: list[tuple[int, int, Counters]] = []
@@ -198,7 +198,7 @@ class _Held(NamedTuple):
 
 
 def _orphaned(c: sqlite3.Connection) -> list[object]:
-    """Return who holds something and is none of the workers that have not ended, each once."""
+    """Return the orphaned holders: ids in claims that no active worker has, each once."""
     holders: list[object] = []
     for statement in _ORPHANED:
         holders += [holder for (holder,) in c.execute(statement) if holder not in holders]

@@ -1,8 +1,8 @@
-"""The filesystem a SQLite file is on.
+"""The filesystem of a SQLite file.
 
-Owns what can be found out about it: its kind, whether its locks exclude, and whether it shows what other machines have written.
-Invariant: no descriptor of a database is ever closed here, because that would drop the locks of this process on it; those of
-``O_PATH`` have no part in locks.
+Owns its checks: the kind of filesystem, whether its locks work, and whether it shows what other machines have written.
+Invariant: this module never closes a descriptor of a database, because that would drop the locks of this process; descriptors
+with ``O_PATH`` do not matter for locks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...errors import DatabaseError
 
 __all__ = ["Freshness", "check_locks", "filesystem", "is_mount_point", "is_network", "kind_of_place"]
 
-# One kernel alone writes to these. Any other kind, also one that is yet to be made, may be shared by several machines.
+# Only one kernel writes to these. Any other kind, also an unknown future one, may be shared by several machines.
 _LOCAL = {
     "apfs", "aufs", "bcachefs", "btrfs", "cramfs", "devtmpfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk",
     "hfs", "hfsplus", "iso9660", "jffs2", "jfs", "minix", "msdos", "nilfs2", "ntfs", "ntfs3", "overlay", "ramfs", "reiser4",
@@ -39,10 +39,10 @@ _LOCKLESS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def filesystem(path: Path) -> str | None:
-    """Return the kind of filesystem the file is on, ``"unknown"`` where Linux does not tell, None on other systems."""
+    """Return the kind of filesystem of a file, ``"unknown"`` if Linux does not report it, None on other systems."""
     if sys.platform != "linux":
         return None
-    # By the number of the mount: a file's device is another one than its mount's in a subvolume and in an overlay.
+    # By mount id: in a subvolume and in an overlay, the device of a file differs from that of its mount.
     number, device = _mount_of(path), path.stat().st_dev
     name = f"{os.major(device)}:{os.minor(device)}"
     for fields in _mounts():
@@ -52,7 +52,7 @@ def filesystem(path: Path) -> str | None:
 
 
 def is_mount_point(path: Path) -> bool:
-    """Tell whether a file has been mounted by itself, away from the folder that it is in (``docker -v runs.db:/runs.db``)."""
+    """Tell whether a file is mounted without its folder (``docker -v runs.db:/runs.db``)."""
     if sys.platform != "linux":
         return False
     number = _mount_of(path)
@@ -63,14 +63,14 @@ def is_mount_point(path: Path) -> bool:
 
 
 def _mounts() -> Iterator[list[str]]:
-    """Yield the fields of each line of the mount table, as far as it can be read."""
+    """Yield the fields of each line of the mount table, if it is readable."""
     with suppress(OSError), Path("/proc/self/mountinfo").open(errors="surrogateescape") as mounts:
         for line in mounts:
             yield line.split(" ")
 
 
 def _mount_of(path: Path) -> str | None:
-    """Return the number of the mount a file is in, None where the kernel does not tell."""
+    """Return the mount id of a file, or None if the kernel does not report it."""
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         with Path(f"/proc/self/fdinfo/{descriptor}").open() as lines:
@@ -87,19 +87,19 @@ def is_network(kind: str | None) -> bool:
 
 
 def kind_of_place(kind: str | None) -> str:
-    """Return how messages name a filesystem that is not known to be local."""
+    """Return the text for messages about a filesystem that is not known to be local."""
     return f"a network filesystem ({kind})" if kind in _NETWORK else f"a filesystem that is not known to be local ({kind})"
 
 
 def check_locks(path: Path, shown: str, kind: str) -> None:
-    """Try the locks of the file's folder, on a file of its own.
+    """Test locks in the file's folder, on a temporary file.
 
     Raises:
-        DatabaseError: they don't work, or exclude nobody.
+        DatabaseError: locks fail, or don't exclude each other.
     """
     if sys.platform != "linux":
         return
-    # The lock and the description of it, not the process, is who these locks belong to; so one process can be two.
+    # These locks belong to the open file description, not to the process, so one process can test both sides.
     request = b"".join(
         value.to_bytes(size, sys.byteorder) for value, size in ((fcntl.F_WRLCK, 2), (0, 6), (0, 8), (1, 8), (0, 8))
     )
@@ -117,20 +117,20 @@ def check_locks(path: Path, shown: str, kind: str) -> None:
                 raise
     except OSError as error:
         if error.errno not in _LOCKLESS:
-            return  # what keeps a file from being made will be said of the database itself
+            return  # a file can't be created here; opening the database reports the reason
         raise DatabaseError(shown, _without_locks(kind, error.strerror or "")) from error
-    raise DatabaseError(shown, _without_locks(kind, "two may have one at a time"))
+    raise DatabaseError(shown, _without_locks(kind, "two owners got the same lock"))
 
 
 def _without_locks(kind: str, problem: str) -> str:
-    return f"its filesystem ({kind}) has no locks that work ({problem}); use a local disk, or a PostgreSQL database"
+    return f"file locks don't work on its filesystem ({kind}): {problem}; use a local disk, or a PostgreSQL database"
 
 
 class Freshness:
-    """Looks, under SQLite's lock, whether this machine sees the file as it is.
+    """Checks, under SQLite's lock, whether this machine sees the current content of the file.
 
-    Many filesystems in user space let the kernel keep what it has read, whatever other machines have written since. SQLite
-    would then take old data for the newest, and write over what the others have recorded.
+    Many filesystems in user space let the kernel cache data that other machines have overwritten. SQLite would then read old
+    data, and overwrite what the others have recorded.
 
     Args:
         path: The file.
@@ -144,18 +144,18 @@ class Freshness:
         if key not in self._kept:
             try:
                 direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
-            except OSError:  # no way past the cache
+            except OSError:  # the cache can't be bypassed
                 direct = None
             self._kept[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), direct
         self._cached, self._direct = self._kept[key]
 
     def is_fresh(self) -> bool:
-        """Return whether what the kernel shows is what the filesystem has, as far as that can be known."""
+        """Return whether the cached content equals that of the filesystem; True if this is unknown."""
         if self._direct is None:
             return True
-        with mmap.mmap(-1, mmap.PAGESIZE) as buffer:  # aligned, as reading past the cache wants it
+        with mmap.mmap(-1, mmap.PAGESIZE) as buffer:  # aligned, which O_DIRECT requires
             try:
                 size = os.preadv(self._direct, [buffer], 0)
                 return os.pread(self._cached, _HEADER, 0) == buffer[: min(size, _HEADER)]
             except OSError:
-                return True  # SQLite will meet the same
+                return True  # SQLite will get the same error

@@ -1,13 +1,13 @@
 """Whether a file and the -wal beside it belong together.
 
-Owns the mark that tells it, and the look at it before SQLite has the file: an older or a newer copy put in the place of a
-database would be merged with a -wal that continues another one, page by page and without an error. Invariant: with one
-snapshot of the -wal, the file holds the mark that is in it, one that an earlier transaction of the same -wal has written, or
-the one before those. What can't be looked at counts as belonging together.
+Owns the mark that proves it, and its check before SQLite opens the file: SQLite would merge an older or newer copy of a
+database with a -wal of another one, page by page and without an error. Invariant: for one snapshot of the -wal, the file
+contains the mark in the -wal, a mark of an earlier transaction of the same -wal, or the mark before those. If the check can't
+run, the two count as belonging together.
 
-A -wal begins anew, over what it held, once all of that is in the database; its header then holds another number. A copy that
-notices writes a new mark, with the one before it, which is then in the database. The -wal may begin anew with that very
-transaction, and be newer than the mark says; so a mark is sure only when the number is found unchanged after it was written.
+A -wal restarts at its beginning when all of it is in the database; its header then has another number. A worker that detects
+this writes a new mark together with the previous one, which is then in the database. The -wal may restart with this
+transaction and be newer than the mark; so a mark is sure only when the number is unchanged after the write.
 
 Source:
     https://www.sqlite.org/walformat.html#the_wal_file_format
@@ -30,13 +30,13 @@ from ...errors import DatabaseError
 __all__ = ["Marker", "check_pair"]
 
 _HEADER = struct.Struct(">16x I 12x")  # the number, which grows by one
-_PATIENCE = 10  # seconds, which end the look at a crafted file
-_NONE = "-"  # stands for the mark of a file without one
+_PATIENCE = 10  # seconds; the time limit of the check, for a crafted file
+_NONE = "-"  # the mark of a file without one
 _SURE = "sure"
-_ATTEMPTS = 4  # transactions; the next commit goes on
+_ATTEMPTS = 4  # transactions; the next commit continues
 _MARK = "SELECT value FROM meta WHERE key = 'log'"
-# In a process of its own: closing the file would drop our locks on it, and closing the last connection would merge it with the
-# -wal. Two looks through the -wal that see the same have seen what belongs to the look at the file alone between them.
+# In a separate process: closing the file would drop our locks, and closing the last connection would merge it with the -wal.
+# If two reads through the -wal return the same, they belong to the read of the file alone between them.
 _LOOK = """
 import os, sqlite3, sys, time
 path, sql = sys.argv[1:]
@@ -78,10 +78,10 @@ os._exit(0)
 
 
 def check_pair(path: Path, shown: str) -> None:
-    """See that a file is the one that the -wal beside it continues; asked before SQLite opens it.
+    """Check that the -wal beside a file belongs to it, before SQLite opens the file.
 
     Raises:
-        DatabaseError: it is another one.
+        DatabaseError: the -wal belongs to another file.
     """
     if _log_number(path) is None:
         return
@@ -91,17 +91,17 @@ def check_pair(path: Path, shown: str) -> None:
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE, check=False
         )
     except (OSError, subprocess.SubprocessError):
-        return  # such as an interpreter that this user may not execute
+        return  # for example, this user may not execute the interpreter
     if looked.stdout.strip() != "misfit":
         return
     log = f"{shown}-wal"
-    problem = f"is not the file that {log} continues: an older or a newer copy was put in its place, and the two do not fit"
-    fix = f"put the right file back; or, to go on with this one and without the answers in {log}, move {log} away"
+    problem = f"{log} does not belong to this file, which is probably an older or newer copy"
+    fix = f"restore the right file; or, to continue with this one and without the results in {log}, move {log} away"
     raise DatabaseError(shown, f"{problem}; {fix}")
 
 
 class Marker:
-    """Writes a mark each time the -wal of an open file has begun anew.
+    """Writes a mark each time the -wal of an open file has restarted.
 
     Args:
         path: The file.
@@ -115,7 +115,7 @@ class Marker:
         return f"<Marker of {str(self._path)!r}: -wal {self._marked}>"
 
     def look(self, write: Callable[[Callable[[sqlite3.Connection], int | None]], int | None]) -> None:
-        """Look at the -wal, and write a mark if there is none for it; after each commit.
+        """Check the -wal after a commit, and write a mark if it has none.
 
         Args:
             write: Calls a function in a transaction with the write lock.
@@ -126,12 +126,12 @@ class Marker:
             self._marked = write(self._mark)
 
     def _mark(self, connection: sqlite3.Connection) -> int | None:
-        """Write what is missing: a mark, or that it is sure; return the number of a -wal that has a sure one."""
+        """Write a new mark, or make it sure; return the number of the -wal once its mark is sure."""
         number = _log_number(self._path)
         row = connection.execute(_MARK).fetchone()
         of, is_sure, newest, *older = str(row[0]).split() if row else (_NONE, _SURE, _NONE)
         if of != str(number):
-            # An unsure one may be the first in this -wal; then the file can still be as it was before.
+            # An unsure mark may be the first one in this -wal; then the file may still contain the one before.
             older = [newest] if is_sure == _SURE else [newest, *older]
             value = [str(number), "unsure", secrets.token_hex(8), *older]
         elif is_sure != _SURE:
@@ -143,7 +143,7 @@ class Marker:
 
 
 def _log_number(path: Path) -> int | None:
-    """Return the number of the -wal beside a file, None if there is none yet."""
+    """Return the number of the -wal beside a file, or None without a -wal."""
     try:
         descriptor = os.open(f"{path}-wal", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

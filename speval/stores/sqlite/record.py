@@ -27,17 +27,17 @@ __all__ = ["Part", "due", "end", "look", "newest", "record"]
 _AT_ONCE = (512, 64, 8, 1)  # rows of one statement
 _HEAVY = 10_000_000  # characters of results that are not given to one statement together
 
-# The evaluations of a worker's space are all up to :last but those in ``strangers``, which is nearly always empty.
+# The evaluations of a worker's space are all up to :last but those in ``unlisted``, which is nearly always empty.
 _FIND_QUEUED = """
 SELECT q.id, q.attempt + 1, q.attempt + 1 - q.released - q.forgiven, e.name, e.args, e.crc
 FROM queue AS q CROSS JOIN evaluations AS e ON e.id = q.id
-WHERE q.id <= :last AND q.id NOT IN strangers ORDER BY q.id LIMIT :limit
+WHERE q.id <= :last AND q.id NOT IN unlisted ORDER BY q.id LIMIT :limit
 """
 _FIND_QUEUED_FRESH = _FIND_QUEUED.replace("ORDER BY", "AND q.attempt = q.released + q.forgiven AND NOT q.suspect ORDER BY")
-# From one range to the next: those that hold strangers only are passed.
+# From range to range, skipping those with only unlisted evaluations.
 _FIND_FRESH = """
 SELECT e.id, 1, 1, e.name, e.args, e.crc FROM fresh AS f CROSS JOIN evaluations AS e ON e.id BETWEEN f.first AND f.last
-WHERE f.first <= :last AND e.id <= :last AND e.id NOT IN strangers ORDER BY f.first, e.id LIMIT :limit
+WHERE f.first <= :last AND e.id <= :last AND e.id NOT IN unlisted ORDER BY f.first, e.id LIMIT :limit
 """
 _RUN_QUEUED = """
 INSERT INTO running (id, attempt, released, forgiven, suspect, ahead, held, worker, updated_at)
@@ -67,19 +67,19 @@ _IS_HERE = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL AND NOT dead
 # Of a range: it holds an id that is of the space.
 _IN_SPACE = """
 first <= :last
-AND min(last, :last) - first + 1 > (SELECT count(*) FROM strangers WHERE id BETWEEN first AND min(last, :last))
+AND min(last, :last) - first + 1 > (SELECT count(*) FROM unlisted WHERE id BETWEEN first AND min(last, :last))
 """
 _ANY_PENDING = f"""
-SELECT EXISTS (SELECT 1 FROM queue WHERE id <= :last AND id NOT IN strangers)
+SELECT EXISTS (SELECT 1 FROM queue WHERE id <= :last AND id NOT IN unlisted)
     OR EXISTS (SELECT 1 FROM fresh WHERE {_IN_SPACE})
 """
 _ANY_HELD = f"""
 SELECT EXISTS (SELECT 1 FROM claimed WHERE {_IN_SPACE})
-    OR EXISTS (SELECT 1 FROM running WHERE id <= :last AND id NOT IN strangers)
+    OR EXISTS (SELECT 1 FROM running WHERE id <= :last AND id NOT IN unlisted)
 """
 _FAILURES = """
 SELECT count(*) FROM attempts INDEXED BY attempts_failed
-WHERE final AND outcome <> 'completed' AND seq > :since AND evaluation <= :last AND evaluation NOT IN strangers
+WHERE final AND outcome <> 'completed' AND seq > :since AND evaluation <= :last AND evaluation NOT IN unlisted
 """
 
 

@@ -1,8 +1,7 @@
-"""What rows of a SQLite file mean, and whether they are what was written.
+"""The rows of a SQLite file, and their checksums.
 
-Owns the columns of an evaluation, with what it takes to check them. Invariant: what is not as it was written is an error that
-names the evaluation, never a value; and where there are evaluations to read, those that are damaged keep none of the others
-from being read.
+Owns the columns of an evaluation and their check. Invariant: a corrupt row is an error that names the evaluation, never a
+value; and when many evaluations are read, the damaged ones are skipped.
 """
 
 from __future__ import annotations
@@ -67,10 +66,10 @@ _HOLES = 1000  # missing ids of a range that are named
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of ``COLUMNS`` stands for.
+    """Return the evaluation of a row with ``COLUMNS``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     id, status, attempt, released, forgiven, updated, name, args, crc = row[:9]
     ended, ended_crc, worker = row[9:21], row[21], row[22:]
@@ -92,7 +91,7 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
 
 
 def shown_0_1(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation that a row of a database of speval 0.1.1 stands for, which has no checksums."""
+    """Return the evaluation of a row of a speval 0.1.1 database, which has no checksums."""
     return shown_evaluation(db, row[1:])
 
 
@@ -100,25 +99,25 @@ def check_evaluation(db: str, id: int, name: object, args: Any, crc: int | None)
     """Check a row of ``evaluations``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     if args is None:
         raise EvaluationDamagedError(db, f"number {id}", "its name and its args are gone")
     if crc != of_evaluation(id, name, args):
-        raise EvaluationDamagedError(db, str(name), "its name or its args are not as they were written")
+        raise EvaluationDamagedError(db, str(name), "its name or its args are corrupt")
 
 
 def check_attempt(db: str, name: object, row: Sequence[Any], crc: int | None) -> None:
     """Check a row of ``attempts``, from ``seq`` to ``error_traceback``.
 
     Raises:
-        EvaluationDamagedError: it is not as it was written.
+        EvaluationDamagedError: the row is corrupt.
     """
     if row[0] is None:
         raise EvaluationDamagedError(db, str(name), "its last attempt, with its result, is gone")
     if crc != of_attempt(row):
         what = "the result" if row[7] == "completed" else "the outcome"
-        raise EvaluationDamagedError(db, str(name), f"{what} of its attempt {row[2]} is not as it was written")
+        raise EvaluationDamagedError(db, str(name), f"{what} of its attempt {row[2]} is corrupt")
 
 
 def check_names(c: sqlite3.Connection, db: str, damaged: Damaged, after: int, upto: int) -> None:

@@ -1,7 +1,7 @@
-"""What can still be read of a damaged SQLite file, as a stream for another database.
+"""Reads the intact rows of a damaged SQLite file, as a stream for another database.
 
-Owns the way around what SQLite can't read. Invariant: whatever is yielded has its checksum, and so is as it was written; what
-is missing is named, by its number where the name is gone.
+Owns skipping the parts that SQLite can't read. Invariant: every yielded row has a valid checksum; each missing evaluation is
+named, by its id if its name is unreadable.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ CREATE INDEX claimed_worker ON claimed (worker);
 CREATE TABLE queue (
     id INTEGER PRIMARY KEY REFERENCES evaluations,
     attempt INTEGER NOT NULL,     -- the latest attempt's number, half of the fencing token: it only ever grows
-    released INTEGER NOT NULL,    -- attempts given back unused
+    released INTEGER NOT NULL,    -- released attempts
     forgiven INTEGER NOT NULL,    -- attempts before the last retry(): the budget used is the rest
     suspect INTEGER NOT NULL,     -- a worker died with it claimed ahead, and it is never claimed ahead again
     updated_at REAL NOT NULL

@@ -1,8 +1,8 @@
 """Seeding: an eval space compared with what is stored, in SQL.
 
-Owns the TEMP tables ``incoming``, ``differing`` and ``strangers`` of a store's connection. Invariant: what is compared
-before the lock is had is compared again, or found unchanged, under it, so any number of workers may seed at once; each
-function is the whole work of one transaction.
+Owns the TEMP tables ``incoming``, ``differing`` and ``unlisted`` of a store's connection. Invariant: a comparison made before
+the lock is taken is repeated or found unchanged under the lock, so any number of workers may seed at once; each function is
+the whole work of one transaction.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ _STANDING = f"""
 SELECT s.id, s.attempt, s.released, s.suspect FROM differing AS d CROSS JOIN {STATES} AS s ON s.id = d.id
 """
 _STRANGERS = """
-INSERT INTO strangers SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
+INSERT INTO unlisted SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
-_LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN strangers"
+_LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN unlisted"
 _COUNT = "SELECT count(*) FROM evaluations"
 # Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never reused.
 _WITHOUT_STATE = f"""
@@ -113,7 +113,7 @@ def is_known(c: sqlite3.Connection, space: Space) -> tuple[int, int, bool]:
 
 def follow(c: sqlite3.Connection) -> int:
     """Pass over nothing that is stored, and return the newest attempt."""
-    c.execute("DELETE FROM strangers")
+    c.execute("DELETE FROM unlisted")
     (since,) = c.execute(_MAX_SEQ).fetchone()
     return int(since)
 
@@ -122,7 +122,7 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     """Add the next rows of a space to a database that holds those before them and nothing else.
 
     Returns:
-        How many; 0 if it holds something else by now, and has to be compared.
+        The number of added rows; 0 if the database now has other rows and must be compared.
     """
     # The last id that was ever given: where all has been dropped, they do not begin with 1.
     (last,) = c.execute(_LAST_GIVEN).fetchone()
@@ -131,7 +131,7 @@ def fill(c: sqlite3.Connection, space: Space, rows: Iterator[tuple[Key, str]], f
     added: int = c.executemany(_ADD, _numbered(last, islice(rows, CHUNK))).rowcount
     if added > 0:
         add_range(c, FRESH, last + 1, last + added, now)
-    # Unless somebody has dropped some of them meanwhile: the next start is to find out.
+    # Unless some of them were dropped in the meantime: the next start compares.
     if filled + added == space.count == c.execute(_COUNT).fetchone()[0]:
         c.execute("INSERT OR REPLACE INTO meta VALUES ('space', ?)", (_digest(space),))
     return added
@@ -196,7 +196,7 @@ def settle(
     """Do what is left to do under the lock, unless the comparison is stale.
 
     Returns:
-        How many stored evaluations the space does not have, and its last id; None if it has to be compared anew.
+        The number of unlisted evaluations, and the last id of the space; None if it must be compared again.
     """
     if _args_version(c) != comparison.version:
         return None
@@ -205,7 +205,7 @@ def settle(
     count, homes = _counts(c)
     if count != homes:
         put_back(c, [(id, attempt, Counters()) for id, attempt in c.execute(_WITHOUT_STATE).fetchall()], now)
-    c.execute("DELETE FROM strangers")
+    c.execute("DELETE FROM unlisted")
     gone: int = c.execute(_STRANGERS).rowcount
     (last,) = c.execute(_LAST).fetchone()
     if not gone and (not comparison.differing or on_changed == "rerun"):

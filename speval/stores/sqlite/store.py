@@ -43,7 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _A_ROW = 1000  # bytes of file that a row of an eval space counts as, for what may be done to it
-_OPENED = "CREATE TEMP TABLE strangers (id INTEGER PRIMARY KEY)"
+_OPENED = "CREATE TEMP TABLE unlisted (id INTEGER PRIMARY KEY)"
 _ALL = 2**62  # as the highest id of a space: whatever is stored, and whatever will be
 
 _LEAVE = "UPDATE workers SET ended_at = ?, last_seen = ? WHERE id = ? AND ended_at IS NULL"
@@ -66,26 +66,26 @@ ORDER BY rowid
 _ENDED_SINCE = f"""
 SELECT {FINAL_COLUMNS}
 FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation LEFT JOIN workers AS w ON w.id = a.worker
-WHERE a.seq > :cursor AND a.final AND a.evaluation <= :last AND a.evaluation NOT IN strangers ORDER BY a.seq
+WHERE a.seq > :cursor AND a.final AND a.evaluation <= :last AND a.evaluation NOT IN unlisted ORDER BY a.seq
 """
 _SEQ = 9  # the place of the attempt's number in it
 
 # A range counts as a whole, less what is not of the space.
 _OF_RANGE = """
-total(min(last, :last) - first + 1 - (SELECT count(*) FROM strangers WHERE id BETWEEN first AND min(last, :last)))
+total(min(last, :last) - first + 1 - (SELECT count(*) FROM unlisted WHERE id BETWEEN first AND min(last, :last)))
 """
 _COUNTS = f"""
 SELECT (SELECT {_OF_RANGE} FROM fresh WHERE first <= :last)
-        + (SELECT count(*) FROM queue WHERE id <= :last AND id NOT IN strangers)
-        + (SELECT total(held) FROM running WHERE id <= :last AND id NOT IN strangers),
+        + (SELECT count(*) FROM queue WHERE id <= :last AND id NOT IN unlisted)
+        + (SELECT total(held) FROM running WHERE id <= :last AND id NOT IN unlisted),
     (SELECT {_OF_RANGE} FROM claimed WHERE first <= :last)
-        + (SELECT total(NOT held) FROM running WHERE id <= :last AND id NOT IN strangers),
+        + (SELECT total(NOT held) FROM running WHERE id <= :last AND id NOT IN unlisted),
     (SELECT count(*) FROM attempts INDEXED BY attempts_final
-        WHERE final AND evaluation <= :last AND evaluation NOT IN strangers)
+        WHERE final AND evaluation <= :last AND evaluation NOT IN unlisted)
 """
 _CAUSES = """
 SELECT coalesce(CAST(outcome AS TEXT), ''), count(*) FROM attempts INDEXED BY attempts_failed
-WHERE final AND outcome <> 'completed' AND evaluation <= :last AND evaluation NOT IN strangers GROUP BY 1
+WHERE final AND outcome <> 'completed' AND evaluation <= :last AND evaluation NOT IN unlisted GROUP BY 1
 """
 
 _RETRY_NAMED = f"""
@@ -248,7 +248,7 @@ class SqliteStore(Store):
         return comparison.seeded(space.count, gone)
 
     async def _fill(self, space: Space) -> bool:
-        """Seed a database without evaluations, where there is nothing to compare; False if somebody else does so too."""
+        """Seed a database without evaluations, which needs no comparison; False if another worker does the same."""
         rows, filled = space.rows(), 0
         while filled < space.count:
             added = await self._write(seeding.fill, space, rows, filled, self._clock.wall())

@@ -1,7 +1,7 @@
-"""What keeps a -wal from being moved into the database.
+"""Finds what blocks the checkpoint of a -wal.
 
-Owns reading SQLite's index of it and the kernel's table of locks. Invariant: a finding is made only of a transaction that is
-older than megabytes of commits; and the index is read in a process of its own, because closing it would drop our locks on it.
+Owns reading SQLite's -wal index and the kernel's table of locks. Invariant: only a transaction older than megabytes of
+commits is reported, and a separate process reads the index, because closing it would drop our locks.
 
 Source:
     https://www.sqlite.org/walformat.html#the_wal_index_file_format
@@ -23,14 +23,14 @@ from ...model import Finding
 __all__ = ["blocked"]
 
 _LARGE = 2**23  # bytes; a commit tries to move them into the database from 4 MB on
-_HEADER = struct.Struct("=12xBxH I 76x 6I")  # is it initialised, page size, last frame; frames moved, what each reader has seen
+_HEADER = struct.Struct("=12xBxH I 76x 6I")  # initialised, page size, last frame; frames moved, last frame of each reader
 _READERS = 123  # the byte of the index that the first kind of reader locks
 _READ = "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read(int(sys.argv[2])))"
 _SHOWN = 60  # characters of a command line
 
 
 def blocked(database: Path) -> list[Finding]:
-    """Return a finding if the -wal has grown, because a transaction is kept open or no checkpoint has been."""
+    """Return a finding if the -wal has grown because of an open transaction or a missing checkpoint."""
     log, index = Path(f"{database}-wal"), Path(f"{database}-shm")
     try:
         size = log.stat().st_size
@@ -39,11 +39,11 @@ def blocked(database: Path) -> list[Finding]:
         known = _read(index)
         key = index.stat().st_ino
     except OSError:
-        return []  # gone meanwhile
+        return []  # deleted in the meantime
     if known is None:
         return []
     page, last, moved, *seen = known
-    seen[0] = moved  # who reads the database alone
+    seen[0] = moved  # readers of the database file alone
     behind = {_READERS + i for i, frame in enumerate(seen) if (last - frame) * page >= _LARGE}
     readers = sorted({pid for pid, byte in _locks(key) if byte in behind and pid != os.getpid()})
     if not readers and (last - moved) * page < _LARGE:
@@ -52,10 +52,10 @@ def blocked(database: Path) -> list[Finding]:
     if readers:
         who = " and ".join(map(_shown, readers))
         problem = f"{grown}: its checkpoint is blocked by a transaction kept open by {who}"
-        fix = "end that transaction; until then the -wal grows with every commit, and nothing is lost"
+        fix = "end that transaction; until then the -wal grows with every commit, and no result is lost"
     else:
-        problem = f"{grown}, of which no checkpoint has moved {_megabytes((last - moved) * page)}"
-        fix = "the next copy that runs does; if not, a process that can't be seen from here keeps a transaction open"
+        problem = f"{grown}, and no checkpoint has moved {_megabytes((last - moved) * page)} of it"
+        fix = "the next worker does; if not, a process that is not visible here keeps a transaction open"
     return [Finding(problem, fix, False)]
 
 
@@ -64,7 +64,7 @@ def _megabytes(size: int) -> str:
 
 
 def _read(index: Path) -> tuple[int, ...] | None:
-    """Return page size, last frame, how many have been moved, and what the five kinds of readers have seen."""
+    """Return the page size, the last frame, the number of moved frames, and the last frame of each of the five readers."""
     command = [sys.executable, "-I", "-S", "-c", _READ, str(index), str(_HEADER.size)]
     try:
         read = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout  # noqa: S603
@@ -75,7 +75,7 @@ def _read(index: Path) -> tuple[int, ...] | None:
 
 
 def _locks(inode: int) -> Iterator[tuple[int, int]]:
-    """Yield the process and each byte of a file that it has locked; none where the kernel does not tell."""
+    """Yield (pid, byte) for each locked byte of a file; nothing if the kernel does not report locks."""
     with suppress(OSError, ValueError), Path("/proc/locks").open() as table:
         for line in table:
             fields = line.replace("-> ", "").split()

@@ -1,8 +1,7 @@
-"""What becomes of a database file while it is open, or before it is opened.
+"""Watches a database file while it is open, and checks for its -wal before it is opened.
 
-Owns noticing that the file or its -wal was deleted, replaced or emptied, saving what the open file still holds, and telling
-that a file lacks the -wal it was used with. Invariant: nothing that exists is overwritten, and a copy is named only if it is
-whole.
+Owns detecting that the file or its -wal was deleted, replaced or truncated, saving the data of the open file, and detecting a
+missing -wal. Invariant: existing files are never overwritten, and a message names a copy only when it is complete.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ class Watchman:
         path: Its name.
 
     Attributes:
-        is_linked: Whether it has a second name, a hard link, as of the last look.
+        is_linked: Whether it had a second name, a hard link, at the last check.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._log_path = Path(f"{path}-wal")
         self._identity: tuple[int, int] | None = None
-        self._log: tuple[int, int] | None = None  # the same of the -wal, where there is one
+        self._log: tuple[int, int] | None = None  # the identity of the -wal, if it exists
         self._was_filled = False
         self.is_linked = False
-        self._rescued = ""  # what was said of it
+        self._rescued = ""  # the message about the rescue
 
     def note_log(self) -> None:
-        """Remember the -wal, which is there from now on."""
+        """Remember the identity of the -wal, which exists from now on."""
         self._log = identity(self._log_path)[0]
 
     def taken_away(self) -> str | None:
-        """Return what has happened to the files, None if they are there."""
+        """Return what has happened to the files, or None if they exist unchanged."""
         how = None
         try:
             found, size, names = identity(self._path)
@@ -56,36 +55,38 @@ class Watchman:
                 how = "was deleted" if found is None else "was replaced by another file"
             elif self._was_filled and not size:
                 how = "was emptied"
-            # SQLite itself deletes it only when the last one closes the database, and it holds what is not in the database yet.
+            # SQLite deletes the -wal only when the last connection closes; it contains commits that the database lacks.
             elif self._log is not None and identity(self._log_path)[0] != self._log:
                 how = "has lost its -wal file, which was deleted or replaced"
         except OSError:
-            return None  # a folder or a server out of reach: SQLite will say
+            return None  # a folder or a server is unreachable: SQLite will report it
         self._was_filled = self._was_filled or size > 0
         self.is_linked = names > 1
         return how
 
     def rescue(self, connection: sqlite3.Connection) -> str:
-        """Copy what the open file still holds beside the name it had, once, and say where to."""
+        """Copy the data of the open file to a new file beside it, once; return a message that names the copy."""
         if not self._rescued:
             try:
                 path = self._copy(connection)
             except (OSError, sqlite3.Error) as error:
-                return f"what was recorded could not be saved: {error}"
+                if isinstance(connection, GuardedConnection):
+                    connection.raise_caught()
+                return f"the recorded data could not be saved: {error}"
             else:
-                self._rescued = f"all that was recorded is in {path}: rename it and start again"
+                self._rescued = f"all recorded data is in {path}: rename it and start again"
                 self._remove_log()
         return self._rescued
 
     def _remove_log(self) -> None:
-        """Remove the -wal of a file that is gone: SQLite would apply it to the next file of that name and so destroy that."""
+        """Remove the -wal of a deleted file: SQLite would apply it to the next file with this name, and destroy that file."""
         with suppress(OSError):
             if self._log is not None and identity(self._path)[0] != self._identity and identity(self._log_path)[0] == self._log:
                 self._log_path.unlink()
                 Path(f"{self._path}-shm").unlink()
 
     def _copy(self, connection: sqlite3.Connection) -> Path:
-        """Return the copy: a new one, or one that another copy of the script has made of the same."""
+        """Return the path of the copy: a new one, or an equal one that another worker has made."""
         held = _newest(connection)
         for number in count(1):
             path = Path(f"{self._path}.rescued{'' if number == 1 else f'-{number}'}")
@@ -105,7 +106,7 @@ class Watchman:
 
 
 def lacks_log(path: Path) -> bool:
-    """Tell whether a file stands without a -wal, or with an empty one; asked before anything opens it."""
+    """Tell whether the -wal of a file is missing or empty; call it before the file is opened."""
     try:
         return not Path(f"{path}-wal").stat().st_size
     except FileNotFoundError:
@@ -115,14 +116,14 @@ def lacks_log(path: Path) -> bool:
 
 
 def missing_log(connection: sqlite3.Connection, machine: str | None = None) -> str | None:
-    """Return what there is to say of a file that lacks a -wal, None if it needs none.
+    """Return a message about a missing -wal, or None if the file needs none.
 
-    A worker writes to the -wal until it leaves. Where one has not left and there is no -wal, the file was copied without it; or
-    the worker died, and another program has opened and closed the file since, which moves all of the -wal into it.
+    A worker writes to the -wal until it leaves. If a worker has not left and the -wal is missing, there are two cases: the
+    file was copied without it; or the worker died, and another program has opened and closed the file, which merges the -wal.
 
     Args:
-        connection: To the file.
-        machine: Do not count workers of this one, where the second is likely.
+        connection: The connection to the file.
+        machine: Ignore workers of this machine, where the second case is likely.
     """
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         return None
@@ -130,7 +131,7 @@ def missing_log(connection: sqlite3.Connection, machine: str | None = None) -> s
     if not left:
         return None
     return visible(
-        f"it has no -wal file, and worker {left[0]} has not left: answers are missing if it was copied without its -wal"
+        f"its -wal is missing, and worker {left[0]} has not left: results are missing if the file was copied without its -wal"
     )
 
 
@@ -140,7 +141,7 @@ def _newest(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _holds(path: Path, held: tuple[int, int], connection: sqlite3.Connection) -> bool:
-    """Tell whether a rescued file is whole, and of the same evaluations and attempts."""
+    """Tell whether a rescued file is complete and has the same evaluations and attempts."""
     sample = "SELECT * FROM attempts ORDER BY seq DESC LIMIT 100"
     try:
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0)) as other:
@@ -150,7 +151,7 @@ def _holds(path: Path, held: tuple[int, int], connection: sqlite3.Connection) ->
 
 
 def identity(path: Path) -> tuple[tuple[int, int] | None, int, int]:
-    """Return what tells a file from every other one, None if there is none of that name, its size and how many names it has."""
+    """Return (identity, size, number of names) of a file; the identity is None if the file does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
