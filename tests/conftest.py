@@ -174,7 +174,7 @@ def db(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
     """A PostgreSQL server for all tests that want one; each takes an eval space of its own there."""
-    server = Server(fsync="off")
+    server = Server()
     try:
         server.start()
         yield server
