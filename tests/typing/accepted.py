@@ -12,7 +12,20 @@ import pandas as pd
 import polars as pl
 
 import speval as package
-from speval import Evaluation, EvaluationsFailed, SpevalError, Summary, aio, as_completed, load_evals, retry, speval, to_frame
+from speval import (
+    Database,
+    Evaluation,
+    EvaluationsFailed,
+    SpevalError,
+    Summary,
+    aio,
+    as_completed,
+    load_evals,
+    retry,
+    speval,
+    to_frame,
+)
+from speval.model import Attempt, Compacted, Health, Overview
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
@@ -89,6 +102,28 @@ def reading() -> None:
     assert_type(retry("runs.db"), int)
     assert_type(retry("runs.db", ["a", "b"], status="completed"), int)
     assert_type(retry("runs.db", (name for name in "ab")), int)
+
+
+def databases() -> None:
+    with Database("runs.db") as database:
+        assert_type(database, Database)
+        assert_type(database.status(failures=3), Overview)
+        assert_type(database.evaluations(status="failed", cause="timeout", pattern="a*", limit=10), Iterator[Evaluation])
+        assert_type(database.evaluation("a"), Evaluation)
+        assert_type(database.attempts("a"), list[Attempt])
+        assert_type(database.check(integrity=False), Health)
+        assert_type(database.retry(["a"], status="completed"), int)
+        assert_type(database.retry(cause="crash", pattern="a*"), int)
+        database.pause()
+        database.resume()
+        database.set(concurrency=4)
+        database.unset("concurrency")
+        assert_type(database.drop(status="pending"), int)
+        copied = database.copy(Path("other.db"))
+        assert_type(copied.evaluations, int)
+        assert_type(copied.attempts, int)
+        assert_type(database.compact(), Compacted)
+    assert_type(Database(Path("runs.db")).close(), None)
 
 
 def frames() -> None:
