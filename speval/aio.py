@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from itertools import islice
 from os import PathLike
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from .bitmap import Bitmap
 from .clock import Clock
@@ -160,7 +160,9 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
         return evaluations
 
 
-async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
+async def retry(
+    db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Literal["failed", "completed"] = "failed"
+) -> int:
     """Do as ``speval.retry`` does, in a thread beside the event loop.
 
     Args:

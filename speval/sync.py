@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import aclosing, suppress
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from . import open_calls as calls
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
@@ -192,7 +192,9 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
         return list(control.evaluations(status=status))
 
 
-def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
+def retry(
+    db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Literal["failed", "completed"] = "failed"
+) -> int:
     """Put evaluations back to pending with a fresh attempt budget; the next ``speval`` call evaluates them again.
 
     What the earlier attempts brought stays recorded in the table ``attempts``.

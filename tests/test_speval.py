@@ -297,7 +297,7 @@ async def test_retry_of_completed_ones_evaluates_them_again(db):
 async def test_retry_refuses_what_makes_no_sense(db):
     await aio.speval(double, [1], db)
     with pytest.raises(OptionError, match="status='pending'"):
-        await aio.retry(db, status="pending")
+        await aio.retry(db, status="pending")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="names='0'"):
         await aio.retry(db, "0")
     with pytest.raises(UnknownNameError):

@@ -42,7 +42,7 @@ def values_that_no_option_has() -> None:
     speval(square, [1], "runs.db", retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
     speval(square, [1], "runs.db", workers=4)  # type: ignore[call-arg]
     load_evals("runs.db", status="done")  # type: ignore[arg-type]
-    retry("runs.db", status="done")  # type: ignore[arg-type]
+    retry("runs.db", status="pending")  # type: ignore[arg-type]
     to_frame("runs.db", library="numpy")  # type: ignore[call-overload]
 
 
