@@ -32,6 +32,7 @@ from .errors import (
 TYPE_CHECKING = False  # type checkers read it as True; importing typing would double the time of this import
 if TYPE_CHECKING:
     from . import aio
+    from .database import Database
     from .flat import to_frame
     from .model import Evaluation, Summary
     from .sync import as_completed, load_evals, retry, speval
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgsChangedError",
     "CalledInWorkerError",
+    "Database",
     "DatabaseError",
     "DatabaseLockedError",
     "DatabaseMissingError",
@@ -70,6 +72,7 @@ __all__ = [
 __version__ = "1.0.0.dev0"
 
 _MODULES = {
+    "Database": "database",
     "Evaluation": "model",
     "Summary": "model",
     "as_completed": "sync",

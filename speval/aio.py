@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from itertools import islice
 from os import PathLike
-from typing import Any
+from typing import Any, Protocol, TypeVar, get_args
 
 from .bitmap import Bitmap
 from .clock import Clock
 from .engine.worker import Worker
-from .errors import CalledInWorkerError, OptionError
+from .errors import CalledInWorkerError
 from .executors import make_executor
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Outputs, Status, Summary
-from .options import Database, ExecutorOption, Options, checked_database, checked_status
+from .options import ExecutorOption, Location, Options, checked_database, checked_retry, checked_status
 from .spaces.eager import Space
 from .spaces.lazy import Source, is_source
-from .stores import make_store
+from .stores import make_control, make_store
+from .stores.control import Control, ControlMode
 from .terminal.progress import progress
+from .threads import WorkThread
 
 __all__ = ["as_completed", "load_evals", "retry", "speval"]
 
+T = TypeVar("T")
+
 _PAGE = 1000  # evaluations read at once
 _POLL = 0.2  # seconds between looks for what other workers have recorded
+
+
+class Run(Protocol):
+    """Runs what blocks in a thread."""
+
+    async def __call__(self, work: Callable[[], T]) -> T: ...
 
 
 async def speval(
@@ -49,52 +61,17 @@ async def speval(
     durability: Durability = "process",
     progress: bool | None = None,
 ) -> Summary:
-    """Evaluate a function over an eval space, together with every other copy that works on the same database.
+    """Do as ``speval.speval`` does, awaited: ``"coroutine"`` means the running event loop, which is never blocked.
 
-    When it returns, every evaluation is recorded in the database. When it is cancelled, it stops claiming, cancels what
-    runs, records what has ended, gives back the rest without charging an attempt, and raises the cancellation; cancelled
-    once more, it lets go at once.
-
-    Args:
-        func: The function, plain or async. It gets one argument: the args of the evaluation as JSON gives them back.
-        eval_space: Args by name, or an iterable of args, which are then named "0", "1" and so on. Read once, in order, before
-            the first evaluation starts. Or a lazy space, read while the run goes on, whenever a slot
-            has nothing to do: an async iterable of args, named by position; or a generator function, plain (run in a thread)
-            or async, that is given a function ``ended`` and yields pairs of a name and args, or None for "nothing until
-            more has ended". ``ended()``, to be awaited in an async one, returns the evaluations that have ended since it was
-            last called, whichever worker recorded them, at first all. With such a space the call speaks of all that is stored.
-        db: A file name, made if it is missing, with its folders; or the URL of a PostgreSQL database, ``postgresql://host/name``.
-        timeout: Seconds an evaluation may run. None: as long as it takes.
-        concurrency: Evaluations this call runs at once.
-        executor: Where the function runs: ``"coroutine"`` (this event loop), ``"thread"``, ``"process"``, or an executor of
-            ``concurrent.futures`` that you make and close. ``"auto"`` takes coroutines for async functions; for plain ones a
-            thread while ``concurrency`` is 1 and no timeout is set, else processes, which alone can be stopped.
-        max_attempts: Attempts an evaluation gets when they end in a timeout, a crash or with the death of their worker.
-        retry_on: Exception types after which an evaluation is tried again, within ``max_attempts``. By default an
-            exception is final.
-        backoff: Seconds before the second attempt, doubling with each further one, 60 at most, give or take a fifth. An
-            evaluation whose worker died is tried again at once.
-        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
-        on_changed: What to do when names are stored with other args: ``"error"`` raises and changes nothing, ``"keep"``
-            warns and goes on with the stored ones, ``"rerun"`` stores the new ones and evaluates those again.
-        wait: Return when every evaluation is completed or failed, also those other workers hold. False: return when nothing
-            is left to claim.
-        max_failures: Stop claiming when so many evaluations (int), or this share of the space (float), have failed since
-            the call began, in whichever copy.
-        durability: What a recorded result survives: ``"process"`` the death of any process, ``"power"`` a power cut too.
-        progress: Whether to show a progress bar. None: when stderr is a terminal, or in a notebook.
+    The parameters are those of ``speval.speval``, whose documentation has them in full. Cancelling it does what Ctrl-C does
+    there: it stops claiming, cancels what runs, records what has ended, gives back the rest without charging an attempt, and
+    raises the cancellation; cancelled once more, it leaves at once.
 
     Returns:
-        How many evaluations of the space stand where.
+        The evaluations of the space, counted by status and cause, and how the call ended.
 
     Raises:
-        OptionError: an option's value can't be used.
-        SpaceError: a name can't be used, or stands for two evaluations.
-        UnserializableError: some args can't be written as JSON.
-        ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
-        FunctionError: the function can't be sent to processes.
-        ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
-        DatabaseError: the file can't be used as a database. In all these cases nothing was changed.
+        SpevalError: as ``speval.speval`` does.
     """
     options = Options(
         timeout=timeout,
@@ -131,34 +108,16 @@ def as_completed(
     durability: Durability = "process",
     progress: bool | None = None,
 ) -> AsyncGenerator[Evaluation, None]:
-    """Do as ``speval`` does, and yield each evaluation of the space once, as it ends.
+    """Do as ``speval.speval`` does, and yield each evaluation of the space once, as it ends.
 
-    Those that had ended before come first, in the order in which they ended; those that other workers record come too. What is
-    yielded is recorded. Leaving the loop early stops the work and gives back what is held; ``contextlib.aclosing`` makes that
-    happen at a known time.
-
-    Args:
-        func: See ``speval``, as for all others.
-        eval_space: Read when the loop starts.
-        db: The database: a file name or a URL.
-        timeout: Seconds an evaluation may run.
-        concurrency: Evaluations this call runs at once; they go on while the loop's body runs.
-        executor: Where the function runs.
-        max_attempts: Attempts an evaluation gets.
-        retry_on: Exception types after which an evaluation is tried again.
-        backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
-        on_changed: What to do when names are stored with other args.
-        wait: Go on until every evaluation has ended, also those other workers hold.
-        max_failures: Stop claiming when so many evaluations, or this share, have failed.
-        durability: What a recorded result survives.
-        progress: Whether to show a progress bar.
+    The parameters are those of ``speval.speval``, the order is that of ``speval.as_completed``. Leaving the loop early stops
+    the work and gives back what is held; ``contextlib.aclosing`` makes that happen at a known time.
 
     Yields:
-        The evaluations, completed and failed ones.
+        Completed and failed evaluations.
 
     Raises:
-        SpevalError: as ``speval`` does; option values are checked at once, all else when the loop starts.
+        SpevalError: as ``speval.speval`` does; option values are checked at once, all else when the loop starts.
     """
     options = Options(
         timeout=timeout,
@@ -178,7 +137,7 @@ def as_completed(
 
 
 async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:
-    """Read evaluations from a database, without changing it and without waiting for other programs.
+    """Do as ``speval.load_evals`` does, in a thread beside the event loop.
 
     Args:
         db: The database: a file name, also of one of speval 0.1.1, or a URL.
@@ -188,30 +147,21 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
         One for each evaluation stored, in eval-space order; what later calls added follows what was there.
 
     Raises:
-        DatabaseMissingError: there is no such file.
-        DatabaseError: it is not a database of speval, or can't be read.
+        DatabaseMissingError: there is no such database.
+        DatabaseError: it is no database of speval, or can't be read.
     """
-    path = checked_database(db)
-    checked_status(status, (None, "pending", "in_progress", "completed", "failed"))
-    store = make_store(path, "read")
-    await store.open()
-    try:
+    location = checked_database(db)
+    checked_status(status, (None, *get_args(Status)))
+    async with _controlled(location, "read") as (control, run):
         evaluations: list[Evaluation] = []
-        cursor = 0
-        while True:
-            # In pages, because a reader that keeps one snapshot for long keeps the write-ahead log growing.
-            cursor, page = await store.load(status, cursor, _PAGE)
-            if not page:
-                return evaluations
+        reading = control.evaluations(status=status)
+        while page := await run(lambda: list(islice(reading, _PAGE))):
             evaluations += page
-    finally:
-        await store.close()
+        return evaluations
 
 
 async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
-    """Put evaluations back to pending with a fresh attempt budget; the next ``speval`` call evaluates them again.
-
-    What the earlier attempts brought stays recorded in the table ``attempts``.
+    """Do as ``speval.retry`` does, in a thread beside the event loop.
 
     Args:
         db: The database: a file name or a URL.
@@ -223,25 +173,31 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 
     Raises:
         UnknownNameError: a name is not in the database; nothing was changed.
-        DatabaseError: the file can't be used as a database.
+        DatabaseError: the database can't be used.
     """
-    path = checked_database(db)
-    checked_status(status, ("failed", "completed"))
-    if isinstance(names, str):
-        raise OptionError("names", repr(names), "a list of names, not a single one")
-    store = make_store(path, "write")
-    await store.open()
+    location, chosen = checked_retry(db, names, status)
+    async with _controlled(location, "write") as (control, run):
+        return await run(lambda: control.retry(chosen, status=status))
+
+
+@asynccontextmanager
+async def _controlled(location: Location, mode: ControlMode) -> AsyncGenerator[tuple[Control, Run]]:
+    """Open what people use a database with in a thread, and give it out with the way into that thread."""
+    opened: list[Control] = []
+    given_up = threading.Event()
+    thread = WorkThread("speval reader")
     try:
-        return await store.retry(None if names is None else [str(name) for name in names], status)
+        await thread.run(lambda: opened.append(make_control(location, mode, given_up=given_up)))
+        yield opened[0], thread.run
     finally:
-        await store.close()
+        await thread.finish(lambda: [control.close() for control in opened], given_up.set)
 
 
 # What both flavours are made of
 
 
 async def evaluated(
-    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Location, options: Options
 ) -> Summary:
     """Evaluate an encoded space, and close it."""
     try:
@@ -261,7 +217,7 @@ async def evaluated(
 def make_worker(
     func: Callable[[Any], Any],
     space: Space | Source,
-    db: str | PathLike[str] | Database,
+    db: str | PathLike[str] | Location,
     options: Options,
     outputs: Outputs = (None, None),
 ) -> Worker:
@@ -275,7 +231,7 @@ def make_worker(
 
 
 async def batches(
-    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Database, options: Options
+    func: Callable[[Any], Any], space: Space | Source, db: str | PathLike[str] | Location, options: Options
 ) -> AsyncGenerator[list[Evaluation], None]:
     """Yield the evaluations of a space as they end, all that are there at once."""
     try:
@@ -326,7 +282,7 @@ async def _commit_or_pause(worker: Worker) -> None:
 
 
 async def _flattened(
-    eval_space: EvalSpace, func: Callable[[Any], Any], db: Database, options: Options
+    eval_space: EvalSpace, func: Callable[[Any], Any], db: Location, options: Options
 ) -> AsyncGenerator[Evaluation, None]:
     async with aclosing(batches(func, await _encoded(eval_space), db, options)) as all_batches:
         async for batch in all_batches:

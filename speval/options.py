@@ -17,9 +17,9 @@ from .escape import shown_number
 from .model import LONGEST_LEASE, MOST_CONCURRENCY, Durability, OnChanged, Status
 from .url import PostgresUrl, is_conninfo, is_postgres
 
-__all__ = ["Database", "ExecutorOption", "Options", "checked_database", "checked_status"]
+__all__ = ["ExecutorOption", "Location", "Options", "checked_database", "checked_names", "checked_retry", "checked_status"]
 
-Database = Path | PostgresUrl  # a validated database argument
+Location = Path | PostgresUrl  # a validated database argument
 _DATABASES = "the path of a SQLite file, or a postgresql:// URL"
 ExecutorOption = Literal["auto", "coroutine", "thread", "process"] | FutureExecutor
 
@@ -79,7 +79,7 @@ class Options:
         return self.max_failures
 
 
-def checked_database(db: Any) -> Database:
+def checked_database(db: Any) -> Location:
     """Return the validated database argument; the database need not exist."""
     if isinstance(db, PostgresUrl):
         return db
@@ -105,6 +105,20 @@ def checked_database(db: Any) -> Database:
 def checked_status(status: Any, allowed: tuple[Status | None, ...]) -> None:
     """Raise OptionError unless ``status`` is one of ``allowed``."""
     _one_of("status", status, allowed)
+
+
+def checked_retry(db: Any, names: Any, status: Any) -> tuple[Location, list[str] | None]:
+    """Return the validated arguments of ``retry``."""
+    location = checked_database(db)
+    checked_status(status, ("failed", "completed"))
+    return location, checked_names(names)
+
+
+def checked_names(names: Any) -> list[str] | None:
+    """Return names as a list, or None; a single text is refused, since it is an iterable of its characters."""
+    if isinstance(names, str):
+        raise OptionError("names", repr(names)[:60], "a list of names, not a single one")
+    return None if names is None else [str(name) for name in names]
 
 
 def _exception_types(value: Any) -> tuple[type[BaseException], ...]:

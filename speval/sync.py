@@ -1,4 +1,4 @@
-"""speval for code that blocks: the same four calls as ``speval.aio``, each run in a separate event loop.
+"""speval for code that blocks: the same four calls as ``speval.aio``; those that evaluate run in a separate event loop.
 
 Owns the public names; ``portal`` owns the way into the loop and back. Invariant: a call that is left, however that happens,
 gives back what it holds. A program that makes no call does not import the event loop: a call imports it, in the calling thread
@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import aclosing, suppress
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from . import open_calls as calls
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
-from .options import Database, ExecutorOption, Options, checked_database
+from .options import ExecutorOption, Location, Options, checked_database, checked_retry, checked_status
 
 if TYPE_CHECKING:
     from .portal import Call
@@ -51,33 +51,54 @@ def speval(
     durability: Durability = "process",
     progress: bool | None = None,
 ) -> Summary:
-    """Evaluate a function over an eval space and block until that is done; ``aio.speval`` tells all about the parameters.
+    """Evaluate a function over an eval space, together with every other copy that works on the same database.
 
-    Ctrl-C stops the work in good order, gives back what is held and raises ``KeyboardInterrupt``; a second one does so
-    without waiting.
+    When it returns, every evaluation is recorded in the database. Ctrl-C stops claiming, cancels what runs, records what has
+    ended, gives back the rest without charging an attempt, and raises ``KeyboardInterrupt``; a second Ctrl-C leaves at once.
+    ``speval.aio.speval`` is the same call, awaited.
 
     Args:
-        func: The function, plain or async, of one argument.
-        eval_space: Args by name, or an iterable of args; read once, in the calling thread.
-        db: The database: a file name or a URL.
-        timeout: Seconds an evaluation may run.
-        concurrency: Evaluations this call runs at once.
-        executor: Where the function runs; coroutines run in a separate event loop.
-        max_attempts: Attempts an evaluation gets.
-        retry_on: Exception types after which an evaluation is tried again.
-        backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
-        on_changed: What to do when names are stored with other args.
-        wait: Return when every evaluation has ended, also those other workers hold.
-        max_failures: Stop claiming when so many evaluations, or this share, have failed.
-        durability: What a recorded result survives.
-        progress: Whether to show a progress bar.
+        func: The function, plain or async. It gets one argument: the args of the evaluation as JSON gives them back.
+        eval_space: Args by name, or an iterable of args, which are then named "0", "1" and so on; read once, in order, in the
+            calling thread, before the first evaluation starts. Or a lazy space, read during the run whenever a slot is free: an
+            async iterable of args, named by position; or a generator function, plain (run in a thread) or async, that is given
+            a function ``ended`` and yields pairs of a name and args, or None for "nothing until more has ended". ``ended()``,
+            awaited in an async one, returns the evaluations that have ended since its last call, whichever copy recorded them;
+            its first call returns all. With a lazy space the call covers everything that is stored.
+        db: A file name, made if it is missing, with its folders; or the URL of a PostgreSQL database, ``postgresql://host/name``.
+        timeout: Seconds an attempt may run. None, the default: no limit.
+        concurrency: Evaluations this call runs at once, from 1, the default, to 1,000,000.
+        executor: Where the function runs: ``"coroutine"`` (an event loop), ``"thread"``, ``"process"``, or an executor of
+            ``concurrent.futures`` that you make and close. ``"auto"``, the default, takes coroutines for async functions; for
+            plain ones a thread while ``concurrency`` is 1 and no timeout is set, else processes, which alone can be stopped.
+        max_attempts: Attempts an evaluation gets when they end in a timeout, a crash or with the death of their worker; 3 by
+            default.
+        retry_on: Exception types after which an evaluation is tried again, within ``max_attempts``. By default an exception
+            is final.
+        backoff: Seconds before the second attempt, 1.0 by default; it doubles with each further one, up to 60, and varies by a
+            fifth. An evaluation whose worker died is tried again at once.
+        lease: Seconds without a sign of life after which a worker is presumed dead; 30.0 by default, from 1 to 86,400 (a day).
+        on_changed: What to do when names are stored with other args: ``"error"``, the default, raises and changes nothing;
+            ``"keep"`` warns and goes on with the stored ones; ``"rerun"`` stores the new ones and evaluates those again.
+        wait: Return when every evaluation is completed or failed, also those other workers hold. False: return when nothing
+            is left to claim.
+        max_failures: Stop claiming when so many evaluations (int), or this share of the space (float), have failed since
+            the call began, in all copies together. None, the default: never.
+        durability: What a recorded result survives: ``"process"``, the default, the death of any process; ``"power"`` a power
+            cut too.
+        progress: Whether to show a progress bar. None, the default: when stderr is a terminal, or in a notebook.
 
     Returns:
-        How many evaluations of the space stand where.
+        The evaluations of the space, counted by status and cause, and how the call ended.
 
     Raises:
-        SpevalError: as ``aio.speval`` does.
+        OptionError: an option's value can't be used.
+        SpaceError: a name can't be used, or stands for two evaluations.
+        UnserializableError: some args can't be written as JSON.
+        ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
+        FunctionError: the function can't be sent to processes.
+        ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
+        DatabaseError: the database can't be used. Before the first claim, all of these leave the database as it was.
     """
     options = Options(
         timeout=timeout,
@@ -117,32 +138,18 @@ def as_completed(
     durability: Durability = "process",
     progress: bool | None = None,
 ) -> Generator[Evaluation, None, None]:
-    """Do as ``speval`` does, and yield each evaluation of the space once, as it ends; ``aio.as_completed`` tells more.
+    """Do as ``speval.speval`` does, and yield each evaluation of the space once, as it ends.
 
-    Leaving the loop early stops the work and gives back what is held.
-
-    Args:
-        func: The function, plain or async, of one argument.
-        eval_space: Args by name, or an iterable of args; read when the loop starts.
-        db: The database: a file name or a URL.
-        timeout: Seconds an evaluation may run.
-        concurrency: Evaluations this call runs at once; they go on while the loop's body runs.
-        executor: Where the function runs.
-        max_attempts: Attempts an evaluation gets.
-        retry_on: Exception types after which an evaluation is tried again.
-        backoff: Seconds before the second attempt.
-        lease: Seconds without a sign of life after which a worker is presumed dead; at most a day.
-        on_changed: What to do when names are stored with other args.
-        wait: Go on until every evaluation has ended, also those other workers hold.
-        max_failures: Stop claiming when so many evaluations, or this share, have failed.
-        durability: What a recorded result survives.
-        progress: Whether to show a progress bar.
+    Evaluations that had ended before come first, in the order in which they ended; those that other workers record come too.
+    What is yielded is recorded. The work goes on while the loop's body runs. Leaving the loop early stops it and gives back
+    what is held. The parameters are those of ``speval.speval``; option values are checked at once, everything else when the
+    loop starts.
 
     Yields:
-        The evaluations, completed and failed ones.
+        Completed and failed evaluations.
 
     Raises:
-        SpevalError: as ``aio.speval`` does; option values are checked at once, all else when the loop starts.
+        SpevalError: as ``speval.speval`` does.
     """
     options = Options(
         timeout=timeout,
@@ -162,41 +169,51 @@ def as_completed(
 
 
 def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list[Evaluation]:
-    """Read evaluations from a database; ``aio.load_evals`` tells more.
+    """Read evaluations from a database into a list, without changing it and without keeping a worker waiting.
+
+    ``Database.evaluations`` iterates over them instead, which needs no memory for all of them at once.
 
     Args:
-        db: The database: a file name or a URL.
+        db: The database: a file name, also of one of speval 0.1.1, or a URL.
         status: Only those of this status. None: all.
 
     Returns:
-        One for each evaluation stored, in eval-space order.
+        One for each evaluation stored, in eval-space order; what later calls added follows what was there.
 
     Raises:
-        DatabaseError: there is no such file, or it can't be read.
+        DatabaseMissingError: there is no such database.
+        DatabaseError: it is no database of speval, or can't be read.
     """
-    from . import aio
+    location = checked_database(db)
+    checked_status(status, (None, *get_args(Status)))
+    from .stores import make_control
 
-    return _called(lambda: aio.load_evals(db, status=status))
+    with make_control(location) as control:
+        return list(control.evaluations(status=status))
 
 
 def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
-    """Put evaluations back to pending with a fresh attempt budget; ``aio.retry`` tells more.
+    """Put evaluations back to pending with a fresh attempt budget; the next ``speval`` call evaluates them again.
+
+    What the earlier attempts brought stays recorded in the table ``attempts``.
 
     Args:
         db: The database: a file name or a URL.
         names: Which ones. None: all of that status.
-        status: ``"failed"`` or ``"completed"``.
+        status: ``"failed"``, or ``"completed"`` to evaluate again what has a result. Those of another status stay as they are.
 
     Returns:
         How many evaluations were put back.
 
     Raises:
         UnknownNameError: a name is not in the database; nothing was changed.
-        DatabaseError: the file can't be used as a database.
+        DatabaseError: the database can't be used.
     """
-    from . import aio
+    location, chosen = checked_retry(db, names, status)
+    from .stores import make_control
 
-    return _called(lambda: aio.retry(db, names, status=status))
+    with make_control(location, "write") as control:
+        return control.retry(chosen, status=status)
 
 
 def _called(main: Callable[[], Coroutine[Any, Any, T]], space: Space | Source | None = None) -> T:
@@ -222,7 +239,7 @@ class _Completed(Generator[Evaluation, None, None]):
     _call: Call[None] | None = None
     _space: Space | Source | None = None
 
-    def __init__(self, func: Callable[[Any], Any], eval_space: EvalSpace, db: Database, options: Options) -> None:
+    def __init__(self, func: Callable[[Any], Any], eval_space: EvalSpace, db: Location, options: Options) -> None:
         self._make = (func, eval_space, db, options)
         self._ready: deque[Evaluation] = deque()
         self._is_closed = False

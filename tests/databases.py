@@ -12,15 +12,21 @@ from typing import Any
 
 import psycopg
 
-from speval.options import Database as Argument
-from speval.options import checked_database
+from speval.model import Finding, Health
+from speval.options import Location, checked_database
 from speval.stores import make_control, make_store
-from speval.stores.base import Control, Store
+from speval.stores.base import Store
+from speval.stores.control import Control
 from speval.stores.postgres.trust import sources
 from speval.url import PostgresUrl
 
 from .conftest import MovableClock, rows
 from .postgres_server import Server
+
+
+def findings(health: Health) -> list[Finding]:
+    """Return what a check finds, but for the server of the tests, which runs without fsync."""
+    return [finding for finding in health.findings if "fsync off" not in finding.problem]
 
 
 class Place(ABC):
@@ -32,7 +38,7 @@ class Place(ABC):
     clock: MovableClock
 
     @property
-    def checked(self) -> Argument:
+    def checked(self) -> Location:
         return checked_database(self.argument)
 
     def store(self, mode="create", clock: MovableClock | None = None) -> Store:

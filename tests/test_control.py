@@ -13,9 +13,10 @@ from speval.errors import DatabaseMissingError, InProgressError, OptionError, Un
 from speval.model import Cause, Claim, Error, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
-from speval.stores.base import Control, Ended, Record, Store
+from speval.stores.base import Ended, Record, Store
+from speval.stores.control import Control
 
-from .databases import Place, SqlitePlace
+from .databases import Place, SqlitePlace, findings
 
 
 class Database:
@@ -264,7 +265,7 @@ async def test_a_pattern_has_two_wildcards(database):
 
 
 async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, monkeypatch):
-    monkeypatch.setattr(f"{database.place.control_module}._PAGE", 3, raising=False)
+    monkeypatch.setattr("speval.stores.control._PAGE", 3)
     monkeypatch.setattr(f"{database.place.control_module}._SPAN", 5, raising=False)
     store, worker = await database.worker(range(30))
     control = database.control()
@@ -319,12 +320,23 @@ async def test_every_attempt_of_an_evaluation_is_listed(database, monkeypatch):
         control.attempts("nobody")
 
 
+async def test_filters_by_status_stop_at_pages_and_go_on(database, monkeypatch):
+    monkeypatch.setattr("speval.stores.control._PAGE", 2)
+    store, worker = await database.worker(range(10))
+    claims = await claimed(store, worker, 5)
+    await store.record(Record(worker, [done(c) for c in claims[:3]]))
+    control = database.control()
+    assert names(control.evaluations(status="completed")) == ["0", "1", "2"]
+    assert names(control.evaluations(status="completed", limit=2)) == ["0", "1"]
+    assert [len(names(control.evaluations(status=s))) for s in ("pending", "in_progress", "failed")] == [5, 2, 0]
+
+
 async def test_attempts_before_a_retry_are_listed_too(database):
     store, worker = await database.worker(["a"])
     for again in range(3):
         (claim,) = await claimed(store, worker, 1)
         await store.record(Record(worker, [broken(claim, message=f"boom {again}")]))
-        assert await store.retry(None, "failed") == 1
+        assert database.control("write").retry() == 1
     assert [a.error["message"] for a in database.control().attempts("0")] == ["boom 0", "boom 1", "boom 2"]
 
 
@@ -444,7 +456,7 @@ async def test_dropped_evaluations_are_gone_with_their_attempts(database):
         control.attempts("a")
     assert [a.result for a in control.attempts("b")] == ["b"]
     assert control.overview().total == 2
-    assert control.check().findings == ()
+    assert findings(control.check()) == []
 
 
 async def test_dropping_by_status_drops_only_that_status(database, monkeypatch):
@@ -540,7 +552,7 @@ async def test_a_reader_of_ended_evaluations_misses_nothing_after_a_drop(databas
 async def test_an_intact_database_has_facts_and_no_findings(database):
     await database.worker(range(3))
     health = database.control().check()
-    assert health.findings == ()
+    assert findings(health) == []
     assert health.facts["integrity"] == "ok"
     assert (health.facts["evaluations"], health.facts["workers"], health.facts["paused"]) == (3, 1, False)
     assert health.facts["database"] == str(database.place.checked)
@@ -554,9 +566,9 @@ async def test_dead_workers_a_pause_and_orphaned_evaluations_are_reported(databa
     control.set_paused(True)
     database.clock.wall_now += 20
     database.clock.now += 20
-    findings = control.check().findings
-    assert not any(finding.is_error for finding in findings)
-    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in findings)
+    found = control.check().findings
+    assert not any(finding.is_error for finding in found)
+    told = "\n".join(f"{finding.problem}: {finding.fix}" for finding in found)
     assert "has not renewed its lease" in told
     assert "holds 2 evaluations" in told
     assert "`speval resume`" in told

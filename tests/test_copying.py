@@ -63,8 +63,8 @@ async def fill(db):
     )
     await store.record(Record(worker, due=[claims["tried"]]))
     await store.record(Record(worker, [ended(claims["held"], "timeout", again=True)]))
-    assert await store.retry(["7"], "completed") == 1
     with make_control(checked_database(db), "write") as control:
+        assert control.retry(["7"], status="completed") == 1
         control.set_concurrency(3)
     return store, space
 

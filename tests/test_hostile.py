@@ -28,7 +28,6 @@ from speval.options import checked_database
 from speval.spaces.eager import Space
 from speval.stores import make_control, make_store
 from speval.stores.sqlite import contents as sqlite_contents
-from speval.stores.sqlite.store import SqliteStore
 
 from .conftest import WAIT
 from .hostile.files import DAMAGED, ENDLESS, ODD, REFUSED, flipped
@@ -287,11 +286,7 @@ async def test_all_data_of_a_deleted_open_file_is_saved(tmp_path, monkeypatch):
 async def test_a_reader_reads_values_larger_than_the_file_was_at_opening(tmp_path):
     db = tmp_path / "runs.db"
     await aio.speval(str, range(3), db)
-    store = SqliteStore(db, "read")
-    await store.open()
-    try:
+    with make_control(db) as control:
         await aio.speval(lambda n: "x" * 3_000_000 if n == 3 else n, range(4), db, executor="thread")
-        _, found = await store.load(None, 3, 10)
-        assert [len(e["result"]) for e in found] == [3_000_000]
-    finally:
-        await store.close()
+        *_, last = control.evaluations()
+        assert len(last["result"]) == 3_000_000

@@ -218,6 +218,7 @@ async def test_a_worker_ends_when_a_newer_release_has_changed_the_schema(url):
         await store.seed(space, "error")
         worker = await store.register(30)
         await store.record(Record(worker, idle=1))
+        control = make_control(PostgresUrl.parse(url), "write")
         with psycopg.connect(server_url(url)) as connection:
             schema = PostgresUrl.parse(url).schema
             connection.execute(f"UPDATE {schema}.meta SET value = CASE key WHEN 'schema' THEN '2' ELSE '7.1' END "
@@ -225,7 +226,7 @@ async def test_a_worker_ends_when_a_newer_release_has_changed_the_schema(url):
         keeping = store.lease_keeping()
         for write in (
             store.record(Record(worker, idle=1)),
-            store.retry(None, "failed"),
+            asyncio.to_thread(control.retry),
             store.register(30),
             store.leave(worker),
             store.extend([("x", "1")], "error"),
@@ -234,6 +235,7 @@ async def test_a_worker_ends_when_a_newer_release_has_changed_the_schema(url):
         ):
             with pytest.raises(NewerSchemaError, match=r"has schema version 2.*pip install 'speval>=7\.1'"):
                 await write
+        control.close()
         space.close()
     finally:
         await store.close()

@@ -19,6 +19,7 @@ def test_the_public_names_are_these():
     assert sorted(speval.__all__) == [
         "ArgsChangedError",
         "CalledInWorkerError",
+        "Database",
         "DatabaseError",
         "DatabaseLockedError",
         "DatabaseMissingError",
@@ -80,12 +81,22 @@ def test_the_options_have_these_defaults(name):
     }
 
 
-@pytest.mark.parametrize("flavour", [aio, sync])
-@pytest.mark.parametrize("name", aio.__all__)
-def test_every_parameter_is_documented(flavour, name):
-    function = getattr(flavour, name)
-    for parameter in inspect.signature(function).parameters:
-        assert f"    {parameter}: " in inspect.getdoc(function)
+METHODS = [method for name, method in vars(speval.Database).items() if not name.startswith("_") and name != "close"]
+DOCUMENTED = [sync.speval, sync.load_evals, sync.retry, aio.load_evals, aio.retry, speval.to_frame, *METHODS]
+REFERRING = [sync.as_completed, aio.speval, aio.as_completed]
+
+
+@pytest.mark.parametrize("function", DOCUMENTED, ids=lambda f: f"{f.__module__}.{f.__qualname__}")
+def test_every_parameter_is_documented(function):
+    parameters = [name for name in inspect.signature(function).parameters if name != "self"]
+    text = inspect.getdoc(function)
+    assert all(f"    {name}: " in text for name in parameters) or len(parameters) == 1  # which the first sentence is about
+
+
+@pytest.mark.parametrize("function", REFERRING, ids=lambda f: f"{f.__module__}.{f.__qualname__}")
+def test_the_functions_with_the_same_parameters_refer_to_the_one_that_documents_them(function):
+    assert "The parameters are those of ``speval.speval``" in inspect.getdoc(function)
+    assert list(inspect.signature(function).parameters.values()) == list(inspect.signature(speval.speval).parameters.values())
 
 
 SAMPLES = [

@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -301,18 +300,6 @@ except speval.SpevalError as error:
 OWNER = pwd.getpwuid(os.geteuid()).pw_name
 
 
-@pytest.fixture
-def open_folder():
-    """A folder that everybody may enter, which pytest's own are not."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scripts):
     open_folder.chmod(0o555)
     done = scripts.run(UNPRIVILEGED, "speval", str(open_folder / "runs.db"))
@@ -326,13 +313,13 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
 LOOKS = """
 import os, sys
 import speval.stores.sqlite.control
-from speval.cli.params import opened
+from speval import Database
 import encodings.idna
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
-with opened(sys.argv[1]) as control:
+with Database(sys.argv[1]) as db:
     for _ in sys.stdin:
-        seen, health = control.overview(), control.check()
+        seen, health = db.status(), db.check()
         found = [finding.problem for finding in health.findings if finding.is_error]
         print(seen.completed, seen.settings.concurrency, found, health.facts["writable"], health.facts["journal"], flush=True)
 """
@@ -350,7 +337,7 @@ def test_whoever_may_only_read_sees_what_others_record_later_and_is_told_no_erro
             print(file=reader.stdin)
             return reader.stdout.readline().strip()
 
-        assert look() == "2 None [] False can't be told without write permission"
+        assert look() == "2 None [] False unknown without write permission"
         open_folder.chmod(0o755)
         with closing(sqlite3.connect(db, isolation_level=None)) as writer:
             writer.execute("INSERT INTO meta VALUES ('concurrency', '3')")

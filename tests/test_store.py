@@ -7,7 +7,7 @@ import pytest
 
 from speval.engine.lease import Lease
 from speval.errors import ArgsChangedError, StoreClosedError, UnknownNameError
-from speval.model import Cause, Claim, Error, Evaluation, Outcome
+from speval.model import Cause, Claim, Error, Evaluation, Outcome, Status
 from speval.spaces.eager import Space
 from speval.stores.base import Ended, Record, Store
 
@@ -71,8 +71,12 @@ class Database:
             space.close()
 
     async def all(self) -> dict[str, Evaluation]:
-        _, evaluations = await self.stores[0].load(None, 0, 100_000)
-        return {e["name"]: e for e in evaluations}
+        with self.place.control() as control:
+            return {e["name"]: e for e in control.evaluations()}
+
+    def retry(self, names: list[str] | None = None, status: Status = "failed") -> int:
+        with self.place.control("write") as control:
+            return control.retry(names, status=status)
 
     async def statuses(self) -> list[str]:
         return [e["status"] for e in (await self.all()).values()]
@@ -395,12 +399,12 @@ async def test_one_that_a_worker_has_died_with_is_never_claimed_ahead_again(data
             await store.leave(worker)
         elif then == "failed and put back":
             await store.record(Record(worker, [broken(claim)]))
-            assert await store.retry(None, "failed") == 1
+            assert database.retry(None, "failed") == 1
         else:
             await store.record(Record(worker, [broken(claim, "timeout", again=True)]))
             (claim,) = (await store.record(Record(worker, due=[claim], idle=1))).claims
             await store.record(Record(worker, [done(claim)]))
-            assert await store.retry(None, "completed") == 1
+            assert database.retry(None, "completed") == 1
         assert await database.statuses() == ["pending"] * 2
         assert (await other.record(Record(its, ahead=2))).claims == []
         assert len((await other.record(Record(its, idle=2))).claims) == 2
@@ -487,7 +491,7 @@ async def test_a_token_that_is_not_good_changes_nothing_whatever_is_written_with
         await store.record(Record(worker, [done(claim)]))
         tokens.append(claim)
         if state == "put back":
-            await store.retry(None, "completed")
+            database.retry(None, "completed")
     elif state != "in progress":
         await store.record(Record(worker, released=[claim]))
         tokens.append(claim)
@@ -632,7 +636,7 @@ async def test_what_was_given_back_or_lost_meanwhile_is_taken_in_all_the_same(da
     _, ended = await other.ended_since(cursor, 100)
     assert [e["name"] for _, e in ended] == ["0", "1", "2"]
     assert (await other.summary(at_end=True)).completed == 3
-    await other.retry(None, "completed")
+    database.retry(None, "completed")
     assert [c.attempt for c in (await other.record(Record(second, idle=3))).claims] == [2, 2, 2]
 
 
@@ -673,7 +677,7 @@ async def test_a_result_that_does_not_fit_changes_nothing_and_is_named_with_the_
         elif why != "held":
             await store.record(Record(worker, [done(newer, '"new"')]))
         if why == "put back":
-            await store.retry(None, "completed")
+            database.retry(None, "completed")
 
     def stored():
         return [sorted(map(repr, database.query(f"SELECT * FROM {table}"))) for table in database.place.state_tables]
@@ -752,17 +756,6 @@ async def test_the_summary_counts_by_status_and_cause(database):
     assert summary.causes == {"exception": 1, "crash": 1}
 
 
-async def test_loading_filters_by_status_and_pages(database):
-    store, worker = await database.worker(range(10))
-    claims = (await store.record(Record(worker, idle=5))).claims
-    await store.record(Record(worker, [done(c) for c in claims[:3]]))
-    cursor, page = await store.load("completed", 0, 2)
-    assert [e["name"] for e in page] == ["0", "1"]
-    cursor, page = await store.load("completed", cursor, 2)
-    assert [e["name"] for e in page] == ["2"]
-    assert [len((await store.load(s, 0, 100))[1]) for s in ("pending", "in_progress", "failed")] == [5, 2, 0]
-
-
 # Putting back
 
 
@@ -770,7 +763,7 @@ async def test_retry_puts_failed_ones_back_with_a_fresh_budget(database):
     store, worker = await database.worker(range(3))
     claims = (await store.record(Record(worker, idle=3))).claims
     await store.record(Record(worker, [broken(claims[0]), broken(claims[1]), done(claims[2])]))
-    assert await store.retry(None, "failed") == 2
+    assert database.retry(None, "failed") == 2
     assert await database.statuses() == ["pending", "pending", "completed"]
     recorded = await store.record(Record(worker, idle=3))
     assert [(c.name, c.attempt, c.charged) for c in recorded.claims] == [("0", 2, 1), ("1", 2, 1)]
@@ -782,9 +775,9 @@ async def test_retry_by_name_leaves_other_statuses_alone(database):
     store, worker = await database.worker({"a": 1, "7": 2, "c": 3})
     claims = (await store.record(Record(worker, idle=3))).claims
     await store.record(Record(worker, [broken(claims[0]), broken(claims[1]), done(claims[2])]))
-    assert await store.retry(["7", "c"], "failed") == 1
+    assert database.retry(["7", "c"], "failed") == 1
     assert await database.statuses() == ["failed", "pending", "completed"]
-    assert await store.retry(["c"], "completed") == 1
+    assert database.retry(["c"], "completed") == 1
 
 
 async def test_retrying_an_unknown_name_changes_nothing(database):
@@ -792,7 +785,7 @@ async def test_retrying_an_unknown_name_changes_nothing(database):
     (claim,) = (await store.record(Record(worker, idle=1))).claims
     await store.record(Record(worker, [broken(claim)]))
     with pytest.raises(UnknownNameError, match="no evaluation is named 'x', '9'"):
-        await store.retry(["0", "x", "9"], "failed")
+        database.retry(["0", "x", "9"], "failed")
     assert await database.statuses() == ["failed"]
 
 

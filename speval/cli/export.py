@@ -20,11 +20,12 @@ from typing import IO, Any, Literal
 
 import click
 
+from ..database import Database
 from ..flat import flattened, needs, ordered, table, unmixed
 from ..model import Cause, Evaluation, Status
 from ..stores.sqlite.errors import permission
 from .format import escaped, json_line
-from .params import as_private_as, database, filters, opened
+from .params import as_private_as, database, filters
 
 __all__ = ["export"]
 
@@ -64,8 +65,8 @@ def export(
         needs("pyarrow", "parquet", "parquet")
         if output is None and sys.stdout.isatty():
             raise click.ClickException("refusing to write binary Parquet to a terminal; use --output")
-    with opened(db) as control:
-        found = control.evaluations(status=status, cause=cause, pattern=pattern)
+    with Database(db) as opened:
+        found = opened.evaluations(status=status, cause=cause, pattern=pattern)
         with as_private_as(db), _target(output) as file:
             if chosen == "parquet":
                 _write_parquet(found, file)

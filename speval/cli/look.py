@@ -16,11 +16,12 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..database import Database
 from ..escape import rate, span
 from ..flat import flattened
 from ..model import Attempt, Cause, Evaluation, Overview, Status, counted
 from .format import STYLES, Cell, brief, columns, escaped, failure, instant, line, print_json, spelled
-from .params import as_json, database, filters, named, opened
+from .params import as_json, database, filters, named
 
 __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text", "show", "status"]
 
@@ -31,8 +32,8 @@ __all__ = ["best", "causes_text", "counts_text", "doctor", "ls", "progress_text"
 @as_json
 def status(db: str, exit_code: bool, as_json: bool) -> int:
     """Count evaluations by status, and list the workers and what they run."""
-    with opened(db) as control:
-        seen = control.overview()
+    with Database(db) as opened:
+        seen = opened.status()
     if as_json:
         print_json(dataclasses.asdict(seen) | {"settings": seen.settings._asdict(), "eta": eta(seen)})
     else:
@@ -106,8 +107,8 @@ def ls(
     as_json: bool,
 ) -> None:
     """List evaluations in eval-space order, one per line."""
-    with opened(db) as control:
-        found = control.evaluations(status=status, cause=cause, pattern=pattern, limit=limit)
+    with Database(db) as opened:
+        found = opened.evaluations(status=status, cause=cause, pattern=pattern, limit=limit)
         if as_json:
             for evaluation in found:
                 print_json(evaluation)
@@ -140,9 +141,9 @@ def _row(e: Evaluation) -> tuple[Cell, ...]:
 @as_json
 def show(db: str, name: str, as_json: bool) -> None:
     """Show one evaluation: args, result, and every attempt with its worker, times, cause and traceback."""
-    with opened(db) as control:
-        evaluation = control.evaluation(name)
-        attempts = control.attempts(name)
+    with Database(db) as opened:
+        evaluation = opened.evaluation(name)
+        attempts = opened.attempts(name)
     if as_json:
         print_json(dict(evaluation) | {"attempts": [dataclasses.asdict(attempt) for attempt in attempts]})
         return
@@ -206,8 +207,8 @@ def best(db: str, key: str, order: str | None, number: int, as_json: bool) -> in
 
     def numbers() -> Iterator[tuple[float, Evaluation]]:
         nonlocal seen
-        with opened(db) as control:
-            for evaluation in control.evaluations(status="completed"):
+        with Database(db) as opened:
+            for evaluation in opened.evaluations(status="completed"):
                 seen += 1
                 row = flattened(evaluation)
                 value = row.get(f"result.{key}", row.get(key))
@@ -241,8 +242,8 @@ def doctor(db: str, quick: bool, as_json: bool) -> int:
 
     Exits with 1 if a problem stops speval from working or has destroyed data.
     """
-    with opened(db) as control:
-        health = control.check(integrity=not quick)
+    with Database(db) as opened:
+        health = opened.check(integrity=not quick)
     facts = {"speval": __version__, "python": platform.python_version()} | dict(health.facts)
     if as_json:
         print_json({"facts": facts, "findings": [dataclasses.asdict(finding) for finding in health.findings]})

@@ -13,15 +13,14 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
+from ..database import Database
 from ..errors import SpevalError
 from ..model import Cause, Status
 from ..options import checked_database
-from ..stores import make_control
-from ..stores.base import Control, ControlMode
 from ..url import PostgresUrl
 
 __all__ = ["DB", "as_json", "as_private_as", "cause", "database", "database_name", "filters"]
-__all__ += ["named", "names_of", "opened", "pattern", "status"]
+__all__ += ["named", "names_of", "pattern", "status"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,8 +45,8 @@ class _Name(click.ParamType):  # type: ignore[type-arg]
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         beginning = incomplete.replace("*", "?")  # the name may contain a literal star, which "?" also matches
         try:
-            with opened(ctx.params["db"]) as control:
-                found = [e["name"] for e in control.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
+            with Database(ctx.params["db"]) as opened:
+                found = [e["name"] for e in opened.evaluations(pattern=f"{beginning}*", limit=_COMPLETED)]
         except (SpevalError, KeyError, OSError):
             return []
         # A shell would print unprintable characters to the terminal.
@@ -69,15 +68,6 @@ def database_name(db: str) -> str:
     """Return the database argument for display: as given, without a password."""
     checked = checked_database(db)
     return checked.shown if isinstance(checked, PostgresUrl) else db
-
-
-def opened(db: str, mode: ControlMode = "read") -> Control:
-    """Open a database for reading, or with the mode ``write`` for changing it.
-
-    Raises:
-        DatabaseError: the database does not exist or can't be used.
-    """
-    return make_control(checked_database(db), mode)
 
 
 @contextmanager
@@ -115,9 +105,9 @@ def names_of(db: str, names: tuple[str, ...], *, status: Status | None, cause: C
     """
     if status is None and cause is None and pattern is None:
         return list(names)
-    with opened(db) as control:
+    with Database(db) as opened:
         for name in names:
-            control.evaluation(name)
+            opened.evaluation(name)
         chosen = set(names)
-        found = control.evaluations(status=status, cause=cause, pattern=pattern)
+        found = opened.evaluations(status=status, cause=cause, pattern=pattern)
         return [e["name"] for e in found if not chosen or e["name"] in chosen]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import click
 
+from ..database import Database
 from ..model import counted
 from ..stores.copying import salvage as salvage_all
 from .format import escaped, line, print_json
-from .params import DB, as_json, database, database_name, opened
+from .params import DB, as_json, database, database_name
 
 __all__ = ["compact", "salvage"]
 
@@ -23,8 +24,8 @@ def compact(db: str, as_json: bool) -> None:
 
     Fails while workers are alive, because they would wait for a long time.
     """
-    with opened(db, "write") as control:
-        done = control.compact()
+    with Database(db) as opened:
+        done = opened.compact()
     if as_json:
         print_json(done._asdict())
     else:

@@ -9,11 +9,12 @@ import sys
 
 import click
 
+from ..database import Database
 from ..model import MOST_CONCURRENCY, Cause, Status, counted
 from ..stores.copying import copy as copy_all
 from ..sync import retry as put_back
 from .format import escaped, line, print_json
-from .params import DB, as_json, cause, database, database_name, filters, named, names_of, opened, pattern
+from .params import DB, as_json, cause, database, database_name, filters, named, names_of, pattern
 
 __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 
@@ -44,9 +45,9 @@ def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, 
 @database
 def pause(db: str) -> None:
     """Stop all workers from claiming evaluations. Running evaluations continue; the workers wait for `speval resume`."""
-    with opened(db, "write") as control:
-        control.set_paused(True)
-        seen = control.overview(failures=0, runs=0)
+    with Database(db) as opened:
+        opened.pause()
+        seen = opened.status(failures=0, runs=0)
     line(f"paused; {counted(seen.in_progress)} still in progress, {seen.pending} pending until `speval resume`")
 
 
@@ -54,9 +55,9 @@ def pause(db: str) -> None:
 @database
 def resume(db: str) -> None:
     """Let workers claim evaluations again after `speval pause`."""
-    with opened(db, "write") as control:
-        control.set_paused(False)
-        seen = control.overview(failures=0, runs=0)
+    with Database(db) as opened:
+        opened.resume()
+        seen = opened.status(failures=0, runs=0)
     line(f"resumed; {counted(seen.pending)} pending, {counted(len(seen.workers), 'worker')}")
 
 
@@ -69,8 +70,8 @@ _SETTING = click.argument("setting", type=click.Choice(["concurrency"]))
 @click.argument("value", type=click.IntRange(1, MOST_CONCURRENCY), metavar="N")
 def set_(db: str, setting: str, value: int) -> None:
     """Set the number of evaluations that each worker runs at once. It overrides the argument of the call, now and later."""
-    with opened(db, "write") as control:
-        control.set_concurrency(value)
+    with Database(db) as opened:
+        opened.set(concurrency=value)
     line(f"{setting} set to {value} for every worker")
 
 
@@ -79,8 +80,8 @@ def set_(db: str, setting: str, value: int) -> None:
 @_SETTING
 def unset(db: str, setting: str) -> None:
     """Remove the setting: each worker runs as many evaluations at once as its call says."""
-    with opened(db, "write") as control:
-        control.set_concurrency(None)
+    with Database(db) as opened:
+        opened.unset("concurrency")
     line(f"{setting} not set; each worker uses the value of its call")
 
 
@@ -112,8 +113,8 @@ def drop(
         if not sys.stdin.isatty():
             raise click.ClickException(f"this deletes {counted(count)} with all attempts and results; pass --yes to confirm")
         click.confirm(f"Delete {counted(count)} with all attempts and results?", abort=True, err=True)
-    with opened(db, "write") as control:
-        dropped = control.drop(status=status) if is_whole_status else control.drop(chosen)
+    with Database(db) as opened:
+        dropped = opened.drop(status=status) if is_whole_status else opened.drop(chosen)
     if as_json:
         print_json({"dropped": dropped})
     else:
@@ -138,6 +139,6 @@ def copy(db: str, target: str, as_json: bool) -> None:
 
 
 def _count(db: str, status: Status) -> int:
-    with opened(db) as control:
-        seen = control.overview(failures=0, runs=0)
+    with Database(db) as opened:
+        seen = opened.status(failures=0, runs=0)
     return int(getattr(seen, status))

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..database import Database
 from ..escape import span
 from ..model import Failure, Overview, WorkerView
-from ..stores.base import Control
 from .format import STYLES, console, escaped, failure, instant, line, print_json, text
 from .look import counts_text, eta, progress_text
-from .params import as_json, database, database_name, opened
+from .params import as_json, database, database_name
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,13 +45,13 @@ def watch(db: str, interval: float, keep: bool, as_json: bool) -> int:
     Exits when every evaluation has ended. It only reads the database, so it works from any terminal. In a pipe it prints a
     line after each change.
     """
-    with opened(db) as control:
+    with Database(db) as opened:
         if as_json:
-            last = _follow_json(control, interval, keep)
+            last = _follow_json(opened, interval, keep)
         elif sys.stdout.isatty() and not console().is_dumb_terminal:
-            last = _follow_live(database_name(db), control, interval, keep)
+            last = _follow_live(database_name(db), opened, interval, keep)
         else:
-            last = _follow_lines(control, interval, keep)
+            last = _follow_lines(opened, interval, keep)
     return 0 if last.completed == last.total else 1
 
 
@@ -62,14 +62,14 @@ def _is_over(seen: Overview, keep: bool) -> bool:
 class _Looks:
     """Reads the overview at intervals, which grow when reading is slow."""
 
-    def __init__(self, control: Control, interval: float) -> None:
-        self._control = control
+    def __init__(self, opened: Database, interval: float) -> None:
+        self._database = opened
         self._interval = interval
         self._took = 0.0
 
     def look(self) -> Overview:
         started = time.monotonic()
-        seen = self._control.overview(failures=_FAILURES, runs=_RUNS)
+        seen = self._database.status(failures=_FAILURES, runs=_RUNS)
         self._took = time.monotonic() - started
         return seen
 
@@ -77,8 +77,8 @@ class _Looks:
         time.sleep(max(self._interval, self._took / _SHARE))
 
 
-def _follow_json(control: Control, interval: float, keep: bool) -> Overview:
-    looks = _Looks(control, interval)
+def _follow_json(opened: Database, interval: float, keep: bool) -> Overview:
+    looks = _Looks(opened, interval)
     while True:
         seen = looks.look()
         print_json(dataclasses.asdict(seen) | {"settings": seen.settings._asdict(), "eta": eta(seen)})
@@ -88,8 +88,8 @@ def _follow_json(control: Control, interval: float, keep: bool) -> Overview:
         looks.pause()
 
 
-def _follow_lines(control: Control, interval: float, keep: bool) -> Overview:
-    looks = _Looks(control, interval)
+def _follow_lines(opened: Database, interval: float, keep: bool) -> Overview:
+    looks = _Looks(opened, interval)
     before: object = None
     while True:
         seen = looks.look()
@@ -104,11 +104,11 @@ def _follow_lines(control: Control, interval: float, keep: bool) -> Overview:
         looks.pause()
 
 
-def _follow_live(db: str, control: Control, interval: float, keep: bool) -> Overview:
+def _follow_live(db: str, opened: Database, interval: float, keep: bool) -> Overview:
     from rich.live import Live
 
     out = console()
-    looks = _Looks(control, interval)
+    looks = _Looks(opened, interval)
     seen = looks.look()
     try:
         # Use the alternate screen, so that the window can change its size; the last picture stays in the terminal.

@@ -7,19 +7,21 @@ contains SQL, and the module of a store is imported only when a database of its 
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 from ..clock import Clock
 from ..model import Durability
-from ..options import Database
+from ..options import Location
 from ..url import PostgresUrl
 from .archive import Archive
-from .base import Control, ControlMode, Store, StoreMode
+from .base import Store, StoreMode
+from .control import Control, ControlMode
 
 __all__ = ["make_archive", "make_control", "make_salvage", "make_store"]
 
 
 def make_store(
-    db: Database, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
+    db: Location, mode: StoreMode = "create", durability: Durability = "process", clock: Clock | None = None
 ) -> Store:
     """Return a store for a validated database; it is not open yet."""
     if isinstance(db, PostgresUrl):
@@ -31,8 +33,16 @@ def make_store(
     return SqliteStore(db, mode, durability, clock)
 
 
-def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None = None) -> Control:
+def make_control(
+    db: Location, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
+) -> Control:
     """Open a validated database for users: to read it, or to change it.
+
+    Args:
+        db: The database; it must exist.
+        mode: ``read`` changes nothing.
+        clock: The source of the time.
+        given_up: Other threads set it to end all waiting, also the waiting to open the database.
 
     Raises:
         DatabaseError: the database does not exist, or can't be used.
@@ -40,10 +50,10 @@ def make_control(db: Database, mode: ControlMode = "read", clock: Clock | None =
     if isinstance(db, PostgresUrl):
         from .postgres.control import PostgresControl
 
-        return PostgresControl(db, mode, clock)
+        return PostgresControl(db, mode, clock, given_up)
     from .sqlite.control import SqliteControl
 
-    return SqliteControl(db, mode, clock)
+    return SqliteControl(db, mode, clock, given_up)
 
 
 def make_salvage(path: Path) -> Archive:
@@ -57,7 +67,7 @@ def make_salvage(path: Path) -> Archive:
     return SqliteSalvage(path)
 
 
-def make_archive(db: Database, mode: StoreMode) -> Archive:
+def make_archive(db: Location, mode: StoreMode) -> Archive:
     """Open a validated database, to read or to fill it as a whole.
 
     Raises:

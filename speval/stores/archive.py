@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import NamedTuple, TypeVar
 
 from ..model import Settings
@@ -97,7 +98,7 @@ def pieces(rows: Iterable[R]) -> Iterator[list[R]]:
     size = 0
     for row in rows:
         piece.append(row)
-        size += sum(len(value) for value in row if type(value) is str)
+        size += sum(getsizeof(value) for value in row if type(value) is str)
         if len(piece) == _AT_ONCE or size > PAGE_SIZE:
             yield piece
             piece, size = [], 0

@@ -7,34 +7,23 @@ attempt carries its fencing token, and a write is durable when the method return
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
-from ..errors import OptionError
-from ..escape import shown_number
 from ..model import (
-    MOST_CONCURRENCY,
-    Attempt,
-    Cause,
     Claim,
-    Compacted,
     Evaluation,
-    Health,
     OnChanged,
     Outcome,
-    Overview,
     Settings,
-    Status,
     Summary,
 )
 from ..spaces.eager import Key, Space
 from .rows import Damaged
 
 __all__ = [
-    "Control",
-    "ControlMode",
     "Ended",
     "LeaseKeeping",
     "Reclaimed",
@@ -47,7 +36,6 @@ __all__ = [
 ]
 
 StoreMode = Literal["create", "write", "read"]  # create it if it is missing; it must exist; only read
-ControlMode = Literal["write", "read"]
 
 
 class Ended(NamedTuple):
@@ -187,122 +175,6 @@ class LeaseKeeping(ABC):
         """Close the connection."""
 
 
-class Control(ABC):
-    """The part of a store that people at a terminal use: blocking, with a connection of its own, opened when it is made.
-
-    It speaks of the whole database, whatever the spaces of the workers are. With the mode "read" it changes nothing and keeps
-    nobody waiting: it works while workers write, on what this user may only read, and on what an older release has written. The
-    methods that change something need the mode "write".
-
-    Attributes:
-        damaged: What was found not to be as it was written. Reading many leaves it out, and warns of it; asking for one by its
-            name raises an ``EvaluationDamagedError``.
-    """
-
-    damaged: Damaged
-
-    @abstractmethod
-    def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
-        """Look at everything at once, in one short transaction that costs little beside a count of the rows.
-
-        Args:
-            failures: How many of the last failed evaluations to name.
-            runs: How many of what each worker runs to name.
-        """
-
-    @abstractmethod
-    def evaluations(
-        self,
-        *,
-        status: Status | None = None,
-        cause: Cause | None = None,
-        pattern: str | None = None,
-        limit: int | None = None,
-    ) -> Iterator[Evaluation]:
-        """Yield evaluations in eval-space order, read in pages of bounded size, each in a short transaction of its own.
-
-        Args:
-            status: Only those of this status.
-            cause: Only those failed for this cause.
-            pattern: Only those whose whole name fits: ``*`` stands for any text and ``?`` for any one character.
-            limit: How many at most.
-        """
-
-    @abstractmethod
-    def evaluation(self, name: str) -> Evaluation:
-        """Return one evaluation.
-
-        Raises:
-            UnknownNameError: it is not in the database.
-        """
-
-    @abstractmethod
-    def attempts(self, name: str) -> list[Attempt]:
-        """Return all attempts at one evaluation in the order of their numbers, one under way included, last.
-
-        Attempts that were given back unused are not among them.
-
-        Raises:
-            UnknownNameError: it is not in the database.
-        """
-
-    def set_paused(self, paused: bool) -> None:
-        """Ask all workers, also those still to come, to claim nothing, or to go on; they obey with their next claim."""
-        self._set("paused", 1 if paused else None)
-
-    def set_concurrency(self, concurrency: int | None) -> None:
-        """Ask every worker to run so many evaluations at once, whatever its call was given; None: as it was given."""
-        if concurrency is not None and not 1 <= concurrency <= MOST_CONCURRENCY:
-            raise OptionError("concurrency", shown_number(concurrency), f"a whole number from 1 to {MOST_CONCURRENCY}")
-        self._set("concurrency", concurrency)
-
-    @abstractmethod
-    def _set(self, key: str, value: int | None) -> None:
-        """Write a setting; None takes it back."""
-
-    @abstractmethod
-    def drop(self, names: Sequence[str] | None = None, *, status: Status | None = None) -> int:
-        """Forget evaluations with all their attempts, and return how many; a space that has them brings them back as new ones.
-
-        Neither ids nor the numbers by which ended attempts are followed are ever given again, so that whoever still writes
-        about a dropped evaluation is refused. With a status it may take several transactions, each complete in itself.
-
-        Args:
-            names: Which ones.
-            status: Else all of this one; not ``in_progress``.
-
-        Raises:
-            UnknownNameError: a name is not in the database; nothing was changed.
-            InProgressError: one of the named is in progress; nothing was changed.
-        """
-
-    @abstractmethod
-    def compact(self) -> Compacted:
-        """Give back room that nothing needs any more, and forget workers that left and that no attempt names.
-
-        Raises:
-            DatabaseError: others are at work that would have to wait for long; nothing was changed.
-        """
-
-    @abstractmethod
-    def check(self, *, integrity: bool = True) -> Health:
-        """Look under the bonnet: how the database is stored, what is damaged, which workers are dead.
-
-        Args:
-            integrity: Whether to read the whole database for it, which may take a while.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the connection."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
 class Store(ABC):
     """The evaluations of one database, for one worker.
 
@@ -408,18 +280,6 @@ class Store(ABC):
         Args:
             at_end: Also check that ended evaluations still have their attempts, if that is cheap; an evaluation without its
                 attempt is not counted.
-        """
-
-    @abstractmethod
-    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        """Return (cursor, evaluations with ids above ``after`` in eval-space order); an empty list ends it."""
-
-    @abstractmethod
-    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
-        """Put evaluations of that status back to pending with a fresh attempt budget; return how many.
-
-        Raises:
-            UnknownNameError: a name is not in the database; nothing was changed.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import NamedTuple
 
 from ..errors import DatabaseNotEmptyError, EvaluationDamagedError, OptionError
-from ..options import checked_database
+from ..options import Location, checked_database
 from ..url import PostgresUrl
 from . import make_archive, make_salvage
 from .archive import Counts
@@ -25,7 +25,7 @@ class Salvaged(NamedTuple):
     lost_count: int
 
 
-def copy(source: str | PathLike[str], target: str | PathLike[str]) -> Counts:
+def copy(source: str | PathLike[str] | Location, target: str | PathLike[str]) -> Counts:
     """Copy a whole database to an empty one: evaluations with their status, attempts, and settings.
 
     Workers may use the source meanwhile: the copy is a snapshot. Evaluations in progress are pending in the target, and no

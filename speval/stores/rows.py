@@ -11,6 +11,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from ..codec import read
@@ -28,13 +29,14 @@ __all__ = [
     "error_of",
     "evaluation",
     "fits",
+    "label_of",
     "settings_of",
     "worker_label",
 ]
 
 logger = logging.getLogger("speval.store")
 
-PAGE_SIZE = 2_000_000  # characters, each up to four bytes, in a page of rows without its last row
+PAGE_SIZE = 4_000_000  # bytes of text in a page of rows without its last row
 _NAMED = 5  # the maximum number of damaged evaluations that a warning names
 _KEPT = 1000  # the maximum number that ``Damaged.first`` contains
 
@@ -94,13 +96,22 @@ class Damaged:
 
 def fits(pattern: str, name: str) -> bool:
     """Tell whether the whole name matches a pattern: ``*`` matches any text, ``?`` any single character."""
-    parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
-    return re.fullmatch("".join(parts), name, re.DOTALL) is not None
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@lru_cache(maxsize=64)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern), re.DOTALL)
 
 
 def worker_label(id: int, host: str, pid: int) -> str:
     """Return the display name of a worker: host:pid:id."""
     return visible(f"{host}:{pid}:{id:012x}")
+
+
+def label_of(worker: Sequence[Any]) -> str | None:
+    """Return the display name of a worker from its id, host and pid, which are None if it is not known."""
+    return None if worker[0] is None else worker_label(*worker)
 
 
 def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
@@ -126,7 +137,7 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
         "error": error_of(outcome, type_, message, traceback) if status == "failed" else None,
         "started": updated if status == "in_progress" else started,
         "duration": duration,
-        "worker": None if worker[0] is None else worker_label(*worker),
+        "worker": label_of(worker),
     }
 
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import invariant
 from speval.host import Process
 from speval.model import Claim
 from speval.stores.base import Store
+from speval.stores.control import Control
 
 from .kinds import ATTEMPTS, VIEW, WORKERS, Kind
 from .values import STATUSES, Attempt, Copy, Modelled, ModelledWorker
@@ -43,7 +44,7 @@ class Expected:
         self.results = 0
         self.pids = 100
         self.speaking = Process("host", 1, "here", "1")
-        self.observer: Store | None = None
+        self.observer: Control | None = None
         self.seen: dict[int, int] = {}
         self.next_id = 0
         setattr_ = self.monkeypatch.setattr
@@ -119,8 +120,7 @@ class Expected:
         if self.observer is None:
             return
         expected = [self.shown(e) for e in sorted(self.evaluations.values(), key=lambda e: e.id)]
-        _, loaded = self.run(self.observer.load(None, 0, 1000))
-        assert loaded == expected
+        assert list(self.observer.evaluations()) == expected
         view = sorted(self.kind.query(VIEW), key=lambda row: self.evaluations[row[0]].id)
         columns = [(e["name"], e["status"], e["updated"], e["result"], e["args"]) for e in expected]
         assert [(n, s, u, None if r is None else json.loads(r), json.loads(a)) for n, s, u, r, a in view] == columns

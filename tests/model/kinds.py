@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from speval.stores import make_control
 from speval.stores.postgres.store import PostgresStore
 from speval.stores.sqlite.states import HOMES, STATES
 from speval.stores.sqlite.store import SqliteStore
@@ -47,8 +48,11 @@ class SqliteKind:
         self.path = Path(self.folder.name, "runs.db")
         self.reader: sqlite3.Connection | None = None
 
-    def store(self, clock, mode="create"):
-        return SqliteStore(self.path, mode, clock=clock)
+    def store(self, clock):
+        return SqliteStore(self.path, clock=clock)
+
+    def control(self, mode="read", clock=None):
+        return make_control(self.path, mode, clock)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         if self.reader is None:
@@ -109,8 +113,11 @@ class PostgresKind:
         self.clock = ServerClock()
         self.place = PostgresPlace(self.server, f"model_{os.getpid()}_{next(self._numbers)}", self.clock)
 
-    def store(self, clock, mode="create"):
-        return PostgresStore(self.place.url, mode, clock=clock)
+    def store(self, clock):
+        return PostgresStore(self.place.url, clock=clock)
+
+    def control(self, mode="read", clock=None):
+        return make_control(self.place.url, mode, clock)
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         return self.place.query(sql)

@@ -39,8 +39,7 @@ class Workers(World, RuleBasedStateMachine):
         self.max_attempts = max_attempts
         self.first = dict.fromkeys(NAMES[:size], 0)
         self.start_copy("here", lease, 50, self.first, "error")
-        self.observer = self.kind.store(None, "read")
-        self.run(self.observer.open())
+        self.observer = self.kind.control()
 
     @precondition(lambda self: len(self.copies) < MOST_COPIES)
     @rule(
@@ -245,10 +244,10 @@ class Workers(World, RuleBasedStateMachine):
         unknown = [name for name in names or () if name not in self.evaluations]
         if unknown:
             with pytest.raises(UnknownNameError):
-                self.run(copy.store.retry(names, status))
+                self.put_back(copy, names, status)
             return
         chosen = [e for e in self.evaluations.values() if e.status == status and (names is None or e.name in names)]
-        assert self.run(copy.store.retry(names, status)) == len(chosen)
+        assert self.put_back(copy, names, status) == len(chosen)
         for evaluation in chosen:
             self.happened[f"retried {status}"] += 1
             evaluation.put_back(copy.clock.wall(), charge=True)

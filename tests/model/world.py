@@ -42,6 +42,10 @@ class World(Expected):
         self.register(copy, lease, id)
         return copy
 
+    def put_back(self, copy, names, status):
+        with self.kind.control("write", copy.clock) as control:
+            return control.retry(names, status=status)
+
     def open_store(self, clock):
         store = self.kind.store(clock)
         self.run(store.open())
@@ -344,10 +348,11 @@ class World(Expected):
             self.monkeypatch.undo()
             for keeping in self.keepings:
                 keeping.close()
-            for store in [*self.opened, self.observer]:
-                if store is not None:
-                    with suppress(Exception):
-                        self.run(store.close())
+            for store in self.opened:
+                with suppress(Exception):
+                    self.run(store.close())
+            if self.observer is not None:
+                self.observer.close()
             self.runner.close()
             self.kind.close()
 

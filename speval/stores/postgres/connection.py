@@ -132,9 +132,12 @@ class PostgresConnection:
         url: The database.
         works: Whether it belongs to a worker: it listens for notifications and has a long patience.
         writes: Whether it may change the database.
+        given_up: Other threads set it to end all waiting. By default only ``give_up`` ends it.
     """
 
-    def __init__(self, url: PostgresUrl, *, works: bool = False, writes: bool = True) -> None:
+    def __init__(
+        self, url: PostgresUrl, *, works: bool = False, writes: bool = True, given_up: threading.Event | None = None
+    ) -> None:
         self.url = url
         self.shown = url.shown
         self._patience = _LONG_PATIENCE if works else _PATIENCE
@@ -146,7 +149,7 @@ class PostgresConnection:
         self._was_open = False
         self._closed = False
         self._lock = threading.Lock()
-        self._given_up = threading.Event()
+        self._given_up = given_up or threading.Event()
 
     def __repr__(self) -> str:
         return f"<PostgresConnection {self.shown!r}{' closed' if self._closed else ''}>"

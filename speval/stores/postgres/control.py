@@ -1,80 +1,33 @@
-"""What people at a terminal look at and steer, in a PostgreSQL database.
+"""What people do with an eval space of a PostgreSQL database: list, look, retry, pause, set, drop, check.
 
-Owns the SQL of the command. Invariant: looking takes no lock and no snapshot for longer than a page or a count needs; what is
-dropped leaves nothing behind that a fencing token or a sequence number of today could fit.
+Owns the SQL of it. Invariant: looking takes no lock and no snapshot for longer than a page or a count needs; ids and sequence
+numbers are never reused, so nothing that was dropped fits a fencing token of today.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 from ...clock import Clock
-from ...errors import DatabaseError, InProgressError, OptionError, UnknownNameError
-from ...host import Process, is_gone, this_process
-from ...model import (
-    Attempt,
-    Cause,
-    Compacted,
-    Evaluation,
-    Failure,
-    Finding,
-    Health,
-    Overview,
-    Running,
-    Status,
-    WorkerState,
-    WorkerView,
-    counted,
-)
+from ...errors import InProgressError, UnknownNameError
+from ...model import Attempt, Compacted, Evaluation, Finding, Overview, Status, WorkerView, counted
 from ...url import PostgresUrl
-from ..base import Control, ControlMode
-from ..rows import Damaged, decoded, error_of, fits, worker_label
+from ..control import RECLAIMED, Choice, Control, ControlMode, Facts, Rows, holds, orphaned
+from ..rows import decoded, error_of, label_of
 from .connection import Connection, PostgresConnection, numbers, texts
-from .rows import COLUMNS, PAGE_SIZE, STATES, evaluation, loading, page_of, settings_of
+from .overview import PostgresLook
+from .rows import COLUMNS, PAGE_SIZE, STATES, evaluation, loading, page_of
 from .schema import READY, SCHEMA, Names, prepare, stored_name, true_name
 
 __all__ = ["PostgresControl"]
 
-_PAGE = 500  # evaluations
 _CHUNK = 10_000  # evaluations dropped in one transaction
-_WINDOW = 60.0  # seconds over which a rate is taken
-_FEWEST = 10  # attempts over which a rate is taken when the window holds fewer
-_BEGUN = 1.0  # seconds after which what was claimed ahead has begun or been given back
 _OLD = 600.0  # seconds after which an open transaction keeps too many dead rows
 
-_COUNTS = """
-SELECT (SELECT count(*) FROM speval.queue), count(*) FILTER (WHERE r.held), count(*) FILTER (WHERE NOT r.held),
-    (SELECT count(*) FROM speval.evaluations)
-FROM speval.running AS r
-"""
-_CAUSES = """
-SELECT a.outcome, count(*) FROM speval.attempts AS a WHERE a.final AND a.outcome <> 'completed' GROUP BY a.outcome
-"""
-_WORKERS = """
-SELECT id, host, pid, machine, start, lease, dead, started_at, last_seen, expires_at < speval.clock() FROM speval.workers
-WHERE ended_at IS NULL ORDER BY started_at, id
-"""
-# What is claimed ahead and has waited for long is under way: else it would have been given back.
-_IS_RUNNING = "NOT r.held AND (NOT r.ahead OR r.updated_at < %(begun)s)"
-_HOLDINGS = f"""
-SELECT r.worker, count(*) FILTER (WHERE {_IS_RUNNING}), count(*) FILTER (WHERE NOT r.held), count(*) FILTER (WHERE r.held)
-FROM speval.running AS r GROUP BY r.worker
-"""
-_RUNS = f"""
-SELECT e.name, r.updated_at FROM speval.running AS r JOIN speval.evaluations AS e ON e.id = r.id
-WHERE r.worker = %(worker)s AND {_IS_RUNNING} ORDER BY r.updated_at, r.id LIMIT %(limit)s
-"""
-_FAILURES = """
-SELECT e.name, a.outcome, a.error_type, a.error_message, a.attempt - a.released, a.ended_at, w.id, w.host, w.pid
-FROM speval.attempts AS a JOIN speval.evaluations AS e ON e.id = a.evaluation
-LEFT JOIN speval.workers AS w ON w.id = a.worker
-WHERE a.final AND a.outcome <> 'completed' ORDER BY a.seq DESC LIMIT %s
-"""
-_MAX_SEQ = "SELECT coalesce(max(seq), 0) FROM speval.attempts"
-_NEXT_ATTEMPT = "SELECT seq, ended_at FROM speval.attempts WHERE seq >= %s ORDER BY seq LIMIT 1"
-_EARLIER_ATTEMPT = "SELECT ended_at FROM speval.attempts WHERE seq <= %s ORDER BY seq DESC LIMIT 1 OFFSET %s"
 # Names with a character that is stored as two are looked at one by one.
 _FILTERED = """
 (%(pattern)s::text IS NULL OR e.name LIKE %(pattern)s OR strpos(e.name, chr(16)) > 0)
@@ -91,6 +44,21 @@ SELECT a.attempt, a.started_at, a.ended_at, a.duration, a.outcome, a.result, a.e
 FROM speval.attempts AS a LEFT JOIN speval.workers AS w ON w.id = a.worker WHERE a.evaluation = %s ORDER BY a.attempt
 """
 
+_ANSWER = 60.0  # seconds to wait for the answer to what can't be done twice
+_UNKNOWN = "SELECT n FROM unnest(%s::text[]) AS n WHERE NOT EXISTS (SELECT FROM speval.evaluations AS e WHERE e.name = n)"
+_RETRY = """
+WITH ended AS (
+    UPDATE speval.attempts AS a SET final = false
+    WHERE a.final AND a.outcome {} 'completed' AND (%(ids)s::text[] IS NULL OR a.evaluation = ANY (ARRAY(
+        SELECT e.id FROM speval.evaluations AS e WHERE e.name = ANY (%(ids)s::text[])
+    )))
+    RETURNING a.*
+)
+INSERT INTO speval.queue (id, attempt, released, forgiven, suspect, put_back, updated_at)
+SELECT evaluation, attempt, released, attempt - released, suspect, evaluation, %(now)s FROM ended
+"""
+_RETRY_FAILED, _RETRY_COMPLETED = _RETRY.format("<>"), _RETRY.format("=")
+_NEWS = "SELECT pg_notify('speval.news', '')"
 _SET = "INSERT INTO speval.meta VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _UNSET = "DELETE FROM speval.meta WHERE key = %s"
 # Nothing is seeded and nothing moves meanwhile.
@@ -174,22 +142,24 @@ WHERE NOT EXISTS (SELECT FROM speval.workers AS w WHERE w.id = r.worker AND w.en
 
 
 class PostgresControl(Control):
-    """What people look at and steer in one eval space of a PostgreSQL database.
+    """What people do with one eval space of a PostgreSQL database.
 
     Args:
         url: The database, and the space in it, which must be there.
         mode: ``read`` changes nothing; ``write`` is for what changes something.
         clock: Where the time comes from.
+        given_up: Other threads set it to end all waiting for answers.
     """
 
-    def __init__(self, url: PostgresUrl, mode: ControlMode = "read", clock: Clock | None = None) -> None:
+    _fix = "repair the server, then check again"
+
+    def __init__(
+        self, url: PostgresUrl, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
+    ) -> None:
+        super().__init__(url.shown, clock)
         self._url = url
-        self._shown = url.shown
-        self.damaged = Damaged(url.shown)
-        self._clock = clock or Clock()
-        self._machine = this_process().machine
-        self._names = Names(url.schema)
-        self._connection = PostgresConnection(url, writes=mode != "read")
+        self._names_of = Names(url.schema)
+        self._connection = PostgresConnection(url, writes=mode != "read", given_up=given_up)
         try:
             self._connection.open()
             self._connection.run(prepare, url, mode)
@@ -197,180 +167,61 @@ class PostgresControl(Control):
             self._connection.close()
             raise
 
-    def __repr__(self) -> str:
-        return f"<PostgresControl {self._shown!r}>"
-
     def close(self) -> None:
         self._connection.close()
 
     def _execute(self, c: Connection, sql: str, values: Any = None) -> Any:
-        return c.execute(self._names(sql), values)
-
-    @contextmanager
-    def _snapshot(self, c: Connection) -> Iterator[None]:
-        c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        yield
+        return c.execute(self._names_of(sql), values)
 
     # Looking
 
     def overview(self, *, failures: int = 5, runs: int = 5) -> Overview:
-        return self._connection.run(self._overview, failures, runs)
+        def look(c: Connection) -> Overview:
+            with _snapshot(c):
+                return self._overview(PostgresLook(c, self._names_of), failures, runs)
 
-    def _overview(self, c: Connection, failures: int, runs: int) -> Overview:
-        with self._snapshot(c):
-            queued, held, in_progress, total = self._execute(c, _COUNTS).fetchone()
-            causes: dict[Cause, int] = dict(self._execute(c, _CAUSES).fetchall())
-            failed = sum(causes.values())
-            now = self._clock.wall()
-            workers = self._workers(c, now, runs)
-            shown = self._execute(c, _FAILURES, (failures,)).fetchall()
-            return Overview(
-                at=now,
-                pending=queued + held,
-                in_progress=in_progress,
-                completed=total - queued - held - in_progress - failed,
-                failed=failed,
-                causes=causes,
-                rate=self._rate(c, workers, now),
-                settings=settings_of(c, self._names),
-                workers=workers,
-                failures=tuple(
-                    Failure(
-                        true_name(name),
-                        cause,
-                        true_name(type_ or ""),
-                        true_name(message or ""),
-                        attempts,
-                        ended_at,
-                        _label(worker),
-                    )
-                    for name, cause, type_, message, attempts, ended_at, *worker in shown
-                ),
-            )
+        return self._connection.run(look)
 
-    def _workers(self, c: Connection, now: float, runs: int) -> tuple[WorkerView, ...]:
-        values = {"begun": now - _BEGUN, "limit": runs}
-        holdings = {worker: counts for worker, *counts in self._execute(c, _HOLDINGS, values)}
-        views = []
-        for id, host, pid, machine, start, lease, dead, started_at, last_seen, expired in self._execute(c, _WORKERS).fetchall():
-            running, claimed, held = holdings.get(id, (0, 0, 0))
-            named = self._execute(c, _RUNS, values | {"worker": id}).fetchall() if running else []
-            state: WorkerState = "alive"
-            if dead or is_gone(Process(host, pid, machine, start), self._machine):
-                state = "dead"
-            elif expired:
-                state = "silent"
-            views.append(
-                WorkerView(
-                    worker=worker_label(id, host, pid),
-                    host=host,
-                    pid=pid,
-                    state=state,
-                    started_at=started_at,
-                    last_seen=last_seen,
-                    ended_at=None,
-                    lease=lease,
-                    runs=tuple(Running(true_name(name), since) for name, since in named),
-                    running=running,
-                    ahead=claimed - running,
-                    held=held,
-                )
-            )
-        return tuple(views)
-
-    def _rate(self, c: Connection, workers: Sequence[WorkerView], now: float) -> float | None:
-        """Return how many attempts end per second; attempts are nearly in the order of their ends, so a few of them tell."""
-        alive = [worker.started_at for worker in workers if worker.state == "alive"]
-        (newest,) = self._execute(c, _MAX_SEQ).fetchone()
-        if not alive or not newest:
-            return None
-        began = min(alive)
-        since = max(began, now - _WINDOW)
-        count = newest + 1 - self._first_after(c, since, newest)
-        if count < _FEWEST:
-            row = self._execute(c, _EARLIER_ATTEMPT, (newest, _FEWEST)).fetchone()
-            since = max(began, row[0]) if row else began
-            count = newest + 1 - self._first_after(c, since, newest)
-        return count / max(now - since, 1e-3) if count else None
-
-    def _first_after(self, c: Connection, moment: float, newest: int) -> int:
-        """Return the number of the first attempt that ended after a moment."""
-        low, high = 1, newest + 1
-        while low < high:
-            middle = (low + high) // 2
-            seq, ended_at = self._execute(c, _NEXT_ATTEMPT, (middle,)).fetchone()
-            if ended_at > moment:
-                high = middle
-            else:
-                low = seq + 1
-        return low
-
-    def evaluations(
-        self,
-        *,
-        status: Status | None = None,
-        cause: Cause | None = None,
-        pattern: str | None = None,
-        limit: int | None = None,
-    ) -> Iterator[Evaluation]:
-        if cause is not None and status is None:
-            status = "failed"  # nothing else has one
-        like = None if pattern is None else _like(pattern)
-        values = {"cause": cause, "pattern": like}
-        after: int | None = 0
-        left = limit
-        try:
-            while after is not None and left != 0:
-                at_once = _PAGE if left is None else min(_PAGE, left)
-                after, page = self._connection.run(self._page, status, values, after, at_once)
-                if pattern is not None:
-                    page = [e for e in page if stored_name(e["name"]) == e["name"] or fits(pattern, e["name"])]
-                left = None if left is None else left - len(page)
-                yield from page
-        finally:
-            self.damaged.tell()
-
-    def _page(
-        self, c: Connection, status: Status | None, values: dict[str, str | None], after: int, limit: int
-    ) -> tuple[int | None, list[Evaluation]]:
-        """Return where the next page begins, None at the end, and the evaluations of this one."""
+    def _page(self, choice: Choice, after: int, limit: int) -> tuple[int | None, Rows]:
+        status: Status | None = "failed" if choice.cause and choice.status is None else choice.status  # nothing else has one
         sql = page_of(f"{loading(status)} AND {_FILTERED}")
-        found: list[Evaluation] = []
-        rows = self._execute(c, sql, values | {"after": after, "limit": limit, "size": PAGE_SIZE}).fetchall()
-        for row in rows:
-            with self.damaged.left_out():
-                found.append(evaluation(self._shown, row[1:-2]))
-        return rows[-1][0] if rows else None, found
+        pattern = None if choice.pattern is None else _like(choice.pattern)
+        values = {"cause": choice.cause, "pattern": pattern, "after": after, "limit": limit, "size": PAGE_SIZE}
+        rows: Rows = deque(self._connection.run(lambda c: self._execute(c, sql, values).fetchall()))
+        return rows[-1][0] if rows else None, rows
+
+    def _evaluation(self, row: Sequence[Any]) -> Evaluation:
+        return evaluation(self.shown, row[1:-2])
 
     def evaluation(self, name: str) -> Evaluation:
         def find(c: Connection) -> Evaluation:
             row = self._execute(c, _ONE, (stored_name(name),)).fetchone()
             if row is None:
-                raise UnknownNameError(self._shown, [name])
-            return evaluation(self._shown, row[1:])
+                raise UnknownNameError(self.shown, [name])
+            return evaluation(self.shown, row[1:])
 
         return self._connection.run(find)
 
     def attempts(self, name: str) -> list[Attempt]:
         def find(c: Connection) -> list[Attempt]:
-            with self._snapshot(c):
+            with _snapshot(c):
                 row = self._execute(c, _STANDING, (stored_name(name),)).fetchone()
                 if row is None:
-                    raise UnknownNameError(self._shown, [name])
+                    raise UnknownNameError(self.shown, [name])
                 id, under_way, since, *worker = row
                 found = [self._attempt(name, ended) for ended in self._execute(c, _ATTEMPTS, (id,)).fetchall()]
             if under_way is not None:
-                found.append(Attempt(under_way, _label(worker), since, None, None, None, None, None))
+                found.append(Attempt(under_way, label_of(worker), since, None, None, None, None, None))
             return found
 
         return self._connection.run(find)
 
     def _attempt(self, name: str, row: Sequence[Any]) -> Attempt:
         number, started_at, ended_at, duration, outcome, result, type_, message, traceback, *worker = row
-        value = None if result is None else decoded(self._shown, name, result)
+        value = None if result is None else decoded(self.shown, name, result)
         shown = [None if text is None else true_name(text) for text in (type_, message, traceback)]
         error = None if outcome == "completed" else error_of(outcome, *shown)
-        return Attempt(number, _label(worker), started_at, ended_at, duration, outcome, value, error)
+        return Attempt(number, label_of(worker), started_at, ended_at, duration, outcome, value, error)
 
     # Steering
 
@@ -384,36 +235,51 @@ class PostgresControl(Control):
 
         self._connection.run(change)
 
-    def drop(self, names: Sequence[str] | None = None, *, status: Status | None = None) -> int:
-        if (names is None) == (status is None):
-            raise OptionError("names", repr(names), "name what to drop, or give a status, and not both")
-        if status == "in_progress":
-            raise OptionError("status", repr(status), "what a worker runs can't be dropped; stop the worker first")
-        if names is not None:
-            return self._connection.run(self._drop_named, [stored_name(name) for name in names])
-        assert status is not None
+    def _retry(self, names: list[str] | None, status: Status) -> int:
+        given = None if names is None else texts(stored_name(name) for name in names)
+        sql = _RETRY_COMPLETED if status == "completed" else _RETRY_FAILED
+
+        def put_back(c: Connection) -> int:
+            self._execute(c, READY)
+            if given is not None:
+                unknown = [true_name(name) for (name,) in self._execute(c, _UNKNOWN, (given,)).fetchall()]
+                if unknown:
+                    raise UnknownNameError(self.shown, unknown)
+            count: int = self._execute(c, sql, {"ids": given, "now": self._clock.wall()}).rowcount
+            self._execute(c, _NEWS)
+            return count
+
+        return self._connection.run_once(_ANSWER, put_back)
+
+    def _drop_names(self, names: list[str]) -> int:
+        def drop(c: Connection) -> int:
+            with self._standing_still(c):
+                rows = self._execute(c, _NAMED, (texts(stored_name(name) for name in names),)).fetchall()
+                if unknown := [true_name(name) for name, id, _ in rows if id is None]:
+                    raise UnknownNameError(self.shown, unknown)
+                if held := [true_name(name) for name, _, is_running in rows if is_running]:
+                    raise InProgressError(self.shown, held)
+                return self._drop(c, [id for _, id, _ in rows])
+
+        return self._connection.run(drop)
+
+    def _drop_status(self, status: Status) -> int:
+        def drop_some(c: Connection) -> int:
+            with self._standing_still(c):
+                return self._drop(c, [id for (id,) in self._execute(c, _WITH_STATUS[status], (_CHUNK,))])
+
         dropped = 0
-        while count := self._connection.run(self._drop_some, status):
+        while count := self._connection.run(drop_some):
             dropped += count
         return dropped
 
-    def _drop_named(self, c: Connection, names: list[str]) -> int:
+    @contextmanager
+    def _standing_still(self, c: Connection) -> Iterator[None]:
+        """Keep others from seeding and moving meanwhile."""
         with c.block():
             self._execute(c, _STAND_STILL)
             self._execute(c, READY)
-            rows = self._execute(c, _NAMED, (texts(names),)).fetchall()
-            if unknown := [true_name(name) for name, id, _ in rows if id is None]:
-                raise UnknownNameError(self._shown, unknown)
-            if held := [true_name(name) for name, _, is_running in rows if is_running]:
-                raise InProgressError(self._shown, held)
-            return self._drop(c, [id for _, id, _ in rows])
-
-    def _drop_some(self, c: Connection, status: Status) -> int:
-        """Drop a bounded number, and return how many."""
-        with c.block():
-            self._execute(c, _STAND_STILL)
-            self._execute(c, READY)
-            return self._drop(c, [id for (id,) in self._execute(c, _WITH_STATUS[status], (_CHUNK,))])
+            yield
 
     def _drop(self, c: Connection, ids: Sequence[int]) -> int:
         count = 0
@@ -443,37 +309,20 @@ class PostgresControl(Control):
         (after,) = self._connection.run(lambda c: self._execute(c, _BYTES, (self._url.schema,)).fetchone())
         return Compacted(before, after, count)
 
-    # Looking under the bonnet
+    # Checking
 
-    def check(self, *, integrity: bool = True) -> Health:
-        facts: dict[str, str | int | float | bool | None] = {"database": self._shown}
-        findings: list[Finding] = []
-        try:
-            more, found = self._connection.run(self._look_at_server)
-            facts |= more
-            findings += found
-            overview = self.overview(failures=0, runs=0)
-            facts |= {"evaluations": overview.total, "workers": sum(w.state == "alive" for w in overview.workers)}
-            facts |= {"paused": overview.settings.paused, "concurrency": overview.settings.concurrency}
-            findings += [_lost(worker) for worker in overview.workers if worker.state in ("dead", "silent")]
-            if overview.settings.paused:
-                findings.append(Finding("it is paused: workers claim nothing", "`speval resume` lets them go on", False))
-            if integrity:
-                damage = self._connection.run(self._damage)
-                facts["integrity"] = "damaged" if damage else "ok"
-                findings += [Finding(f"damaged: {problem}", "go back to a backup", True) for problem in damage]
-                after: int | None = 0
-                while after is not None:
-                    after, _ = self._connection.run(self._page, None, {"cause": None, "pattern": None}, after, _PAGE)
-                findings += self.damaged.findings("`speval drop` forgets it")
-        except DatabaseError as error:  # then the rest can't be known
-            findings.append(Finding(error.problem, "see to the server, then look again", True))
-        return Health(facts, tuple(sorted(findings, key=lambda finding: not finding.is_error)))
+    def _outside(self) -> tuple[Facts, list[Finding]]:
+        return {"database": self.shown}, []
 
-    def _look_at_server(self, c: Connection) -> tuple[dict[str, str | int | bool | None], list[Finding]]:
+    def _inside(self, facts: Facts, findings: list[Finding]) -> None:
+        more, found = self._connection.run(self._look_at_server)
+        facts |= more
+        findings += found
+
+    def _look_at_server(self, c: Connection) -> tuple[Facts, list[Finding]]:
         row = self._execute(c, _FACTS, {"schema": self._url.schema}).fetchone()
         version, size, dead_rows, most, connections, syncs, vacuums, read_only = row
-        facts: dict[str, str | int | bool | None] = {
+        facts: Facts = {
             "store": f"PostgreSQL {version}",
             "schema": SCHEMA,
             "tables in": self._url.schema,
@@ -487,26 +336,39 @@ class PostgresControl(Control):
             problem = f"{connections} of the server's {most} connections are in use, and each worker needs one"
             findings.append(Finding(problem, "raise max_connections, or connect through pgbouncer", False))
         if not syncs:
-            findings.append(Finding("the server runs with fsync off", "a power cut may destroy its data; turn it on", False))
+            findings.append(Finding("the server runs with fsync off", "turn it on: a power failure may destroy data", False))
         if not vacuums:
-            findings.append(Finding("the server runs with autovacuum off", "claims get slower and slower; turn it on", False))
+            findings.append(
+                Finding("the server runs with autovacuum off", "turn it on: claims become slower and slower", False)
+            )
         oldest = self._execute(c, _OLDEST).fetchone()
         if oldest is not None and oldest[2] > _OLD:
             problem = (
                 f"a transaction has been open for {oldest[2]:.0f} s (pid {oldest[0]}, {oldest[1]}): dead rows are kept for it"
             )
             findings.append(Finding(problem, f"end it, with pg_terminate_backend({oldest[0]}) if need be", False))
-        (count,) = self._execute(c, _ORPHANED).fetchone()
-        if count:
-            problem = f"{counted(count)} held by no worker"
-            findings.append(Finding(problem, "the next copy that is started takes them back", False))
-        return facts, findings
+        return facts, findings + orphaned(self._execute(c, _ORPHANED).fetchone()[0])
 
-    def _damage(self, c: Connection) -> list[str]:
-        """Return what does not fit together."""
-        with self._snapshot(c):
-            found = [(self._execute(c, sql).fetchone()[0], what) for sql, what in _AMISS]
-        return [f"{counted(count)} {what}" for count, what in found if count]
+    def _damage(self, facts: Facts, findings: list[Finding]) -> str:
+        def look(c: Connection) -> list[str]:
+            with _snapshot(c):
+                found = [(self._execute(c, sql).fetchone()[0], what) for sql, what in _AMISS]
+            return [f"{counted(count)} {what}" for count, what in found if count]
+
+        damage = self._connection.run(look)
+        facts["integrity"] = "damaged" if damage else "ok"
+        findings += [Finding(f"damaged: {problem}", "restore a backup", True) for problem in damage]
+        return "`speval drop` deletes it"
+
+    def _lost(self, worker: WorkerView) -> Finding:
+        what = "is dead" if worker.state == "dead" else "has not renewed its lease, by the clock of the server,"
+        return Finding(f"worker {worker.worker} {what} and holds {holds(worker)}", RECLAIMED, False)
+
+
+@contextmanager
+def _snapshot(c: Connection) -> Iterator[None]:
+    c.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    yield
 
 
 def _like(pattern: str) -> str:
@@ -514,13 +376,3 @@ def _like(pattern: str) -> str:
     for sign in "\\%_":
         pattern = pattern.replace(sign, f"\\{sign}")
     return stored_name(pattern.replace("*", "%").replace("?", "_"))
-
-
-def _label(worker: Sequence[Any]) -> str | None:
-    return None if worker[0] is None else worker_label(*worker)
-
-
-def _lost(worker: WorkerView) -> Finding:
-    holds = counted(worker.running + worker.ahead + worker.held)
-    what = "is dead" if worker.state == "dead" else "shows no sign of life, by the server's clock,"
-    return Finding(f"worker {worker.worker} {what} and holds {holds}", "the next copy that is started takes them back", False)

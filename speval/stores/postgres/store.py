@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ...clock import Clock
-from ...errors import StoreClosedError, UnknownNameError
+from ...errors import StoreClosedError
 from ...host import this_process
-from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Status, Summary
+from ...model import Cause, Claim, Durability, Evaluation, OnChanged, Settings, Summary
 from ...spaces.eager import Key, Space
 from ...threads import WorkThread
 from ...url import PostgresUrl
@@ -30,7 +30,7 @@ from .connection import Connection, PostgresConnection, numbers, texts
 from .feed import Feed
 from .late import take_in
 from .lease import PostgresLeaseKeeping
-from .rows import PAGE_SIZE, evaluation, in_space, loading, page_of
+from .rows import in_space
 from .schema import READY, Names, prepare, stored_name, true_name
 from .seed import Extent, Seeding
 
@@ -72,20 +72,6 @@ SELECT (SELECT count(*) FROM speval.queue AS q WHERE {in_space("q.id")}),
     ) AS causes)
 """
 _SUMMARY, _SUMMARY_AT_END = _SUMMARY.format("a.outcome <> 'completed'"), _SUMMARY.format("true")
-_UNKNOWN = "SELECT n FROM unnest(%s::text[]) AS n WHERE NOT EXISTS (SELECT FROM speval.evaluations AS e WHERE e.name = n)"
-_RETRY = """
-WITH ended AS (
-    UPDATE speval.attempts AS a SET final = false
-    WHERE a.final AND a.outcome {} 'completed' AND (%(ids)s::text[] IS NULL OR a.evaluation = ANY (ARRAY(
-        SELECT e.id FROM speval.evaluations AS e WHERE e.name = ANY (%(ids)s::text[])
-    )))
-    RETURNING a.*
-)
-INSERT INTO speval.queue (id, attempt, released, forgiven, suspect, put_back, updated_at)
-SELECT evaluation, attempt, released, attempt - released, suspect, evaluation, %(now)s FROM ended
-"""
-_RETRY_FAILED, _RETRY_COMPLETED = _RETRY.format("<>"), _RETRY.format("=")
-_NEWS = "SELECT pg_notify('speval.news', '')"
 
 
 class PostgresStore(Store):
@@ -322,40 +308,6 @@ class PostgresStore(Store):
             return Summary(pending, in_progress, min(completed, others) if at_end else others, failed, counted)
 
         return await self._run(count)
-
-    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        sql = page_of(loading(status))
-
-        def fetch(c: Connection) -> tuple[int, list[Evaluation]]:
-            found: list[Evaluation] = []
-            seen = after
-            while not found:
-                rows = self._execute(c, sql, {"after": seen, "limit": limit, "size": PAGE_SIZE}).fetchall()
-                if not rows:
-                    break
-                seen = rows[-1][0]
-                for row in rows:
-                    with self.damaged.left_out():
-                        found.append(evaluation(self._shown, row[1:-2]))
-            return seen, found
-
-        return await self._run(fetch)
-
-    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
-        given = None if names is None else texts(stored_name(name) for name in names)
-        sql = _RETRY_COMPLETED if status == "completed" else _RETRY_FAILED
-
-        def put_back(c: Connection) -> int:
-            self._execute(c, READY)
-            if given is not None:
-                unknown = [true_name(name) for (name,) in self._execute(c, _UNKNOWN, (given,)).fetchall()]
-                if unknown:
-                    raise UnknownNameError(self._shown, unknown)
-            count: int = self._execute(c, sql, {"ids": given, "now": self._clock.wall()}).rowcount
-            self._execute(c, _NEWS)
-            return count
-
-        return await self._run_once(_ANSWER, put_back)
 
 
 def _token(claim: Claim) -> tuple[int, int, int]:

@@ -13,14 +13,29 @@ import resource
 import sqlite3
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError
+from ...errors import DatabaseError, DatabaseLockedError, DatabaseUnavailableError, ForeignDatabaseError, SpevalError
 
-__all__ = ["BUSY", "SIDE_FILES", "code_of", "is_unreadable", "may_use", "name_problem", "permission", "shown_path"]
-__all__ += ["translated", "translated_os"]
+__all__ = [
+    "BUSY",
+    "NONSENSE",
+    "SIDE_FILES",
+    "code_of",
+    "is_unreadable",
+    "may_use",
+    "name_problem",
+    "nonsense",
+    "permission",
+    "shown_path",
+]
+__all__ += ["translated", "translated_os", "understood"]
 
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+# What code raises that reads values of other types or sizes than speval writes.
+NONSENSE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError)
 SIDE_FILES = ("-journal", "-wal", "-shm")
 
 _PROBED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM}
@@ -41,6 +56,23 @@ def shown_path(path: Path) -> str:
 def may_use(path: Path, mode: int) -> bool:
     """Tell what ``os.access`` does, by the rights that this process has now."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+@contextmanager
+def understood(shown: str) -> Iterator[None]:
+    """Read values inside; if they are invalid, the file has damage that SQLite does not detect."""
+    try:
+        yield
+    except SpevalError:
+        raise
+    except NONSENSE as error:
+        raise nonsense(shown, error) from error
+
+
+def nonsense(shown: str, error: Exception) -> DatabaseError:
+    """Return the error for invalid values."""
+    problem = f"the file contains invalid data ({error!r}); use a backup of the file, or start a new one"
+    return DatabaseError(shown, problem)
 
 
 def code_of(error: sqlite3.Error) -> int:

@@ -24,12 +24,13 @@ from ...model import Durability
 from ...pauses import pauses
 from .connect import Stillness, connected, stillness
 from .contents import GuardedConnection, check_contents, guarded
-from .errors import BUSY, code_of, permission, shown_path, translated
+from .errors import BUSY, code_of, permission, shown_path, translated, understood
 from .fork import Owner
 from .guard import check_file, check_journal, check_library, check_path
 from .mount import Freshness, check_locks, filesystem, is_network
 from .pair import Marker, check_pair
 from .schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
+from .states import CLAIMED, add_range, lift
 from .watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 _PATIENCE = 60.0  # seconds to wait for the lock of another program
 _SHORT = 0.2  # seconds to wait for it with what the next commit can do as well
+_IN_PROGRESS_0_1 = "SELECT rowid, coalesce(updated, 0) FROM evals WHERE status = 'in_progress' ORDER BY rowid"
 _SILENCE = 3.0  # seconds of waiting for it before that is said
 
 
@@ -177,7 +179,11 @@ class SqliteFile:
                 self.connection.close()
                 self.owner.leave()
                 self.connection, self._still = copy, still
+                in_progress = copy.execute(_IN_PROGRESS_0_1).fetchall() if self.is_0_1 else []
                 migrate(copy)
+                lift(copy, [id for id, _ in in_progress])  # migrating the file itself makes these pending
+                for id, updated_at in in_progress:
+                    add_range(copy, CLAIMED, id, id, None, 0, updated_at)
 
     def look_after(self) -> None:
         """Check that the name still belongs to the open file; for readers that read repeatedly.
@@ -260,28 +266,13 @@ class SqliteFile:
                     problem = f"its filesystem ({self.network}) shows old data on this machine, without the writes of others"
                     fix = "mount it without caches (direct_io, timeouts of 0), or use a PostgreSQL database"
                     raise DatabaseError(self.shown, f"{problem}; {fix}; nothing was written")
-                result = self._understanding(work, connection, *args, **kwargs)
+                with understood(self.shown):
+                    result = work(connection, *args, **kwargs)
                 self._patiently(patience, "COMMIT")
                 return result
             finally:
                 if connection.in_transaction:
                     connection.rollback()
-
-    def _understanding(
-        self,
-        work: Callable[Concatenate[sqlite3.Connection, P], T],
-        connection: sqlite3.Connection,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Run ``work``; if the data that it reads is invalid, the file has damage that SQLite does not detect."""
-        try:
-            return work(connection, *args, **kwargs)
-        except SpevalError:
-            raise
-        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, sqlite3.IntegrityError) as error:
-            problem = f"the file contains invalid data ({error!r}); use a backup of the file, or start a new one"
-            raise DatabaseError(self.shown, problem) from error
 
     def _look_after_the_file(self) -> None:
         """Check that the names still belong to the open files: data written to a deleted file would be lost."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from sys import getsizeof
 from typing import Any
 
 from ...errors import DatabaseError, EvaluationDamagedError
@@ -27,7 +28,6 @@ __all__ = [
     "check_evaluation",
     "check_names",
     "evaluation",
-    "shown_0_1",
 ]
 
 ATTEMPT = """
@@ -47,7 +47,6 @@ FINAL_COLUMNS = f"""
 """
 
 _TEXTS = (7, 17, 20)  # the places of args, result and traceback
-_TEXTS_0_1 = (4, 6)
 
 # Ids that have a state, and no row in evaluations.
 _NAMELESS = """
@@ -88,11 +87,6 @@ def evaluation(db: str, row: Sequence[Any]) -> Evaluation:
     started_at, duration, _, outcome, result, *error = ended[4:] if has_ended else (None,) * 8
     values = (name, status, updated, args, attempt - released, result, outcome, *error, started_at, duration, *worker)
     return shown_evaluation(db, values)
-
-
-def shown_0_1(db: str, row: Sequence[Any]) -> Evaluation:
-    """Return the evaluation of a row of a speval 0.1.1 database, which has no checksums."""
-    return shown_evaluation(db, row[1:])
 
 
 def check_evaluation(db: str, id: int, name: object, args: Any, crc: int | None) -> None:
@@ -139,7 +133,7 @@ def _holes(c: sqlite3.Connection, first: int, last: int) -> Iterator[int]:
         expected = id + 1
 
 
-def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0_1: bool = False) -> Iterator[tuple[Any, ...]]:
+def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iterator[tuple[Any, ...]]:
     """Yield rows until there are enough of them, or enough text in them.
 
     Args:
@@ -147,12 +141,10 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
         cursor: Where they come from; closed at the end, as an open one keeps a transaction from ending.
         limit: How many at most.
         place: Of the column that has to ascend, and by which the next page begins.
-        is_0_1: Whether they are rows of a database of speval 0.1.1.
 
     Raises:
         DatabaseError: it does not ascend, so a page would begin at the wrong place.
     """
-    texts = _TEXTS_0_1 if is_0_1 else _TEXTS
     count = size = 0
     last = None
     try:
@@ -163,9 +155,9 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0, *, is_0
             last = row[place]
             yield row
             count += 1
-            for text in texts:
+            for text in _TEXTS:
                 if type(row[text]) is str:
-                    size += len(row[text])
+                    size += getsizeof(row[text])
             if count == limit or size > PAGE_SIZE:
                 return
     finally:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ...clock import Clock
-from ...errors import ArgsChangedError, EvaluationDamagedError, StoreClosedError, SystemLimitError, UnknownNameError
+from ...errors import ArgsChangedError, EvaluationDamagedError, StoreClosedError, SystemLimitError
 from ...host import this_process
-from ...model import Cause, Durability, Evaluation, OnChanged, Status, Summary
-from ...spaces.eager import Key, Space, name_to_key
+from ...model import Cause, Durability, Evaluation, OnChanged, Summary
+from ...spaces.eager import Key, Space
 from ..base import Ended, LeaseKeeping, Record, Recorded, Seeded, Store, StoreMode, TakenIn
-from ..rows import CODES, Damaged
+from ..rows import Damaged
 from . import record as recording
 from . import seed as seeding
 from .connection import TransactionThread
@@ -31,8 +31,8 @@ from .file import SqliteFile, shown_path
 from .late import take_in
 from .lease import SqliteLeaseKeeping
 from .record import Part
-from .rows import COLUMNS, FINAL_COLUMNS, FROM, bounded, check_names, evaluation, shown_0_1
-from .states import STATES, STATUS_CODE, Counters, lift, put_back, put_back_all
+from .rows import FINAL_COLUMNS, bounded, evaluation
+from .states import put_back_all
 from .watchman import missing_log
 
 __all__ = ["SqliteStore"]
@@ -52,17 +52,6 @@ INSERT INTO workers (id, host, pid, machine, start, lease, started_at, last_seen
 VALUES (:id, :host, :pid, :machine, :start, :lease, :now, :now)
 """
 
-_LOAD_ALL = f"SELECT {COLUMNS} {FROM} WHERE e.id > ? ORDER BY e.id"
-_LOAD = f"SELECT {COLUMNS} {FROM} WHERE e.id > ? AND {STATUS_CODE} IN (SELECT value FROM json_each(?)) ORDER BY e.id"
-_LOAD_0_1 = """
-SELECT rowid, name, CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END, updated,
-    coalesce(args, 'null'), status <> 'pending', CASE status WHEN 'completed' THEN coalesce(result, 'null') END, NULL,
-    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
-FROM evals
-WHERE rowid > ? AND CASE status WHEN 'completed' THEN 2 WHEN 'in_progress' THEN 1 ELSE 0 END
-    IN (SELECT value FROM json_each(?))
-ORDER BY rowid
-"""
 _ENDED_SINCE = f"""
 SELECT {FINAL_COLUMNS}
 FROM attempts AS a LEFT JOIN evaluations AS e ON e.id = a.evaluation LEFT JOIN workers AS w ON w.id = a.worker
@@ -87,16 +76,6 @@ _CAUSES = """
 SELECT coalesce(CAST(outcome AS TEXT), ''), count(*) FROM attempts INDEXED BY attempts_failed
 WHERE final AND outcome <> 'completed' AND evaluation <= :last AND evaluation NOT IN unlisted GROUP BY 1
 """
-
-_RETRY_NAMED = f"""
-SELECT s.id, s.attempt, s.released, s.suspect, s.status FROM evaluations AS e JOIN {STATES} AS s ON s.id = e.id WHERE e.name = ?
-"""
-_RETRY = """
-INSERT INTO queue (id, attempt, released, forgiven, suspect, updated_at)
-SELECT evaluation, attempt, released, attempt - released, suspect, ? FROM attempts
-WHERE final AND (outcome = 'completed') = ?
-"""
-_NOT_FINAL = "UPDATE attempts SET final = 0 WHERE final AND (outcome = 'completed') = ?"
 
 
 class SqliteStore(Store):
@@ -337,47 +316,3 @@ class SqliteStore(Store):
             return Summary(pending, running, ended - failed, failed, causes)
 
         return await self._read(count)
-
-    async def load(self, status: Status | None, after: int, limit: int) -> tuple[int, list[Evaluation]]:
-        _, file = self._opened()
-        if file.is_empty:
-            return after, []
-        sql, shown = (_LOAD_0_1, shown_0_1) if file.is_0_1 else (_LOAD if status else _LOAD_ALL, evaluation)
-
-        def fetch(c: sqlite3.Connection) -> tuple[int, list[Evaluation]]:
-            found: list[Evaluation] = []
-            seen, count = after, 1
-            while count and not found:
-                begun, count = seen, 0
-                cursor = c.execute(sql, (seen,) if sql is _LOAD_ALL else (seen, CODES[status]))
-                for row in bounded(self._shown, cursor, limit, is_0_1=file.is_0_1):
-                    count += 1
-                    seen = row[0]
-                    try:
-                        found.append(shown(self._shown, row))
-                    except EvaluationDamagedError as error:
-                        self.damaged.add(error)
-                if sql is _LOAD_ALL:
-                    check_names(c, self._shown, self.damaged, begun, seen if count else _ALL)
-            return seen, found
-
-        return await self._read(fetch)
-
-    async def retry(self, names: Sequence[str] | None, status: Status) -> int:
-        def put_back_ended(c: sqlite3.Connection) -> int:
-            now, is_completed = self._clock.wall(), status == "completed"
-            if names is None:
-                count = c.execute(_RETRY, (now, is_completed)).rowcount
-                c.execute(_NOT_FINAL, (is_completed,))
-                return count
-            # One by one: SQLite's functions for JSON end a text at a NUL, and that is another name.
-            found = {name: c.execute(_RETRY_NAMED, (name_to_key(name),)).fetchone() for name in names}
-            if unknown := [name for name, row in found.items() if row is None]:
-                raise UnknownNameError(self._shown, unknown)
-            ended = {row[0]: row for row in found.values() if row[4] == (2 if is_completed else 3)}
-            lift(c, ended)
-            rows = ((id, number, Counters(lost, number - lost, suspect)) for id, number, lost, suspect, _ in ended.values())
-            put_back(c, rows, now)
-            return len(ended)
-
-        return await self._write(put_back_ended)
