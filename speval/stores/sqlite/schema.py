@@ -18,6 +18,11 @@ SCHEMA = 3
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
 
+# Read at import: a process may drop its privileges before it opens a database.
+_SCRIPTS = {
+    name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("schema.sql", "from_0_1.sql")
+}
+
 
 def describe(connection: sqlite3.Connection) -> tuple[int, int, set[str], list[str]]:
     """Return (application id, schema version, tables, columns of the table evals)."""
@@ -66,7 +71,7 @@ def migrate(connection: sqlite3.Connection) -> bool:
 def _script(connection: sqlite3.Connection, name: str) -> None:
     """Execute a script statement by statement; executescript() would commit the open transaction first."""
     statement = ""
-    for line in resources.files(__package__).joinpath(name).read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in _SCRIPTS[name].splitlines(keepends=True):
         statement += line
         if sqlite3.complete_statement(statement):
             connection.execute(statement)
