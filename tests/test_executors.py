@@ -253,7 +253,7 @@ async def test_a_result_too_big_for_any_database_is_this_evaluations_failure(mak
     outcome = await make_rig(kind).slot(lambda args: "x" * 2000).call("17", "1", None)
     assert outcome.cause == "unserializable"
     assert "the result of evaluation '17'" in outcome.error["message"]
-    assert "write it to a file" in outcome.error["message"]
+    assert "write the data to a file" in outcome.error["message"]
 
 
 async def test_a_result_without_a_json_form_is_this_evaluations_failure(rig):
