@@ -148,7 +148,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
 
     Raises:
         DatabaseMissingError: there is no such database.
-        DatabaseError: it is no database of speval, or can't be read.
+        DatabaseError: the database does not belong to speval, or can't be read.
     """
     location = checked_database(db)
     checked_status(status, (None, *get_args(Status)))
