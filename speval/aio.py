@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from itertools import islice
 from os import PathLike
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from .bitmap import Bitmap
 from .clock import Clock
@@ -37,7 +37,7 @@ _PAGE = 1000  # evaluations read at once
 _POLL = 0.2  # seconds between looks for what other workers have recorded
 
 
-class Run(Protocol):
+class _Run(Protocol):
     """Runs what blocks in a thread."""
 
     async def __call__(self, work: Callable[[], T]) -> T: ...
@@ -148,7 +148,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
 
     Raises:
         DatabaseMissingError: there is no such database.
-        DatabaseError: it is no database of speval, or can't be read.
+        DatabaseError: the database does not belong to speval, or can't be read.
     """
     location = checked_database(db)
     checked_status(status, (None, *get_args(Status)))
@@ -160,7 +160,9 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
         return evaluations
 
 
-async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
+async def retry(
+    db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Literal["failed", "completed"] = "failed"
+) -> int:
     """Do as ``speval.retry`` does, in a thread beside the event loop.
 
     Args:
@@ -181,7 +183,7 @@ async def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, 
 
 
 @asynccontextmanager
-async def _controlled(location: Location, mode: ControlMode) -> AsyncGenerator[tuple[Control, Run]]:
+async def _controlled(location: Location, mode: ControlMode) -> AsyncGenerator[tuple[Control, _Run]]:
     """Open what people use a database with in a thread, and give it out with the way into that thread."""
     opened: list[Control] = []
     given_up = threading.Event()

@@ -38,7 +38,7 @@ class Database:
 
     Raises:
         DatabaseMissingError: there is no such database.
-        DatabaseError: it is no database of speval, or can't be read.
+        DatabaseError: the database does not belong to speval, or can't be read.
     """
 
     _reading: Control | None = None
@@ -217,14 +217,14 @@ class Database:
             concurrency: Evaluations that each worker runs at once.
 
         Raises:
-            OptionError: it is no whole number from 1 to 1,000,000.
+            OptionError: the value is not a whole number from 1 to 1,000,000.
         """
         if concurrency is None:  # which would take it back
             raise OptionError("concurrency", "None", "a whole number; unset('concurrency') takes it back")
         self._steering.set_concurrency(concurrency)
 
     def unset(self, setting: Literal["concurrency"]) -> None:
-        """Delete a setting; each worker uses the option of its own call again."""
+        """Delete a setting; each worker uses the option of its call again."""
         if setting != "concurrency":
             raise OptionError("setting", repr(setting)[:60], "'concurrency'")
         self._steering.set_concurrency(None)
@@ -270,7 +270,7 @@ class Database:
             How many evaluations and attempts were copied; they are durable.
 
         Raises:
-            DatabaseNotEmptyError: there are evaluations in the target; it is as it was.
+            DatabaseNotEmptyError: the target has evaluations; it was not changed.
             DatabaseError: one of the two can't be used; the target has no evaluations then.
         """
         if self._reading is None:

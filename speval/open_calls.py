@@ -1,8 +1,8 @@
-"""The blocking calls that are under way in this process.
+"""The open blocking calls of this process.
 
-Owns what becomes of them when the interpreter exits, when the process forks, and when a garbage collection drops one.
-Invariant: at exit each is ended while its threads still run; a forked child knows of none; and what a garbage collection calls
-waits for nothing, since it may be called in the very thread that it would wait for.
+Owns their end when the interpreter exits, when the process forks, and when a garbage collection deletes one. Invariant: at
+exit each call is ended while its threads still run; a forked child forgets all of them; and code called by a garbage
+collection never waits, because it may run in the thread that it would wait for.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def add(call: _Call) -> None:
     _open.add(call)
     if not _is_installed:
         _is_installed = True
-        # The last of what runs at exit while daemon threads still do. All that was registered later than this runs before it.
+        # Exit handlers run in reverse order of registration, while daemon threads still run.
         atexit.register(_end, everywhere=True)
-        # It comes late for a call that the main thread has left open: pools of threads are closed by then, and an evaluation
-        # that wants one would fail for good. What closes the pools is registered with this hook, and runs after ours.
-        with suppress(AttributeError, RuntimeError):  # a Python without it; the exit has begun
+        # That is too late for calls of the main thread: thread pools are closed by then, and an evaluation that needs one would
+        # fail. The code that closes the pools is registered with this hook, and runs after ours.
+        with suppress(AttributeError, RuntimeError):  # this hook was removed from Python; or the exit has started
             threading._register_atexit(_end)  # type: ignore[attr-defined]
 
 

@@ -91,7 +91,7 @@ class Future(Generic[T]):
 
 
 class Call(Generic[T]):
-    """One call: a coroutine in a separate event loop, in a separate thread.
+    """One call: a coroutine in a new event loop in a new thread.
 
     It is new, begun, and over, or never begun at all. ``stop`` asks it to end, ``close`` waits for that. Use it like this,
     since an interrupt may come between any two steps, and the second ``close`` does what it kept the first one from doing::
@@ -164,8 +164,8 @@ class Call(Generic[T]):
             SpevalError: this is a process forked from the one in which the call is under way.
         """
         if self._process != os.getpid():
-            problem = f"it began in process {self._process}, and this process is a fork of that one"
-            raise SpevalError(f"this call can't be used here: {problem}; call as_completed again in this process")
+            problem = f"it was begun in process {self._process}, of which this one is a fork, and goes on there"
+            raise SpevalError(f"this call of as_completed has no part here: {problem}; call as_completed again in this process")
         self.asker = threading.get_ident()
         future: Future[Any] = Future()
         self._asked.append(future)
@@ -186,7 +186,7 @@ class Call(Generic[T]):
                 raise SystemExit from None  # the interpreter exits, and this thread ends without a word
             raise
         except SpevalError as error:
-            # The frames of two threads help no reader of the traceback, and the message says it all.
+            # Frames of two threads would not help the reader of the traceback; the message is sufficient.
             raise error.with_traceback(None)  # noqa: B904 - it keeps the cause it has
         except BaseException:
             if not future.done():
@@ -268,7 +268,7 @@ class Call(Generic[T]):
                 self._bring(_complete(loop, self._task))
         except BaseException as error:
             if self._ended.done():
-                logger.warning("the event loop of a call could not be closed cleanly: %r", error)
+                logger.warning("the event loop of a call could not be closed in good order: %r", error)
             else:
                 self._bring(error)
         finally:
@@ -313,8 +313,8 @@ class Call(Generic[T]):
 def _complete(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> BaseException | None:
     """Run the loop until the task is done, past what would end other loops, and return what the task has raised.
 
-    SystemExit and KeyboardInterrupt in a task or a callback come out of the loop. It can go on after that, and only the
-    function we evaluate can have started them: they are its failures, and must not end the run.
+    SystemExit and KeyboardInterrupt in a task or a callback leave the loop, which can continue afterwards. Only the evaluated
+    function can have started that task: they are its failures, and must not end the run.
     """
     while not task.done():
         try:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import aclosing, suppress
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from . import open_calls as calls
 from .model import Durability, EvalSpace, Evaluation, OnChanged, Status, Summary
@@ -98,7 +98,7 @@ def speval(
         ArgsChangedError: names are stored with other args, and ``on_changed`` is ``"error"``.
         FunctionError: the function can't be sent to processes.
         ExecutorError: the executor handed in takes no more calls; what had ended is recorded.
-        DatabaseError: the database can't be used. Before the first claim, all of these leave the database as it was.
+        DatabaseError: the database can't be used. Before the first claim, all of these leave the database unchanged.
     """
     options = Options(
         timeout=timeout,
@@ -182,7 +182,7 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
 
     Raises:
         DatabaseMissingError: there is no such database.
-        DatabaseError: it is no database of speval, or can't be read.
+        DatabaseError: the database does not belong to speval, or can't be read.
     """
     location = checked_database(db)
     checked_status(status, (None, *get_args(Status)))
@@ -192,7 +192,9 @@ def load_evals(db: str | PathLike[str], *, status: Status | None = None) -> list
         return list(control.evaluations(status=status))
 
 
-def retry(db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Status = "failed") -> int:
+def retry(
+    db: str | PathLike[str], names: Iterable[str] | None = None, *, status: Literal["failed", "completed"] = "failed"
+) -> int:
     """Put evaluations back to pending with a fresh attempt budget; the next ``speval`` call evaluates them again.
 
     What the earlier attempts brought stays recorded in the table ``attempts``.

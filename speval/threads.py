@@ -1,7 +1,7 @@
-"""A thread beside the event loop.
+"""A thread for blocking work of an event loop.
 
-Owns the way of a piece of blocking work to a thread and of its outcome back. Invariant: nothing that happens there keeps the
-interpreter from exiting, and a result that is not awaited any more is dropped.
+Owns passing blocking work to a thread and its outcome back. Invariant: the thread never delays the exit of the interpreter,
+and an outcome that the event loop no longer awaits is ignored.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["WorkThread", "start"]
 
 T = TypeVar("T")
 
-_LINGER = 2.0  # seconds that finishing waits for what was begun
+_LINGER = 2.0  # seconds that finishing waits for started work
 
 
 def start(thread: threading.Thread) -> None:
     """Start a thread.
 
     Raises:
-        SystemLimitError: the system has no room for one.
+        SystemLimitError: the system allows no more threads.
     """
     try:
         thread.start()
@@ -38,25 +38,25 @@ def start(thread: threading.Thread) -> None:
 
 
 class WorkThread:
-    """A daemon thread that does one piece of work after the other for an event loop, in a copy of its maker's context."""
+    """A daemon thread that runs work for an event loop, one piece at a time, in a copy of the context of its creator."""
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        # The second Ctrl-C must end the process whatever this thread is waiting for.
+        # A daemon, because the second Ctrl-C must end the process while this thread waits.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True)
         start(self._thread)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Return what the work returns; it goes on when this is cancelled."""
+        """Run the work and return its result; a cancellation does not stop it."""
         return await self._put(work)
 
     def end(self) -> None:
-        """Let the thread end once it has done what it was given; return at once."""
+        """Let the thread end after its work, without waiting for it."""
         self._work.put(None)
 
     async def finish(self, last: Callable[[], object], hurry: Callable[[], object]) -> None:
-        """Do the last work and end the thread; what is in its way is hurried up after a while, or when this is cancelled."""
+        """Run the last work and end the thread; call ``hurry`` if earlier work takes long, or when this is cancelled."""
         done = self._put(last)
         self.end()
         try:

@@ -184,7 +184,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
     """A PostgreSQL server for all tests that want one; each test uses another namespace."""
-    server = Server(fsync="off")
+    server = Server()
     try:
         server.start()
         yield server

@@ -102,6 +102,7 @@ class SqlitePlace(Place):
                 await other()
             return result
 
+        monkeypatch.setattr("speval.stores.sqlite.seed.SMALL", -1)  # a small space is stored at once
         monkeypatch.setattr(store, "_read", read_and_be_overtaken)
         return done
 

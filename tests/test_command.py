@@ -19,6 +19,7 @@ import click
 import pytest
 
 from speval import SpevalError, load_evals, speval
+from speval.cli import main
 from speval.cli.commands import speval as command
 
 from .conftest import WAIT, wait_for
@@ -66,6 +67,25 @@ def call(tmp_path):
         return done
 
     return call
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capfd):
+    """Run the command in this process, where a test is not about its start."""
+    most_digits = sys.get_int_max_str_digits()
+
+    def call(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["speval", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert (ended.value.code or 0) == code, out + err
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    yield call
+    sys.set_int_max_str_digits(most_digits)
 
 
 def boom(args):
@@ -414,7 +434,7 @@ def test_retry_makes_the_selected_evaluations_pending(filled, call):
     assert {e["status"] for e in load_evals(filled)} == {"pending"}
 
 
-def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
+def test_pause_resume_set_and_unset_reach_the_workers(here, call, inside, scripts):
     script = scripts.write(
         """
         import time
@@ -427,11 +447,11 @@ def test_pause_resume_set_and_unset_reach_the_workers(here, call, scripts):
     )  # fmt: skip
     running = scripts.start(script)
     db = here / "runs.db"
-    wait_for(lambda: db.exists() and "alive" in call("status", "runs.db").stdout)
+    wait_for(lambda: db.exists() and "alive" in inside("status", "runs.db").stdout)
     assert lines(call("pause", "runs.db"))[0].startswith("paused; ")
 
     def seen():
-        return json.loads(call("status", "runs.db", "--json").stdout)
+        return json.loads(inside("status", "runs.db", "--json").stdout)
 
     wait_for(lambda: seen()["in_progress"] == 0)
     completed = seen()["completed"]
@@ -593,10 +613,10 @@ def test_a_table_is_escaped_on_a_terminal_and_exact_in_a_file(filled, call, term
 
 
 @pytest.mark.parametrize("arguments", [a for a in LOOKING if "watch" not in a], ids=lambda a: ascii(" ".join(a)))
-def test_subcommands_that_read_do_not_change_the_database(filled, call, arguments):
+def test_subcommands_that_read_do_not_change_the_database(filled, inside, arguments):
     before = filled.read_bytes()
     name, *rest = arguments
-    call(name, "runs.db", *rest)
+    inside(name, "runs.db", *rest)
     assert filled.read_bytes() == before
 
 
@@ -616,14 +636,14 @@ def test_a_pipe_that_is_closed_early_causes_no_traceback(tmp_path, arguments):
      ["set", "concurrency", "2"], ["unset", "concurrency"], ["drop", "x", "--yes"], ["doctor"]],
     ids=" ".join,
 )  # fmt: skip
-def test_a_missing_or_foreign_database_is_named_and_not_changed(tmp_path, call, arguments):
+def test_a_missing_or_foreign_database_is_named_and_not_changed(tmp_path, inside, arguments):
     name, *rest = arguments
-    assert "no.db: this database does not exist" in complaint(call(name, "no.db", *rest, code=2))
+    assert "no.db: this database does not exist" in complaint(inside(name, "no.db", *rest, code=2))
     assert not (tmp_path / "no.db").exists()
     (tmp_path / "notes.txt").write_text("some notes of mine " * 100)
-    assert "notes.txt: this is not a speval database" in complaint(call(name, "notes.txt", *rest, code=2))
+    assert "notes.txt: this is not a speval database" in complaint(inside(name, "notes.txt", *rest, code=2))
     assert (tmp_path / "notes.txt").read_text().startswith("some notes of mine")
-    assert "Missing argument 'DB'" in complaint(call(name, code=2))
+    assert "Missing argument 'DB'" in complaint(inside(name, code=2))
 
 
 def test_a_database_of_0_1_1_is_read_without_changing_it(tmp_path, call):
@@ -692,16 +712,16 @@ def test_the_same_commands_work_on_a_postgresql_url_and_show_no_password(here, c
     assert "sesame" not in told
 
 
-def test_every_subcommand_has_help_and_three_shells_have_completion(call):
+def test_every_subcommand_has_help_and_three_shells_have_completion(call, inside):
     told = call("--help").stdout
     for name in ("run", "status", "watch", "ls", "show", "best", "export", "retry", "pause", "resume", "set", "unset", "drop"):
         assert f"\n  {name} " in told
-        assert "--help" in call(name, "--help").stdout
+        assert "--help" in inside(name, "--help").stdout
     assert call("--version").stdout.startswith("speval ")
-    assert "Commands:" in call(code=2).stdout
+    assert "Commands:" in inside(code=2).stdout
     for shell in ("bash", "zsh", "fish"):
-        assert "_SPEVAL_COMPLETE" in call("completion", shell).stdout
-    assert "No such command 'sttus'" in complaint(call("sttus", code=2))
+        assert "_SPEVAL_COMPLETE" in inside("completion", shell).stdout
+    assert "No such command 'sttus'" in complaint(inside("sttus", code=2))
 
 
 def test_a_shell_completes_subcommands_options_and_names(filled):

@@ -14,7 +14,7 @@ from speval.model import Cause, Claim, Error, Outcome, Settings
 from speval.spaces.eager import Space
 from speval.stores import make_control
 from speval.stores.base import Ended, Record, Store
-from speval.stores.control import Control
+from speval.stores.control import Choice, Control
 
 from .databases import Place, SqlitePlace, findings
 
@@ -277,9 +277,11 @@ async def test_evaluations_are_read_in_pages_that_keep_no_snapshot(database, mon
 
 
 async def test_a_page_ends_before_its_evaluations_fill_the_memory(database, monkeypatch):
-    monkeypatch.setattr(f"{database.place.control_module}._PAGE_SIZE", 1000, raising=False)
+    for module in ("sqlite.rows", "postgres.control"):
+        monkeypatch.setattr(f"speval.stores.{module}.PAGE_SIZE", 1000)
     await database.open({str(i): "x" * 600 for i in range(10)})
     control = database.control()
+    assert len(control._page(Choice(), 0, 500)[1]) == 2
     assert names(control.evaluations()) == [str(i) for i in range(10)]
 
 

@@ -253,7 +253,7 @@ async def test_a_result_too_big_for_any_database_is_this_evaluations_failure(mak
     outcome = await make_rig(kind).slot(lambda args: "x" * 2000).call("17", "1", None)
     assert outcome.cause == "unserializable"
     assert "the result of evaluation '17'" in outcome.error["message"]
-    assert "write it to a file" in outcome.error["message"]
+    assert "write the data to a file" in outcome.error["message"]
 
 
 async def test_a_result_without_a_json_form_is_this_evaluations_failure(rig):
@@ -399,6 +399,44 @@ async def test_a_slot_of_coroutines_goes_on_with_more_and_stops_with_the_one_tha
     assert [(claim.id, result) for claim, result in got] == [(1, '"first"'), (2, '"quick"')]
     assert back == []
     assert [claim.id for claim in more] == [4]
+
+
+class Parked(Noted):
+    """Keeps the slot when there is nothing to do for it."""
+
+    async def go_on(self, claim):
+        while not self.calls:
+            await asyncio.sleep(0.001)
+        self.calls.pop()(claim)
+
+    def park(self, go_on):
+        self.calls = [go_on]
+        return True
+
+    calls: list[Callable] | None = None
+
+
+async def test_a_parked_slot_of_coroutines_goes_on_with_what_it_is_given_and_ends_when_told(make_rig):
+    slot, got = make_rig("coroutine").slot(lambda args: args), []
+    first, second = (Claim(i, 1, 1, str(i), str(i), 1) for i in (1, 2))
+    work = Parked([first], 60, got, [], deque())
+    running = asyncio.create_task(slot.run(work))
+    await work.go_on(second)
+    await work.go_on(None)
+    await running
+    assert got == [(first, "1"), (second, "2")]
+
+
+async def test_a_parked_slot_can_be_cancelled(make_rig):
+    slot, got = make_rig("coroutine").slot(lambda args: args), []
+    work = Parked([Claim(1, 1, 1, "1", "1", 1)], None, got, [], deque())
+    running = asyncio.create_task(slot.run(work))
+    while not work.calls:
+        await asyncio.sleep(0.001)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert len(got) == 1
 
 
 async def test_a_coroutine_has_time_to_clean_up(make_rig):

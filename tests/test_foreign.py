@@ -97,7 +97,7 @@ async def test_a_timeout_gives_the_call_up_and_says_so(pool, tmp_path, caplog):
     await one(pool, function, "")  # the pool is up
     outcome = await one(pool, function, str(tmp_path / "released"), timeout=0.2)
     assert (outcome.cause, outcome.again) == ("timeout", True)
-    assert "evaluation '17' took longer than 0.2 s in a " in caplog.text
+    assert "evaluation '17' ran longer than 0.2 s in a " in caplog.text
     assert "which can't stop a running call: it is abandoned" in caplog.text
     (tmp_path / "released").touch()
     assert (await one(pool, function, "", timeout=60)).result == '"late"'

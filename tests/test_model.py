@@ -5,10 +5,10 @@ import pytest
 from .model import PostgresKind, SqliteKind, Workers, run_workers
 
 slow = pytest.mark.slow
-OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "refused to renew", "unlisted", "due", "released"}
+OFTEN = {"failed as lost", "taken back uncharged", "a stale token refused", "due", "released"}
 # A renewal between look and verdict is too rare to be found at will; tests/test_store.py has it by itself.
 RARE = {"taken back in its backoff", "interrupted in taking back", "forged", "found itself lost"}
-RARE |= {"rerun while in_progress", "retried failed", "args changed, refused"}
+RARE |= {"refused to renew", "unlisted", "rerun while in_progress", "retried failed", "args changed, refused"}
 
 
 @pytest.mark.timeout(600)  # of which it takes as much only to find the shortest way to a failure
@@ -16,7 +16,7 @@ RARE |= {"rerun while in_progress", "retried failed", "args changed, refused"}
     ("kind", "runs", "happens"),
     [
         *((SqliteKind, 25, OFTEN), pytest.param(SqliteKind, 120, OFTEN | RARE, marks=slow)),
-        *((PostgresKind, 8, OFTEN), pytest.param(PostgresKind, 50, OFTEN | RARE, marks=slow)),
+        *((PostgresKind, 10, OFTEN), pytest.param(PostgresKind, 50, OFTEN | RARE, marks=slow)),
     ],
     ids=["sqlite", "sqlite at length", "postgres", "postgres at length"],
 )

@@ -163,7 +163,7 @@ speval(function, [1], "runs.db", executor="process")
 """
     )
     assert "FunctionError: function can't run in worker processes: the module 'model' is imported in the body of" in done.stderr
-    assert f"lib/model.py here, and a fresh interpreter finds another one, from {scripts.folder}/model.py." in done.stderr
+    assert f"lib/model.py, and a fresh interpreter finds another one, from {scripts.folder}/model.py." in done.stderr
     assert "Keep its folder in sys.path" in done.stderr
     assert not (scripts.folder / "runs.db").exists()
 

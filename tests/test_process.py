@@ -101,7 +101,7 @@ def test_a_module_imported_by_name_that_calls_speval_is_refused_with_a_clear_sen
     )
     done = scripts.run("import experiment, speval\nspeval.speval(experiment.function, [1], 'runs.db', concurrency=2)")
     assert done.returncode == 1
-    assert "speval() is called at the top level of a module that a worker process has to import" in done.stderr
+    assert "the module calls speval() at its top level" in done.stderr
     assert 'under if __name__ == "__main__"' in done.stderr
 
 

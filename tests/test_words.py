@@ -46,28 +46,6 @@ PLAIN = {
 }
 WORDS = re.compile("|".join(rf"(?P<p{n}>\b(?:{pattern})\b)" for n, pattern in enumerate(PLAIN)), re.IGNORECASE)
 
-# Not in plain words yet. Take a file out when its texts are.
-TODO: set[str] = {
-    "speval/aio.py",
-    "speval/stores/base.py",
-    "speval/stores/postgres/control.py",
-    "speval/stores/sqlite/control.py",
-    "speval/stores/sqlite/damage.py",
-    "speval/stores/sqlite/file.py",
-    "speval/stores/sqlite/guard.py",
-    "speval/stores/sqlite/lease.py",
-    "speval/stores/sqlite/mount.py",
-    "speval/stores/sqlite/pair.py",
-    "speval/stores/sqlite/rows.py",
-    "speval/stores/sqlite/salvage.py",
-    "speval/stores/sqlite/schema.sql",
-    "speval/stores/sqlite/seed.py",
-    "speval/stores/sqlite/store.py",
-    "speval/stores/sqlite/wal.py",
-    "speval/stores/sqlite/watchman.py",
-    "speval/sync.py",
-}
-
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -104,8 +82,6 @@ def offences(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", TEXTS, ids=name)
 def test_texts_are_in_plain_words(path: Path) -> None:
-    if name(path) in TODO:
-        pytest.skip("not in plain words yet")
     assert offences(path) == []
 
 

@@ -6,6 +6,7 @@ Owns what they ask and print. Invariant: they only use the database and never co
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import click
 
@@ -29,7 +30,14 @@ __all__ = ["copy", "drop", "pause", "resume", "retry", "set_", "unset"]
 @cause
 @pattern
 @as_json
-def retry(db: str, names: tuple[str, ...], status: Status, cause: Cause | None, pattern: str | None, as_json: bool) -> None:
+def retry(
+    db: str,
+    names: tuple[str, ...],
+    status: Literal["failed", "completed"],
+    cause: Cause | None,
+    pattern: str | None,
+    as_json: bool,
+) -> None:
     """Make evaluations pending again with a new attempt budget: all failed ones, or those named."""
     chosen: list[str] | None = list(names) or None
     if cause is not None or pattern is not None:

@@ -187,8 +187,7 @@ class Run:
                 await self._register_anew()
             if self._feeder is not None and (drawn := self._feeder.take()):
                 await self._extend(drawn)
-            if self.slots.resize(self._settings.concurrency or self._options.concurrency):
-                self._is_dry = False
+            self._resize()  # a minute may have gone by since there was no room for more slots
             match plan(self._state(), self._clock.monotonic()):
                 case Commit(idle, ahead):
                     await self._commit(idle, ahead)
@@ -326,6 +325,12 @@ class Run:
             logger.info("resumed")
             self.slots.let_go("paused")
         self._settings = settings
+        self._resize()
+
+    def _resize(self) -> None:
+        """Run as many slots as are wanted, as far as there is room for them."""
+        if self.slots.resize(self._settings.concurrency or self._options.concurrency):
+            self._is_dry = False
 
     # What the slots and the lease's thread tell, in the event loop
 

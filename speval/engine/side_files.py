@@ -1,6 +1,6 @@
 """Side files: results that could not be recorded, kept beside the database until the next start takes them in.
 
-Owns writing, finding, reading and removing them. Invariant: a file that the log names is on the disk, none is ever overwritten,
+Owns writing, finding, reading and removing them. Invariant: a file that is spoken of is on the disk, none is ever overwritten,
 and one is removed only when the database holds all that is in it. One JSON object a line; docs/guarantees.md names its keys.
 """
 
@@ -154,10 +154,10 @@ def _found(beside: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[str] | None]:
-    """Open a file and lock it; None if another process writes it, takes it in, or has taken it in by now.
+    """Open a side file and lock it; None if another process writes, records or has recorded it.
 
     Raises:
-        OSError: it can't be read, or is not one that this user, root or the owner of the folder has written.
+        OSError: it can't be read, or does not belong to this user, root or the owner of the folder.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -167,7 +167,7 @@ def _locked(path: Path) -> Iterator[IO[str] | None]:
     with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.getuid(), 0, path.parent.stat().st_uid):
-            raise OSError("it is another user's, or no plain file; read it, then move it away")
+            raise OSError("it belongs to another user or is not a regular file; check it, then move it away")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_there = os.path.samestat(path.lstat(), status) and os.fstat(descriptor).st_size > 0

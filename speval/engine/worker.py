@@ -63,7 +63,7 @@ class Worker:
         return f"<Worker {self._run.id:012x} running {self._run.slots.running} of {self._run.slots.concurrency}>"
 
     async def start(self) -> None:
-        """Seed the space and start claiming; the work goes on in a separate task.
+        """Seed the space and start claiming; the work continues in a separate task.
 
         Raises:
             SpevalError: the database can't be used, or holds other args; nothing was changed.

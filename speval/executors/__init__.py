@@ -1,6 +1,7 @@
 """Executors: where the user's function runs.
 
-Owns the choice among them. Invariant: an executor is made before anything is claimed, so what can't run is refused first.
+Owns the choice among them. Invariant: the executor is created before anything is claimed, so a function that can't run is
+refused first.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def make_executor(function: Function, options: Options, clock: Clock, outputs: O
     """Return the executor that the options ask for.
 
     Raises:
-        OptionError: the function is not callable, or can't run there.
+        OptionError: the function is not callable.
     """
     if not callable(function):
         raise OptionError("func", repr(function)[:60], "a function of one argument, plain or async")
     chosen = options.executor
     if chosen == "auto":
-        # A timeout means something only where it can be enforced; and in one process, plain functions wait for each other.
+        # Only processes can enforce a timeout, and in one process plain functions block each other.
         is_alone = options.concurrency == 1 and options.timeout is None
         chosen = "coroutine" if _is_async(function) else "thread" if is_alone else "process"
     if chosen == "coroutine":
@@ -53,15 +54,15 @@ def make_executor(function: Function, options: Options, clock: Clock, outputs: O
 
 
 def _is_async(function: Any) -> bool:
-    """Tell whether calling it returns a coroutine, seeing through partials and objects with an async ``__call__``."""
+    """Tell whether calling it returns a coroutine, also for partials and objects with an async ``__call__``."""
     function = unwrapped(function)
-    if isinstance(function, functools.partial):  # one in a circle, or an object that says so: inspect would never come back
+    if isinstance(function, functools.partial):  # circular, or an object that imitates one: inspect would never return
         return False
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 class _Blocking:
-    """An async function called from a thread, in a separate event loop."""
+    """An async function called from a thread, in a new event loop."""
 
     def __init__(self, function: Function) -> None:
         self._function = function

@@ -58,7 +58,7 @@ class Work(ABC):
     def park(self, go_on: Callable[[Claim | None], None]) -> bool:
         """Return whether the slot may wait for another evaluation instead of ending the work.
 
-        If so, ``go_on`` is called with it, or with None to end the work. It spares waking the task that runs the slot.
+        If so, ``go_on`` is called with it, or with None to end the work. This avoids waking the task that runs the slot.
         """
         return False
 

@@ -1,7 +1,7 @@
-"""Several calls handed to one worker at once.
+"""Several calls sent to one thread or worker process at once.
 
-Owns what is known of such calls from outside: which have ended, which runs, since when, and which can still be taken back.
-Invariant: one that runs long keeps nothing waiting behind it, and its timeout is counted from its own beginning.
+Owns the state of these calls: which have ended, which one runs, since when, and which can still be taken back. Invariant: calls
+never wait behind a long one, and the timeout of each call counts from its start.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from .base import Work
 
 __all__ = ["Batch", "BatchWorker"]
 
-_STALE = 0.01  # seconds after which what waits behind a call is taken back
+_STALE = 0.01  # seconds after which calls that wait behind another one are taken back
 
 
 class BatchWorker(Protocol):
-    """What makes the calls, one after the other."""
+    """Runs the calls, one after the other."""
 
     def receive(self) -> None:
-        """Tell the batch of the calls that have ended, if it has not been told."""
+        """Report calls that have ended to the batch."""
 
     def take_back(self, most: int) -> int:
-        """Take back up to so many calls that have not begun, the last ones first, and return how many."""
+        """Take back up to ``most`` calls that have not started, the last ones first; return how many."""
 
 
 class Batch:
-    """Calls handed to a worker, and what has become of them.
+    """Calls sent together, and their state.
 
     Args:
-        worker: Who makes them.
-        work: What they are.
-        clock: Where the time comes from.
+        worker: The thread or worker process that runs them.
+        work: The calls.
+        clock: The clock.
 
     Attributes:
-        pending: Those that have not ended; the first of them runs, or is about to.
-        overdue: The one that has run too long, if one has.
-        since: When the first of the pending ones began, monotonic seconds.
-        since_wall: The same as unix seconds.
+        pending: Calls that have not ended; the first one runs or is about to start.
+        overdue: The call that has exceeded its timeout, or None.
+        since: When the first pending call started, monotonic seconds.
+        since_wall: The same in unix seconds.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Batch:
         self.begin()
 
     def begin(self) -> None:
-        """Note that the first of the pending ones begins now."""
+        """Record that the first pending call starts now."""
         self.since, self.since_wall = self._clock.monotonic(), self._clock.wall()
 
     def running(self) -> float:
@@ -82,12 +82,11 @@ class Batch:
         if not self._woken.done():
             self._woken.set_result(None)
 
-    def end(self, outcome: Outcome) -> Claim:
-        """Tell how the first of the pending ones ended; the next begins."""
-        claim = self.pending.popleft()
+    def end(self, *outcomes: Outcome) -> None:
+        """Tell how the first of the pending ones ended; the next one begins."""
+        for outcome in outcomes:
+            self._work.ended(self.pending.popleft(), outcome)
         self.begin()
-        self._work.ended(claim, outcome)
-        return claim
 
     def give_back(self, unstarted: int) -> None:
         """Give back the last so many, which have not begun."""

@@ -135,7 +135,7 @@ def _storable(text: str, longest: int) -> str:
 
 
 def _name(error: BaseException) -> str:
-    return str(type.__dict__["__qualname__"].__get__(type(error)))  # a metaclass may override __qualname__
+    return str(type.__dict__["__qualname__"].__get__(type(error)))  # bypasses an unusual metaclass
 
 
 def _text(error: BaseException) -> str:

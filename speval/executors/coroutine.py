@@ -1,7 +1,7 @@
 """Coroutines in the caller's event loop.
 
-Owns async functions. Invariant: each evaluation is a separate task, with its cancellation, context and cancel
-scopes, so one that refuses to end can be left behind.
+Owns running async functions. Invariant: each evaluation is a separate task with separate cancellation, context and cancel
+scopes, so that one that does not end can be abandoned.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CoroutineExecutor(Executor):
 
 
 class _CoroutineSlot(Slot):
-    """Begins each evaluation when the one before it has ended, without waking the task that runs the slot."""
+    """Starts each evaluation when the previous one has ended, without waking the task that waits for all of them."""
 
     def __init__(self, executor: CoroutineExecutor) -> None:
         self._executor = executor
@@ -66,7 +66,7 @@ class _CoroutineSlot(Slot):
         return self._left.popleft() if self._left else self._work.more()
 
     async def _run(self, claim: Claim) -> Claim | None:
-        """Run evaluations until there are no more, or one must be stopped; return the next one."""
+        """Run evaluations until none is left, or one must be stopped; return the next one to run."""
         # Not simply ``await task``: that would wait for ever for one that swallows its cancellation.
         self._waiter: asyncio.Future[None] = self._loop.create_future()
         self._begin(claim)
@@ -75,6 +75,8 @@ class _CoroutineSlot(Slot):
             await self._waiter
         except asyncio.CancelledError:
             is_cancelled = True
+            if self._is_told and self._waiter.cancelled():  # parked
+                raise
             await surely(self._stop_cancelled())  # a loop that ends cancels more than once
             if self._task.cancelled() or not self._task.done() or self._evaluation.is_cancelled_too:
                 raise
@@ -215,7 +217,8 @@ async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:
     await asyncio.wait({task}, timeout=GRACE)
     if not task.done():
         logger.warning(
-            "evaluation %r refuses to be cancelled: it is left behind in the event loop, and what it returns is dropped",
+            "evaluation %r ignores its cancellation: it is abandoned, still runs in the event loop, and its result will be "
+            "ignored",
             evaluation.name,
         )
         task.add_done_callback(_retrieve)
@@ -224,7 +227,7 @@ async def _stop(evaluation: _Evaluation, task: asyncio.Task[Outcome]) -> None:
 
 
 def _retrieve(task: asyncio.Task[Outcome]) -> None:
-    """Retrieve the exception of an abandoned task, or asyncio logs that it was never retrieved."""
+    """Retrieve the exception of an abandoned task; otherwise asyncio would log that it was never retrieved."""
     if not task.cancelled():
         task.exception()
 

@@ -1,7 +1,7 @@
-"""Which modules a fresh interpreter imports by name as they are loaded here.
+"""Which loaded modules a fresh interpreter would import from the same file.
 
-Owns the comparison of a loaded module with what its name means to an interpreter that starts now with this ``sys.path``.
-Invariant: a module passes only if its name leads to the same file there; to find out, nothing is imported or executed.
+Owns the comparison of a loaded module with the module that a new interpreter with this ``sys.path`` finds under its name.
+Invariant: a module passes only if its name leads to the same file there; the check imports and executes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STANDARD = {"_frozen_importlib", "_frozen_importlib_external", "importlib", "zi
 
 
 class FreshInterpreter:
-    """What an interpreter that starts now would import; it has our ``sys.path``, and the finders of its site folders only."""
+    """A model of what a new interpreter would import, with our ``sys.path`` and only the finders of its site folders."""
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}
@@ -37,38 +37,38 @@ class FreshInterpreter:
         ]
 
     def imports(self, name: str) -> bool:
-        """Tell whether it imports the module of this name as it is in ``sys.modules``."""
+        """Tell whether it imports the same module under this name as the one in ``sys.modules``."""
         known = self._known.get(name)
         if known is None:
             known = self._known[name] = self._compare(name)
         return known
 
     def file(self, name: str) -> str | None:
-        """Return the file that it imports under a name, if it finds one."""
+        """Return the file that it finds under a name, or None."""
         spec = self._spec(name)
         return spec.origin if spec is not None else None
 
     def _spec(self, name: str) -> ModuleSpec | None:
-        """Return what it finds under a name, whatever is loaded here."""
+        """Return the spec that it finds under a name, independent of what is loaded here."""
         if name not in self._specs:
             parent = name.rpartition(".")[0]
             package = self._spec(parent) if parent else None
             self._specs[name] = None
             if package is not None or not parent:
-                with suppress(Exception):  # finders of others run here
+                with suppress(Exception):  # this runs finders of other packages
                     self._specs[name] = self._find(name, package.submodule_search_locations if package else None)
         return self._specs[name]
 
     def path(self) -> list[str]:
-        """Return the ``sys.path`` that it needs, good in any folder."""
+        """Return the ``sys.path`` for it, with absolute paths."""
         entries = (entry for entry in sys.path if isinstance(entry, str))
-        # Entries that a hook recognises are not paths and must not change, such as those of setuptools' editable namespaces.
+        # An entry that a path hook recognises, such as those of setuptools' editable namespaces, must not be changed.
         return [entry if self._is_sign(entry) else _absolute(entry) for entry in entries]
 
     def _compare(self, name: str) -> bool:
         module = sys.modules.get(name)
-        # One that is still being imported has called us from its top level; imported again, it would do so again. And
-        # __mp_main__ is a name that exists in the children of multiprocessing only.
+        # A module that is still being imported has called speval at its top level, and would call it again when imported
+        # again. The name __mp_main__ exists only in children of multiprocessing.
         if module is None or name in ("__main__", "__mp_main__") or is_being_imported(module):
             return False
         parent = name.rpartition(".")[0]
@@ -79,7 +79,7 @@ class FreshInterpreter:
             if spec is None:
                 return bool(parent) and self._is_made_by_its_package(module, name, parent)
             return _is_same(module, name, spec)
-        except Exception:  # finders and modules of others run here
+        except Exception:  # this runs finders and modules of other packages
             return False
 
     def _find(self, name: str, locations: Sequence[str] | None) -> ModuleSpec | None:
@@ -90,7 +90,7 @@ class FreshInterpreter:
         return None
 
     def _on_path(self, name: str, locations: Sequence[str] | None) -> ModuleSpec | None:
-        """Search as ``PathFinder`` does, with the hooks that are there."""
+        """Search as ``PathFinder`` does, with the path hooks of the new interpreter."""
         portions: list[str] = []
         for entry in sys.path if locations is None else locations:
             finder = self._entry(entry) if isinstance(entry, str) else None
@@ -125,21 +125,21 @@ class FreshInterpreter:
         return finder is not None and _root(finder) not in _STANDARD and self._has(finder)
 
     def _locations(self, parent: str) -> list[str]:
-        """Return where submodules of a package are looked for."""
+        """Return the search path for submodules of a package."""
         spec, module = self._specs[parent], sys.modules[parent]
         found = list(spec.submodule_search_locations or []) if spec is not None else []
         if spec is not None and spec.origin is None:
             return found
         path = [entry for entry in getattr(module, "__path__", ()) if isinstance(entry, str)]
-        # What a package adds to its own path is added there too, what a script has added is not.
+        # A package extends its path in the new interpreter too; entries that a script has added are missing there.
         return (
             path if not found or set(path) <= set(found) or _mentions(getattr(module, "__file__", None), b"__path__") else found
         )
 
     def _is_made_by_its_package(self, module: object, name: str, parent: str) -> bool:
-        """Tell whether a submodule that no finder knows is there as soon as its package, which is the same one, is imported.
+        """Tell whether importing the package, which is the same one, also creates this submodule, which no finder knows.
 
-        Packages make them 1. out of nothing, as extensions do, 2. by giving another module a second name, 3. with a finder.
+        Packages create submodules 1. in code, as extensions do, 2. as an alias of another module, 3. with a finder.
         """
         files, root = files_of(module), name.partition(".")[0]
         if set(files) <= set(files_of(sys.modules[parent])) or _is_alias(module, name):
@@ -149,23 +149,23 @@ class FreshInterpreter:
 
     @staticmethod
     def _has(finder: Any) -> bool:
-        """Tell whether a finder, or a hook that makes finders, is there from the start."""
+        """Tell whether a new interpreter has this finder or path hook at its start."""
         root = _root(finder)
         return root in _STANDARD or root in _site_roots()
 
 
 def is_being_imported(module: object) -> bool:
-    """Tell whether a module's top level is still running."""
+    """Tell whether the top level of a module is still running."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def is_compiled(module: object) -> bool:
-    """Tell whether a module is an extension, which has no code to send."""
+    """Tell whether a module is a compiled extension, which can't be pickled."""
     return any(file.endswith(tuple(EXTENSION_SUFFIXES)) for file in files_of(module))
 
 
 def files_of(module: object) -> list[str]:
-    """Return the file a module is from, under the one or two names that it has."""
+    """Return the one or two names of the file of a module."""
     origins = getattr(module, "__file__", None), getattr(getattr(module, "__spec__", None), "origin", None)
     return [origin for origin in origins if isinstance(origin, str)]
 
@@ -179,28 +179,28 @@ def _is_same(module: object, name: str, spec: ModuleSpec) -> bool:
     if spec.origin in files:
         return True
     if "." in name and _is_alias(module, name):
-        # A package, or the submodule itself, that has put another one in its place does so there too; a script does not.
+        # If the package or the submodule itself replaces the module, it does so in the new interpreter too; a script doesn't.
         parent = getattr(sys.modules[name.rpartition(".")[0]], "__file__", None)
         return any(_mentions(file, b"sys.modules") for file in (parent, spec.origin))
     if not files:
         if spec.origin is None:  # a namespace package
             there = set(_real(spec.submodule_search_locations or ()))
             return hasattr(module, "__path__") and set(_real(module.__path__)) <= there
-        return type(module) is not ModuleType  # one that has put another object in its place
+        return type(module) is not ModuleType  # a module that has replaced itself with an object
     return spec.origin is not None and os.path.realpath(spec.origin) in _real(files)
 
 
 def _mentions(file: Any, word: bytes) -> bool:
-    """Tell whether a source file has a word in it, or can't be read."""
+    """Tell whether a source file contains a word, or can't be read."""
     try:
         return word in Path(str(file)).read_bytes()
-    except OSError:  # in a zip, say
+    except OSError:  # for example in a zip file
         return True
 
 
 @functools.cache
 def _site_roots() -> set[str]:
-    """Return the packages that an interpreter imports before any program: those that lines of .pth files name."""
+    """Return the packages that an interpreter imports at its start: those in lines of .pth files."""
     roots = {"sitecustomize", "usercustomize"}
     if sys.flags.no_site:
         return roots

@@ -1,7 +1,7 @@
-"""How the function and all it refers to become bytes for an interpreter that knows nothing of this process.
+"""Pickles the function and everything it refers to for a fresh interpreter.
 
-Owns what goes by name and what by value. Invariant: what goes by name is, over there, from the very file it is from here;
-what is not, and can't go by value either, raises an error that names it.
+Owns the choice between pickling by name and by value. Invariant: an object pickled by name comes from the same file in the
+other process. An object for which this is false, and which can't be pickled by value, raises an error that names it.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ _dispatched: Any = functools.singledispatch(len)
 _make_object: Callable[..., Any] = vars(copyreg)["__newobj__"]
 _IMPORT = dis.opmap["IMPORT_NAME"]
 _HEAP_TYPE = 1 << 9  # a flag of classes that are not built in
-_OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # what a module has from its import
+_OF_ANOTHER_PROCESS = ("__builtins__", "__cached__", "__loader__", "__spec__")  # set by the import of a module
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Sends some things otherwise than cloudpickle does.
+    """Differs from cloudpickle in five points.
 
-    1. What goes by name is what a fresh interpreter imports alike; all else goes by value, also single modules.
-    2. Code keeps the name of its file, by which a traceback shows the lines of a script.
-    3. What ``functools`` makes of a function or method, with caches and locks, goes by value where what it is made of does,
-       with empty caches.
-    4. An instance that goes by its own name (a sentinel, a ``NewType``) goes by value where its module does.
-    5. A proxy of a ``multiprocessing`` manager takes its key along.
+    1. An object is pickled by name only if a fresh interpreter imports the same module; otherwise by value, also modules.
+    2. Code keeps the name of its file, so that a traceback shows the lines of a script.
+    3. Wrappers of ``functools`` with caches and locks are pickled by value, with empty caches, if the wrapped function is.
+    4. An instance that pickles itself by name (a sentinel, a ``NewType``) is pickled by value if its module is.
+    5. A proxy of a ``multiprocessing`` manager keeps its authentication key.
 
     Args:
-        file: Where the bytes go.
-        buffer_callback: Given large buffers, which are left out then.
-        is_alone: Whether the other process is for this function only. Then the script's globals become those of its
-            ``__main__``, where what is pickled by name over there is found.
+        file: The output.
+        buffer_callback: Receives large buffers, which are then not part of the output.
+        is_alone: Whether the other process runs only this function. Then the globals of the script become those of its
+            ``__main__``, so that objects pickled there by name are found.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return kind, (obj.func,), {"dispatcher": obj.dispatcher}
         if kind is FunctionType and obj.__code__ is _dispatched.__code__ and not self._can_be_named(obj, obj.__qualname__):
             return functools.singledispatch, (obj.__wrapped__,), list(obj.registry.items()), None, None, _register_all
-        # Instances are not looked at, their classes are; an object with a qualified name is some kind of function.
+        # This concerns classes, and objects with a qualified name, which are kinds of functions, not other instances.
         if issubclass(kind, type) or "__qualname__" in kind.__dict__ or kind is TypeVar:
             name = _home(obj)
             if isinstance(name, str) and name != "__main__" and not self._goes_by_name(name):
@@ -98,7 +97,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return not isinstance(sys.modules.get(name), ModuleType) or self._fresh.imports(name)
 
     def _can_be_named(self, obj: Any, qualname: str) -> bool:
-        """Tell whether an object goes by name."""
+        """Tell whether an object is pickled by name."""
         name = obj.__module__
         if not self._fresh.imports(name) or _internals._is_registered_pickle_by_value(sys.modules[name]):
             return False
@@ -108,10 +107,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return False
 
     def _by_value(self, obj: Any, name: str) -> Any:
-        """Reduce what is in a module that is not the same one over there."""
+        """Reduce an object whose module is different in the other process."""
         module = sys.modules[name]
         if is_compiled(module):
-            raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't travel"))
+            raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't be pickled"))
         if isinstance(obj, FunctionType):
             return self._dynamic_function_reduce(obj)
         if isinstance(obj, TypeVar):
@@ -122,7 +121,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _module(self, module: ModuleType) -> Any:
         name = module.__name__
-        # Some say that they have another name than the one they are imported by: _decimal says "decimal".
+        # The __name__ of some modules differs from the name they are imported by: that of _decimal is "decimal".
         spec: Any = getattr(module, "__spec__", None)
         for known in (name, getattr(spec, "name", name)):
             if known == "__main__" or (sys.modules.get(known) is module and self._fresh.imports(known)):
@@ -130,8 +129,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
                     return NotImplemented
                 return importlib.import_module, (known,)
         if is_compiled(module):
-            raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't travel"))
-        # Its content is its state, which follows when the module is known: modules refer to each other.
+            raise pickle.PicklingError(self._trouble(name, "a compiled module, which can't be pickled"))
+        # The content is pickled as state, after the module itself, because modules may refer to each other.
         content = {key: value for key, value in vars(module).items() if key not in _OF_ANOTHER_PROCESS}
         if "__path__" in content:
             content["__path__"] = list(content["__path__"])
@@ -142,7 +141,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return make, tuple(code.co_filename if isinstance(part, str) and part == _NO_FILE else part for part in parts)
 
     def _dynamic_function_reduce(self, func: FunctionType) -> Any:
-        """Reduce a function that goes by value. An import in its body brings what the name means over there."""
+        """Reduce a function by value; refuse it if an import in its body would import another file in the other process."""
         for name in _imported(func.__code__, func.__globals__.get("__package__")):
             loaded = name
             while loaded not in sys.modules and "." in loaded:
@@ -163,13 +162,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         there = self._fresh.file(name)
         found = f"another one, from {there}" if there else "none"
         return (
-            f"the module {name!r} is {what}: it is from {here} here, and a fresh interpreter finds {found}. Have its folder in "
-            f"sys.path, before all others with a module of this name, for the whole call"
+            f"the module {name!r} is {what}: here it is from {here}, and a fresh interpreter finds {found}. Keep its folder in "
+            f"sys.path, before other folders with a module of this name, during the whole call"
         )
 
 
 class _Decorator:
-    """What is lru_cache(...) in the worker process."""
+    """Becomes lru_cache(...) in the worker process."""
 
     def __init__(self, maxsize: int | None, typed: bool) -> None:
         self.parameters = maxsize, typed
@@ -179,12 +178,12 @@ class _Decorator:
 
 
 class _MainGlobals:
-    """What is the globals of ``__main__`` in the worker process."""
+    """Becomes the globals of ``__main__`` in the worker process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         main = sys.modules["__main__"]
         values: dict[str, Any] = {key: vars(main)[key] for key in ("__file__", "__package__") if key in vars(main)}
-        # Processes that multiprocessing spawns over there run the script again, which is meant only where it has a guard.
+        # A process that multiprocessing spawns there runs the script again, which is intended only if it has a main guard.
         spec = getattr(main, "__spec__", None)
         name = "__main__" if not _is_guarded(values.get("__file__")) else None if spec is None else spec.name
         values["__spec__"] = None if name is None else ModuleSpec(name, None)
@@ -192,7 +191,7 @@ class _MainGlobals:
 
 
 def _is_guarded(file: Any) -> bool:
-    """Tell whether a script asks whether it is the main program."""
+    """Tell whether a script has a main guard."""
     try:
         return re.search(rb"^if\b.*__name__.*__main__", Path(str(file)).read_bytes(), re.MULTILINE) is not None
     except OSError:
@@ -200,22 +199,22 @@ def _is_guarded(file: Any) -> bool:
 
 
 def _home(obj: Any) -> str | None:
-    """Return the module of a class or function. Methods of built-in classes have none; pickle reaches them by their class."""
+    """Return the module of a class or function, or None for methods of built-in classes, which pickle finds by their class."""
     name: str | None = getattr(obj, "__module__", None)
     if name is None and isinstance(obj, (FunctionType, type)):
-        # Code that exec() ran without a module's name. cloudpickle searches all modules, and would send what it finds by name.
+        # Made by exec() without a module name. cloudpickle searches all modules, and would pickle what it finds by name.
         name = _internals._whichmodule(obj, obj.__qualname__)
     return name
 
 
 def _reduces_itself(kind: Any) -> bool:
-    """Tell whether instances of a class may go by their own name: Python code says so, or ``typing`` has made them."""
+    """Tell whether instances of a class may pickle themselves by name: it has a Python __reduce__, or is from ``typing``."""
     methods = getattr(kind, "__reduce__", None), getattr(kind, "__reduce_ex__", None)
     return kind.__module__ == "typing" or any(isinstance(method, FunctionType) for method in methods)
 
 
 def _named(obj: Any) -> Any:
-    """Return how to make an instance that would go by its own name, as sentinels and what ``typing`` makes do."""
+    """Return how to create an instance that would pickle itself by name, such as a sentinel or an object of ``typing``."""
     kind = type(obj)
     if kind.__module__ == "typing" and hasattr(obj, "__value__"):  # type X = ...
         return functools.partial(operator.call, kind, type_params=obj.__type_params__), (obj.__name__, obj.__value__)
@@ -224,12 +223,12 @@ def _named(obj: Any) -> Any:
     return _make_object, (kind,), obj.__getstate__()
 
 
-# Without a name it goes by value itself: the other process may know nothing of speval.
+# A lambda, so that it is pickled by value: the other process may not have speval.
 _register_all = lambda function, registry: [function.register(*pair) for pair in registry]  # noqa: E731
 
 
 def _with_its_key(proxy: Any) -> Any:
-    """Return how to make a proxy of a manager in a process that multiprocessing has not started."""
+    """Return how to create a proxy of a manager in a process that multiprocessing has not started."""
     make, args, *rest = proxy.__reduce__()
     if make.__name__ == "RebuildProxy":
         args = (*args[:3], args[3] | {"authkey": bytes(proxy._authkey)})
@@ -237,7 +236,7 @@ def _with_its_key(proxy: Any) -> Any:
 
 
 def _imported(code: CodeType, package: str | None) -> Iterator[str]:
-    """Return the full names of modules that a function's body imports; there may be names of other things among them."""
+    """Yield the full names of modules that the body of a function imports; some may be names of other objects."""
     if _IMPORT in code.co_code[::2]:
         instructions = [instruction for instruction in dis.get_instructions(code) if instruction.opname != "EXTENDED_ARG"]
         for level, names, instruction in zip(instructions, instructions[1:], instructions[2:], strict=False):
@@ -246,7 +245,7 @@ def _imported(code: CodeType, package: str | None) -> Iterator[str]:
                 if level.argval:
                     try:
                         name = importlib.util.resolve_name(name, package)
-                    except ImportError:  # it leads out of the package: so it does over there
+                    except ImportError:  # it leads out of the package, also in the other process
                         continue
                 yield name
                 yield from (f"{name}.{part}" for part in names.argval or ())

@@ -97,9 +97,8 @@ class _Calls:
             self.batch.wake()
 
     def receive(self) -> None:
-        batch = self.batch
-        while batch is not None and self._done:
-            batch.end(self._done.popleft())
+        if self.batch is not None and self._done:
+            self.batch.end(*(self._done.popleft() for _ in range(len(self._done))))
 
     def take_back(self, most: int) -> int:
         taken = 0

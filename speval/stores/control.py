@@ -59,7 +59,7 @@ _ALL = Choice()
 
 
 class Control(ABC):
-    """What people do with one database: blocking, with a connection of its own, opened when it is made.
+    """The operations of users on one database. Methods block; the constructor opens a separate connection.
 
     It covers the whole database, not one eval space. With the mode "read" it changes nothing and keeps no worker waiting: it
     works while workers write, on what this user may only read, and on what an older release has written. The methods that

@@ -12,7 +12,19 @@ import pandas as pd
 import polars as pl
 
 import speval as package
-from speval import Evaluation, EvaluationsFailed, SpevalError, Summary, aio, as_completed, load_evals, retry, speval, to_frame
+from speval import (
+    Database,
+    Evaluation,
+    EvaluationsFailed,
+    SpevalError,
+    Summary,
+    aio,
+    as_completed,
+    load_evals,
+    retry,
+    speval,
+    to_frame,
+)
 
 Status = Literal["pending", "in_progress", "completed", "failed"]
 Cause = Literal["exception", "timeout", "crash", "lost", "unserializable"]
@@ -89,6 +101,29 @@ def reading() -> None:
     assert_type(retry("runs.db"), int)
     assert_type(retry("runs.db", ["a", "b"], status="completed"), int)
     assert_type(retry("runs.db", (name for name in "ab")), int)
+
+
+def databases() -> None:
+    with Database(Path("runs.db")) as db:
+        assert_type(db, Database)
+        assert_type(db.status().completed, int)
+        assert_type(db.status().rate, float | None)
+        assert_type(db.status().settings.concurrency, int | None)
+        assert_type(db.status().workers[0].state, Literal["alive", "silent", "dead", "ended"])
+        assert_type(db.evaluations(status="failed", cause="timeout", pattern="a*", limit=3), Iterator[Evaluation])
+        assert_type(db.evaluation("a"), Evaluation)
+        assert_type(db.attempts("a")[0].number, int)
+        assert_type(db.retry(), int)
+        assert_type(db.retry(["a"], status="completed"), int)
+        assert_type(db.drop(name for name in "ab"), int)
+        assert_type(db.drop(status="pending"), int)
+        assert_type(db.copy("postgresql://host/name").evaluations, int)
+        assert_type(db.compact().before, int)
+        assert_type(db.check().findings[0].fix, str)
+        db.pause()
+        db.resume()
+        db.set(concurrency=4)
+        db.unset("concurrency")
 
 
 def frames() -> None:

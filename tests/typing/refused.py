@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speval import Evaluation, Summary, aio, as_completed, load_evals, retry, speval, to_frame
+from speval import Database, Evaluation, Summary, aio, as_completed, load_evals, retry, speval, to_frame
 
 
 def square(x: int) -> int:
@@ -42,8 +42,17 @@ def values_that_no_option_has() -> None:
     speval(square, [1], "runs.db", retry_on=KeyboardInterrupt)  # type: ignore[arg-type]
     speval(square, [1], "runs.db", workers=4)  # type: ignore[call-arg]
     load_evals("runs.db", status="done")  # type: ignore[arg-type]
-    retry("runs.db", status="done")  # type: ignore[arg-type]
+    retry("runs.db", status="pending")  # type: ignore[arg-type]
     to_frame("runs.db", library="numpy")  # type: ignore[call-overload]
+
+
+def what_no_database_does(db: Database) -> None:
+    db.evaluations("failed")  # type: ignore[call-arg]
+    db.retry(status="pending")  # type: ignore[arg-type]
+    db.set(4)  # type: ignore[call-arg]
+    db.set(concurrency=None)  # type: ignore[arg-type]
+    db.unset("paused")  # type: ignore[arg-type]
+    db.status().completed = 0  # type: ignore[misc]
 
 
 async def what_is_awaited_and_what_is_not() -> None:

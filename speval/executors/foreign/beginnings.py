@@ -1,7 +1,7 @@
-"""How the processes of a user's executor report that a call begins.
+"""Reports from the processes of a pool that a call starts.
 
-Owns the way their word takes to this process. Invariant: a call is reported as begun only when it has: a pool says so already
-of what waits in its pipes. Where there is no way, there is no channel, and nothing is reported.
+Owns the channel from these processes to this one. Invariant: a call is reported only after it has started; the pool itself
+reports calls as running that still wait in its pipes. For a pool without a channel, nothing is reported.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TOKEN", "Channel", "open_channel"]
+__all__ = ["KEY_LENGTH", "Channel", "open_channel"]
 
-TOKEN = 16  # characters of a call's token
+KEY_LENGTH = 16  # characters: the length of the unique key of a call
 
 
 class Channel:
-    """Reports tokens of calls that begin.
+    """Reports the keys of calls that start.
 
     Attributes:
-        address: What a call is given to tell its beginning.
+        address: The address to which a call reports its start.
     """
 
     address: tuple[str, str]
 
     def close(self) -> None:
-        """Report no more."""
+        """Stop reporting."""
 
 
 class _Fifo(Channel):
-    """For processes of this machine: whichever way they were started, they can open a named pipe."""
+    """A named pipe, for processes of this machine; it does not depend on how they were started."""
 
     def __init__(self, report: Callable[[str], object]) -> None:
         self._report = report
@@ -44,7 +44,7 @@ class _Fifo(Channel):
         self._fd = -1
         try:
             os.mkfifo(self._path, 0o600)
-            # For writing too: so it never comes to its end.
+            # Also open it for writing, so that reading never reaches the end of the file.
             self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._fd, self._read)
@@ -55,9 +55,9 @@ class _Fifo(Channel):
 
     def _read(self) -> None:
         with suppress(BlockingIOError):
-            data = os.read(self._fd, TOKEN * 1024)  # each was written at once, and so is whole
-            for start in range(0, len(data), TOKEN):
-                self._report(data[start : start + TOKEN].decode(errors="replace"))
+            data = os.read(self._fd, KEY_LENGTH * 1024)  # each key was written in one write, so it is complete
+            for start in range(0, len(data), KEY_LENGTH):
+                self._report(data[start : start + KEY_LENGTH].decode(errors="replace"))
 
     def close(self) -> None:
         self._loop.remove_reader(self._fd)
@@ -72,13 +72,13 @@ class _Fifo(Channel):
 
 
 class _DaskEvents(Channel):
-    """For the workers of a Dask cluster: events of a topic come by way of the scheduler, before the call's result."""
+    """Events of a Dask topic, for workers of a Dask cluster; the scheduler delivers them before the result of the call."""
 
     def __init__(self, client: Any, report: Callable[[str], object]) -> None:
         loop, topic = asyncio.get_running_loop(), f"speval-{secrets.token_hex(8)}"
 
         def hear(event: tuple[float, str]) -> None:
-            with suppress(RuntimeError):  # the loop is over
+            with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(report, event[1])
 
         client.subscribe_topic(topic, hear)
@@ -91,17 +91,17 @@ class _DaskEvents(Channel):
 
 
 def open_channel(pool: Executor, report: Callable[[str], object]) -> Channel | None:
-    """Open the channel for a pool, if there is one.
+    """Open a channel for a pool, or return None if its kind has no channel.
 
     Args:
-        pool: The executor.
-        report: Told the token of each call that begins, in the event loop.
+        pool: The pool.
+        report: Called in the event loop with the key of each call that starts.
     """
     try:
         if type(pool).__module__.startswith("distributed."):
             return _DaskEvents(pool._client, report)  # type: ignore[attr-defined]
         if isinstance(pool, ProcessPoolExecutor) or type(pool).__module__.startswith("loky."):
             return _Fifo(report)
-    except Exception:  # no place for a pipe, or a client of another kind
+    except Exception:  # the pipe can't be created, or the client is of another kind
         return None
     return None

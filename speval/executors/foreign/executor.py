@@ -1,7 +1,7 @@
-"""Functions in a user's ``concurrent.futures.Executor``.
+"""Functions in a pool: a ``concurrent.futures.Executor`` that the user passes.
 
-Owns handing calls to such an executor and reading what comes back. Invariant: whatever goes wrong on the way there or back is
-the evaluation's crash, told apart from an exception of the function; the executor itself is the user's, who also closes it.
+Owns submitting calls to the pool and reading their results. Invariant: an error of the pool is a crash of the evaluation, and
+is distinct from an exception of the function. The user owns the pool and closes it.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from ...model import Claim, Function, Outcome, Result, RetryOn, counted
 from ...pauses import pauses
 from ..base import Executor, Slot, Work, as_outcome, timed_out
 from ..call import evaluate, outcome
-from .beginnings import TOKEN, Channel, open_channel
+from .beginnings import KEY_LENGTH, Channel, open_channel
 from .call import NEEDS_PAYLOAD, NOT_TOLD, call_loaded
 
 __all__ = ["ForeignExecutor"]
 
 logger = logging.getLogger("speval.executor")
 
-_LOOK = 2.0  # seconds between looks whether the pool is still there
-_TURN = (0.001, 0.05)  # seconds between looks whether a call has begun that can't tell it: at first, and in the long run
-_SMALL = 100_000  # bytes; a larger function is sent to a process that asks for it only
-_Interpreters: Any = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # threads, and as apart as processes
+_LOOK = 2.0  # seconds between checks of the pool
+_TURN = (0.001, 0.05)  # seconds between checks for the start of a call that can't report it: at first, and later
+_SMALL = 100_000  # bytes; a larger function is sent only to a process that requests it
+_Interpreters: Any = getattr(concurrent.futures, "InterpreterPoolExecutor", ())  # threads with separate modules
 
 
 class ForeignExecutor(Executor):
-    """Submits each evaluation to an executor such as a thread or process pool, loky's or the one of a Dask client.
+    """Submits each evaluation to a pool: of threads, of processes, of loky, or of a Dask client.
 
     Args:
-        function: The function. Threads of this process call it as it is; for others it is pickled once.
-        pool: Where to submit.
+        function: The function. Threads of this process call it directly; for other pools it is pickled once.
+        pool: The pool.
         retry_on: Exception types after which an evaluation may be tried again.
-        clock: Where the time comes from.
+        clock: The clock.
 
     Raises:
         FunctionError: the function can't be pickled.
     """
 
-    can_stop = False  # no such executor stops a call that has begun
+    can_stop = False  # a pool can't stop a call that has started
 
     def __init__(self, function: Function, pool: FutureExecutor, retry_on: RetryOn, clock: Clock) -> None:
         self.pool = pool
@@ -62,45 +62,45 @@ class ForeignExecutor(Executor):
             self._payload = pickled(function, retry_on)
             self._digest = hashlib.blake2b(self._payload, digest_size=16).digest()
         self.is_small = self._is_here or len(self._payload) < _SMALL
-        # Others, as Dask's, say of a call that it is pending until it has ended, and that they have cancelled it in any case.
+        # Other pools, such as Dask's, report a call as pending until it has ended, and every cancellation as successful.
         self.is_honest = isinstance(pool, ThreadPoolExecutor | ProcessPoolExecutor) or _is_loky(pool)
-        self.tells_beginnings = True  # as far as is known
+        self.tells_beginnings = True  # until it fails
         self._channel: Channel | None = None
         self._waiting: dict[str, Callable[[], object]] = {}
         self._has_warned = False
         self._left_behind: set[Future[Any]] = set()
-        self._news = clock.monotonic()  # when a call began or ended for the last time
+        self._news = clock.monotonic()  # when a call last started or ended
 
     def slot(self, number: int) -> Slot:
         return _ForeignSlot(self)
 
     def submit(self, name: str, args: str, *, whole: bool, begun: Callable[[], object] | None) -> Future[Any]:
-        """Hand a call to the pool.
+        """Submit a call to the pool.
 
         Args:
             name: The evaluation's name.
             args: Its args as JSON.
-            whole: Whether the function goes along.
-            begun: Called in the event loop when the call begins, if that is told.
+            whole: Whether to send the function too.
+            begun: Called in the event loop when the call starts, if the pool reports it.
 
         Raises:
-            ExecutorError: the pool takes no more.
+            ExecutorError: the pool accepts no more calls.
         """
         future: Future[Any]
-        token = secrets.token_hex(TOKEN // 2)
+        key = secrets.token_hex(KEY_LENGTH // 2)
         try:
             if self._is_here:
                 future = self.pool.submit(self._call_here, begun and _told(begun), name, args)
             else:
-                address = self._listen(token, begun) if begun is not None else None
+                address = self._listen(key, begun) if begun is not None else None
                 payload = self._payload if whole else None
-                # By position only, and never twice the same: Dask itself uses many keywords, and gives equal
-                # calls one result between them, which would make another attempt none.
-                future = self.pool.submit(call_loaded, self._digest, payload, token, address, name, args)
+                # Positional and never equal: Dask interprets many keywords, and computes equal calls only once, so another
+                # attempt would not run.
+                future = self.pool.submit(call_loaded, self._digest, payload, key, address, name, args)
         except Exception as error:
-            self._waiting.pop(token, None)
+            self._waiting.pop(key, None)
             raise ExecutorError(type(self.pool).__qualname__, f"{type(error).__name__}: {error}") from error
-        future.add_done_callback(_told(lambda: self._waiting.pop(token, None)))
+        future.add_done_callback(_told(lambda: self._waiting.pop(key, None)))
         return future
 
     def _call_here(self, begun: Callable[[], object] | None, name: str, args: str) -> Result:
@@ -109,55 +109,55 @@ class ForeignExecutor(Executor):
             begun()
         return evaluate(self._function, name, args, self._retry_on, self.clock)
 
-    def _listen(self, token: str, begun: Callable[[], object]) -> tuple[str, str] | None:
-        """Have the beginning of a call told, and return what it needs for that."""
+    def _listen(self, key: str, begun: Callable[[], object]) -> tuple[str, str] | None:
+        """Request a report of the start of a call, and return the address for it."""
         if self._channel is None and self.tells_beginnings:
             self._channel = open_channel(self.pool, self._hear)
             self.tells_beginnings = self._channel is not None
         if self._channel is None:
             return None
-        self._waiting[token] = begun
+        self._waiting[key] = begun
         return self._channel.address
 
-    def _hear(self, token: str) -> None:
-        begun = self._waiting.pop(token, None)
+    def _hear(self, key: str) -> None:
+        begun = self._waiting.pop(key, None)
         if begun is not None:
             begun()
 
     def give_up_beginnings(self) -> None:
-        """Ask for beginnings no more: a process can't tell them."""
+        """Stop requesting reports of starts: a process can't send them."""
         channel, self._channel, self.tells_beginnings = self._channel, None, False
         if channel is not None:
             channel.close()
 
     def note(self) -> None:
-        """Note that a call has begun or ended."""
+        """Remember the time at which a call has started or ended."""
         self._news = self.clock.monotonic()
 
     def look_after(self, timeout: float | None = None) -> None:
-        """See that the pool can still bring what is waited for; what never begins is waited for no longer than the timeout.
+        """Check that the pool can still return results; a call that does not start is awaited no longer than the timeout.
 
         Raises:
-            ExecutorError: it can't.
+            ExecutorError: the pool is broken or occupied.
         """
-        # A Dask client that has lost its scheduler does not tell its futures.
+        # A Dask client that has lost its scheduler does not resolve its futures.
         if getattr(getattr(self.pool, "_client", None), "status", None) == "closed":
             raise ExecutorError(type(self.pool).__qualname__, "its client is closed")
         if self._left_behind and timeout is not None and self.clock.monotonic() - self._news > timeout:
-            problem = f"still occupied by {counted(len(self._left_behind), 'call')} that ran longer than {timeout:g} s"
+            problem = f"occupied by {counted(len(self._left_behind), 'call')} that ran longer than {timeout:g} s"
             raise ExecutorError(type(self.pool).__qualname__, problem)
 
     def leave_behind(self, future: Future[Result], name: str, timeout: float) -> None:
-        """Wait no longer for a call that can't be stopped, and say once what a timeout means here."""
-        self.note()  # others have a whole timeout from now on to begin
+        """Abandon a call that can't be stopped, and warn once what a timeout means for a pool."""
+        self.note()  # other calls have a whole timeout from now on to start
         self._left_behind.add(future)
         future.add_done_callback(self._left_behind.discard)
         if not self._has_warned:
             self._has_warned = True
             pool = type(self.pool).__qualname__
             logger.warning(
-                "evaluation %r took longer than %g s in a %s, which stops nothing that has begun: it may run on, and its "
-                "result is dropped",
+                "evaluation %r ran longer than %g s in a %s, which can't stop a running call: it is abandoned, and its "
+                "result will be ignored",
                 name,
                 timeout,
                 pool,
@@ -176,7 +176,7 @@ class _ForeignSlot(Slot):
             work.ended(claim, await self._made(claim, work.timeout))
 
     async def _made(self, claim: Claim, timeout: float | None) -> Outcome:
-        """Make one call and return how it ended."""
+        """Make one call and return its outcome."""
         whole = self._executor.is_small
         while True:
             ended = await self._submitted(claim.name, claim.args, timeout, whole)
@@ -189,7 +189,7 @@ class _ForeignSlot(Slot):
                 return ended
 
     async def _submitted(self, name: str, args: str, timeout: float | None, whole: bool) -> Outcome | str:
-        """Submit a call and return how it ended, or what kept it from beginning."""
+        """Submit a call and return its outcome, or the reason why it did not start."""
         executor, clock = self._executor, self._executor.clock
         started_at, started = clock.wall(), clock.monotonic()
         begun, ended = asyncio.Event(), asyncio.Event()
@@ -213,7 +213,7 @@ class _ForeignSlot(Slot):
                 if not _cancel(future) or not executor.is_honest:
                     executor.leave_behind(future, name, timeout)
                 return timed_out(timeout, "", started_at, clock.monotonic() - started)
-        except BaseException:  # cancelled, or this pool can't bring results any more
+        except BaseException:  # cancelled, or the pool is broken
             if not future.done():
                 _cancel(future)
                 raise
@@ -221,7 +221,7 @@ class _ForeignSlot(Slot):
         try:
             result = future.result()
             return result if isinstance(result, str) else as_outcome(result)
-        except BaseException as error:  # not the function's: those come back as results
+        except BaseException as error:  # from the pool: exceptions of the function are returned as results
             executor.look_after()
             message = f"{type(error).__qualname__}: {error}"
             trouble = outcome(
@@ -230,7 +230,7 @@ class _ForeignSlot(Slot):
             return as_outcome(trouble)
 
     async def _wait_for_its_turn(self, future: Future[Any], begun: asyncio.Event, timeout: float) -> None:
-        """Return when the call has begun, or is over, as far as that is told."""
+        """Return when the call has started or ended, as far as the pool reports it."""
         executor = self._executor
         longest = min(_LOOK, max(timeout, 0.05))
         for pause in pauses(longest, longest) if executor.tells_beginnings else pauses(*_TURN):
@@ -259,11 +259,11 @@ def _is_loky(pool: FutureExecutor) -> bool:
 
 
 def _told(callback: Callable[[], object]) -> Callable[..., None]:
-    """Return what has a callback called in the event loop, from any thread."""
+    """Return a function that calls the callback in the event loop, from any thread."""
     loop = asyncio.get_running_loop()
 
     def tell(*_: object) -> None:
-        with suppress(RuntimeError):  # the loop is over: we were given up
+        with suppress(RuntimeError):  # the loop is closed: the run was abandoned
             loop.call_soon_threadsafe(callback)
 
     return tell
@@ -272,5 +272,5 @@ def _told(callback: Callable[[], object]) -> Callable[..., None]:
 def _cancel(future: Future[Any]) -> bool:
     try:
         return future.cancel()
-    except Exception:  # there are executors whose futures raise here
+    except Exception:  # futures of some executors raise here
         return False

@@ -1,8 +1,8 @@
-"""Plain functions in separate processes.
+"""Plain functions in worker processes.
 
-Owns the parent's half: starting workers, handing them calls, killing them with all they have started. Invariant: a call that
-is ended, by its timeout or by a cancellation, leaves no process of its group, and its outcome is told only after; what happens
-to one worker touches no other.
+Owns the parent's half: starting worker processes, sending them calls, killing them with all their children. Invariant: a call
+that is ended by its timeout or by a cancellation leaves no process of its group, and its outcome is reported only afterwards.
+A problem of one worker process does not affect another one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ __all__ = ["ProcessExecutor"]
 
 logger = logging.getLogger("speval.executor")
 
-_STARTS = 3  # workers that may die one after the other before they are ready
-_TRIES = 3  # of starting a worker where one was before, should the system have no room for it just now
-_PAUSE = 0.5  # seconds between them
+_STARTS = 3  # the maximum number of worker processes in a row that may die before they are ready
+_TRIES = 3  # attempts to replace a worker process when the system has no resources for it
+_PAUSE = 0.5  # seconds between these attempts
 
 
 class ProcessExecutor(Executor):
-    """Calls a plain function in a fresh interpreter per slot, which is used again until it is killed or dies.
+    """Calls a plain function in a fresh interpreter per slot, which is reused until it is killed or dies.
 
     Args:
-        function: The function; it is pickled here and now.
+        function: The function; the constructor pickles it.
         retry_on: Exception types after which an evaluation may be tried again.
-        clock: Where the time comes from.
-        outputs: What its processes get as stdout and stderr. None: those of this process.
-        concurrency: How many processes are wanted; as many files may be open as that takes, if the system allows it.
+        clock: The clock.
+        outputs: stdout and stderr of the worker processes. None: those of this process.
+        concurrency: The number of worker processes wanted; the limit of open files is raised for it if possible.
 
     Raises:
         FunctionError: the function can't be pickled, or no worker process can be started.
@@ -59,13 +59,13 @@ class ProcessExecutor(Executor):
         concurrency: int = 1,
     ) -> None:
         if not sys.executable or getattr(sys, "frozen", False):
-            raise FunctionError(repr(function), "there is no Python interpreter to start processes with")
+            raise FunctionError(repr(function), "no Python interpreter is available to start processes")
         self.clock = clock
         self._outputs = outputs
         OpenFiles.make_room(concurrency)
         self.payload = _nameless_file()
-        # The first worker starts beside all that is still to be done here: pickling the function, opening the database,
-        # comparing the space. The import alone takes nearly as long as a bare interpreter's start.
+        # The first worker process starts while this process pickles the function, opens the database and compares the space.
+        # Importing the code below takes nearly as long as starting an interpreter.
         self._spare: WorkerProcess | None = None
         try:
             self._spare = self._new()
@@ -85,14 +85,14 @@ class ProcessExecutor(Executor):
         return _ProcessSlot(self)
 
     def take(self) -> WorkerProcess:
-        """Return a worker that has been started, perhaps long ago."""
+        """Return a started worker process: the spare one, or a new one."""
         process, self._spare = self._spare, None
         return process or self._another()
 
     def spare(self) -> None:
-        """Have a worker ready for the next one that is killed: where one was, another will be."""
+        """Start a spare worker process: after one was killed, another one probably will be."""
         if self._spare is None and self.payload >= 0:
-            with suppress(NoRoomError):  # no room for one just now; it is only for speed
+            with suppress(NoRoomError):  # the spare only saves time
                 self._spare = self._another()
 
     def _another(self) -> WorkerProcess:
@@ -105,7 +105,7 @@ class ProcessExecutor(Executor):
             return WorkerProcess(self.payload, self._outputs)
         except OSError as error:
             problem = OpenFiles.explained(error)
-            raise NoRoomError(problem, FunctionError("the function", f"no worker process can be started: {problem}")) from error
+            raise NoRoomError(problem, FunctionError("the function", f"no worker process can start: {problem}")) from error
 
     async def close(self) -> None:
         payload, self.payload = self.payload, -1
@@ -128,34 +128,33 @@ class _ProcessSlot(Slot):
         batch = Batch(process, work, self._executor.clock)
         is_over = False
 
-        def take(message: Any) -> None:
+        def take(messages: list[Any]) -> None:
             nonlocal is_over
-            result, is_over = message
-            if result is not None:
-                batch.end(as_outcome(result))
+            batch.end(*(as_outcome(result) for result, _ in messages if result is not None))
+            is_over = messages[-1][1]
             if is_over:
                 batch.wake()
 
-        process.on_message = take
+        process.on_messages = take
         process.exited.add_done_callback(batch.wake)
         try:
             process.send([(claim.name, claim.args) for claim in work.claims])
             await batch.wait()
-            # It gave up calls that were not taken back: the function has read what belongs to speval.
+            # It skipped calls that were not taken back: the function has read from the channel of speval.
             is_over = is_over and not batch.pending
         finally:
             process.exited.remove_done_callback(batch.wake)
             if not is_over:
-                # Cancelled, run into its timeout, or dead already: this worker is not used again.
+                # Cancelled, timed out or dead: this worker process is not used again.
                 self._process = None
                 await process.kill()
-            process.on_message = process.distrust
+            process.on_messages = process.distrust
         if not is_over:
             self._settle(batch, process, work.timeout)
             self._executor.spare()
 
     def _settle(self, batch: Batch, process: WorkerProcess, timeout: float | None) -> None:
-        """Tell what became of the calls of a worker that is dead."""
+        """Report the outcomes of the calls of a dead worker process."""
         batch.give_back(min(process.unstarted, len(batch.pending)))
         while batch.pending:
             duration, started_at = batch.running(), batch.since_wall
@@ -165,11 +164,11 @@ class _ProcessSlot(Slot):
             elif batch.pending[0] is batch.overdue:
                 assert timeout is not None
                 batch.end(timed_out(timeout, "", started_at, duration))
-            else:  # it had just begun when the one before it was found to have taken too long
+            else:  # it had just started when the call before it timed out
                 batch.give_back(1)
 
     async def _started(self) -> WorkerProcess:
-        """Return the slot's worker, ready for a call."""
+        """Return the worker process of the slot, ready for a call."""
         if self._process is not None and not self._process.exited.done():
             return self._process
         if self._process is not None:  # it died between two calls
@@ -193,7 +192,7 @@ class _ProcessSlot(Slot):
         raise AssertionError("unreachable")
 
     async def _taken(self) -> WorkerProcess:
-        """Return a new worker; where one was before, what keeps the system from starting another may pass."""
+        """Return a new worker process; if the slot had one before, retry while the system has no resources."""
         for _ in range(_TRIES if self._had_one else 0):
             try:
                 return self._executor.take()

@@ -1,7 +1,8 @@
-"""One worker process, as its parent sees it.
+"""One worker process, seen from its parent.
 
-Owns starting it, the channel to it, noticing its end and ending it with all it has started. Invariant: whatever the function
-does to the channel or to the process costs this one worker and no other; after ``kill`` no process of its group is left.
+Owns starting it, the channel to it, detecting its end, and ending it with all its children. Invariant: anything that the
+function does to the channel or to the process affects only this worker process; after ``kill`` no process of its group is
+left.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ __all__ = ["WorkerProcess"]
 logger = logging.getLogger("speval.executor")
 
 _SCRIPT = Path(__file__).with_name("main.py")
-_START_WITHIN = 300.0  # seconds a worker may take to import what the function needs
-_DIE_WITHIN = 5.0  # seconds to wait for a killed process; one in the middle of a disk's or a driver's call takes its time
+_START_WITHIN = 300.0  # seconds for importing what the function needs
+_DIE_WITHIN = 5.0  # seconds to wait for a killed process; a system call to a disk or a driver may delay its end
 _GROUP_WITHIN = 0.3  # seconds to wait for the rest of its group
-_MOST_TOKENS = 4096
-_END_WITHIN = 8.0  # seconds an idle worker has for what it does at its exit; less than a stopped run has in all
-_SAY_AFTER = 1.0  # seconds after which that is said
+_MOST_STARTS = 4096
+_END_WITHIN = 8.0  # seconds for the exit handlers of an idle worker process; a stopped run has more in total
+_SAY_AFTER = 1.0  # seconds until this is logged
 _TAG = 8  # bytes
 _HEAD = _TAG + 8
 
@@ -50,20 +51,20 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()  # of the parent
         ours, theirs = socket.socketpair()
-        # Fails on a full pipe instead of waiting; a batch has fewer calls than a pipe has room for.
+        # Non-blocking: writing to a full pipe fails. A batch has fewer calls than a pipe can hold.
         pipes: list[int] = []
         try:
             pipes += os.pipe()
             pipes += os.pipe()
             OpenFiles.check(max(pipes))
-            # Neither is as socket.setdefaulttimeout() has it; and a patched module may do nothing when it is told to block.
+            # Override socket.setdefaulttimeout(). os.set_blocking, because a patched socket module may ignore setblocking().
             ours.setblocking(False)
             os.set_blocking(theirs.fileno(), True)
-            tokens, self._tokens_in, lifeline, self._lifeline = pipes
-            os.set_blocking(tokens, False)
-            # What the function writes to the channel by mistake does not have it.
+            starts, self._starts_in, lifeline, self._lifeline = pipes
+            os.set_blocking(starts, False)
+            # Data that the function writes to the channel by mistake lacks this tag.
             self._tag = os.urandom(_TAG)
-            self._popen = self._started((theirs.fileno(), tokens, lifeline, payload), outputs)
+            self._popen = self._started((theirs.fileno(), starts, lifeline, payload), outputs)
         except BaseException:
             ours.close()
             for fd in pipes:
@@ -73,11 +74,11 @@ class WorkerProcess:
             theirs.close()
         os.close(lifeline)
         self._group = Group(self._popen.pid)
-        self._tokens = tokens
+        self._starts = starts
         self._socket = ours
         self._received = bytearray()
         self.garbled = False  # what came through the channel is not what a worker sends
-        self.on_message: Callable[[Any], None] = self._on_first_message
+        self.on_messages: Callable[[list[Any]], None] = self._on_first_messages
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.exited: asyncio.Future[None] = self._loop.create_future()
@@ -87,14 +88,14 @@ class WorkerProcess:
         self._is_closed = False
         self._is_ending = False
         self._is_status_known = False
-        self.unstarted = 0  # calls of the last batch that it never began, known when it is dead
+        self.unstarted = 0  # calls of the last batch that never started; known when the process is dead
         forgotten_after_fork(self)
         self._loop.add_reader(ours, self.receive)
         self._watch()
 
     def _started(self, fds: tuple[int, int, int, int], outputs: Outputs) -> subprocess.Popen[bytes]:
         numbers = fds if OpenFiles.users_own is None else (*fds, OpenFiles.users_own)
-        # Its own session: Ctrl-C is for the parent to hear, `stty tostop` can't stop it, and it can be killed as a group.
+        # A new session: only the parent gets Ctrl-C, `stty tostop` can't stop it, and it can be killed as a group.
         command = [sys.executable, *_interpreter_flags(), "-P", str(_SCRIPT), self._tag.hex(), *map(str, numbers)]
         return subprocess.Popen(
             command,
@@ -106,14 +107,14 @@ class WorkerProcess:
         )
 
     def forget(self) -> None:
-        """Close what a forked child has of it: the worker is the parent's."""
+        """Close the descriptors in a forked child: the worker process belongs to the parent."""
         if not self._is_closed:
             self._is_closed = True
-            fds = [self._tokens, self._tokens_in, self._lifeline, self._socket.detach()]
+            fds = [self._starts, self._starts_in, self._lifeline, self._socket.detach()]
             for fd in fds if self._pidfd < 0 else [*fds, self._pidfd]:
                 with suppress(OSError):
                     os.close(fd)
-            self._popen.returncode = 0  # it is not the child's to wait for
+            self._popen.returncode = 0  # the child must not wait for it
 
     def __repr__(self) -> str:
         return f"<worker process {self._popen.pid}>"
@@ -121,12 +122,12 @@ class WorkerProcess:
     # Starting
 
     def load(self) -> None:
-        """Let it load the function, which is in the payload now."""
-        with suppress(OSError):  # it is dead, which is noticed anyway
+        """Tell it to load the function from the payload, which is complete now."""
+        with suppress(OSError):  # it is dead, which is detected elsewhere
             self._socket.send(self._frame("load"))
 
     def discard(self) -> None:
-        """End one that has not been told to load the function: it runs no code of the user's, so this takes no time."""
+        """End a process that has not loaded the function: it runs no user code, so this is immediate."""
         self._kill_group()
         self._popen.wait()
         self._close()
@@ -142,8 +143,8 @@ class WorkerProcess:
             return
         raise ChildProcessError(f"a worker process {self.how()} before it was ready")
 
-    def _on_first_message(self, message: Any) -> None:
-        kind, value = message
+    def _on_first_messages(self, messages: list[Any]) -> None:
+        kind, value = messages[0]
         if self._ready.done():
             return
         if kind == "ready":
@@ -154,14 +155,14 @@ class WorkerProcess:
     # Calls
 
     def send(self, calls: list[tuple[str, str]]) -> None:
-        """Hand over calls, to be made one after the other; what the socket has no room for now follows by itself."""
-        os.write(self._tokens_in, bytes(len(calls)))
+        """Send calls, which run one after the other; data that the socket can't take now is sent later."""
+        os.write(self._starts_in, bytes(len(calls)))
         frame = memoryview(self._frame(calls))
         try:
             frame = frame[self._socket.send(frame) :]
         except BlockingIOError:
             pass
-        except OSError:  # it is dead, which is noticed anyway
+        except OSError:  # it is dead, which is detected elsewhere
             return
         if frame:
             self._sending = self._loop.create_task(self._send(frame), name="speval args")
@@ -171,14 +172,14 @@ class WorkerProcess:
             await self._loop.sock_sendall(self._socket, frame)
 
     def take_back(self, most: int) -> int:
-        """Take back up to so many calls that have not begun, the last ones first, and return how many."""
+        """Take back up to ``most`` calls that have not started, the last ones first; return how many."""
         try:
-            return len(os.read(self._tokens, most)) if most > 0 else 0
+            return len(os.read(self._starts, most)) if most > 0 else 0
         except BlockingIOError:
             return 0
 
     def receive(self) -> None:
-        """Take in what has arrived."""
+        """Process the data that has arrived."""
         while not self._is_closed:
             try:
                 data = self._socket.recv(1 << 18)
@@ -192,31 +193,34 @@ class WorkerProcess:
             self._received += data
             if len(data) < 1 << 18:
                 break
+        messages, length = self._messages()
+        if messages:
+            self.on_messages(messages)
+        if self.garbled:
+            self._received.clear()
+            self._kill_group()  # its end is noticed, and tells the rest
+        elif length:
+            del self._received[:length]
+
+    def _messages(self) -> tuple[list[Any], int]:
+        """Return the messages that are complete, and how many bytes they take."""
+        messages: list[Any] = []
         received, tag = self._received, self._tag
         start, end = 0, len(received)
-        while end - start >= _HEAD and not self.garbled:
-            size = int.from_bytes(received[start + _TAG : start + _HEAD], "little")
-            if received[start : start + _TAG] != tag or end - start - _HEAD - _TAG < size:
-                self.garbled = received[start : start + _TAG] != tag
-                break
-            begin, start = start + _HEAD, start + _HEAD + size + _TAG
-            self._take(memoryview(received)[begin : begin + size], received[start - _TAG : start])
-        if self.garbled:
-            received.clear()
-            self._kill_group()  # its end is noticed, and tells the rest
-        elif start:
-            del received[:start]
-
-    def _take(self, data: memoryview, mark: bytearray) -> None:
-        with data:
-            try:
-                message = marshal.loads(data) if mark == self._tag else None
-            except (EOFError, ValueError, TypeError):
-                message = None
-        if isinstance(message, tuple) and len(message) == 2:
-            self.on_message(message)
-        else:
-            self.garbled = True
+        with memoryview(received) as view:
+            while end - start >= _HEAD and not self.garbled:
+                begin = start + _HEAD
+                mark = begin + int.from_bytes(view[start + _TAG : begin], "little")
+                if not received.startswith(tag, start):
+                    self.garbled = True
+                elif end - mark < _TAG:
+                    break
+                elif received.startswith(tag, mark) and (message := _loaded(view[begin:mark])) is not None:
+                    messages.append(message)
+                    start = mark + _TAG
+                else:
+                    self.garbled = True
+        return messages, start
 
     def _frame(self, message: Any) -> bytes:
         data = marshal.dumps(message)
@@ -225,7 +229,7 @@ class WorkerProcess:
     # Ending
 
     def _watch(self) -> None:
-        """Notice the process's end, also when one of its children keeps the socket open."""
+        """Detect the end of the process, also when one of its children keeps the socket open."""
         if hasattr(os, "pidfd_open"):
             with suppress(OSError):
                 self._pidfd = os.pidfd_open(self._popen.pid)
@@ -240,7 +244,7 @@ class WorkerProcess:
             self._poll = self._loop.call_later(0.05, self._check)
 
     def _has_ended(self) -> bool:
-        # Without reaping: until the process is reaped, no other group can get its number.
+        # Do not reap it: until then, the number of its group can't be reused.
         try:
             return os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
@@ -249,7 +253,7 @@ class WorkerProcess:
     def _on_exit(self) -> None:
         self._stop_watching()
         if not self._is_ending:
-            self._kill_group()  # whatever it had started
+            self._kill_group()  # its children
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             self._is_status_known = True
@@ -266,26 +270,24 @@ class WorkerProcess:
             self._pidfd = -1
 
     def _kill_group(self) -> None:
-        # Once it is reaped, its number may be that of another group.
+        # After it is reaped, another group may have its number.
         if self._popen.returncode is None:
             self._group.kill()
 
-    def distrust(self, message: object) -> None:
+    def distrust(self, messages: list[Any]) -> None:
         """Kill a worker that says something while it has no call."""
-        logger.error("%r sends an answer without a call (%.100r): it is killed", self, message)
+        logger.error("%r sends an answer without a call (%.100r): it is killed", self, messages[0])
         self._kill_group()
 
     def how(self) -> str:
-        """Return how it ended, in words."""
+        """Return how it ended, as text."""
         if self.garbled:
             return "wrote to the channel that belongs to speval, and was killed"
         code = self._popen.returncode
         if code is None:
             return "is still running"
         if not self._is_status_known:
-            return (
-                "ended, with a status that this process was not told (SIGCHLD is ignored, or something else waits for children)"
-            )
+            return "ended with an unknown status (SIGCHLD is ignored, or other code waits for children)"
         if code >= 0:
             return f"exited with status {code}"
         try:
@@ -295,45 +297,43 @@ class WorkerProcess:
         return f"was killed by {name} ({signal.strsignal(-code) or 'unknown'})"
 
     async def kill(self) -> None:
-        """Kill the process and all of its group, and return when they are dead."""
+        """Kill the process and its group, and return when they are dead."""
         try:
             if self._is_ending and self._popen.returncode is not None and self._group.lives():
                 self._group.kill()
             self._is_ending = False
             self._kill_group()
             if not self.exited.done():
-                # Not cancelled half way: what is recorded after this must be true.
+                # Shielded from cancellation: the recorded outcome must be true.
                 await surely(asyncio.wait({self.exited}, timeout=_DIE_WITHIN))
             if not self.exited.done():
-                logger.warning(
-                    "%r was killed and is still there: the system keeps it in a call that can't be interrupted", self
-                )
+                logger.warning("%r was killed and still exists: the kernel keeps it in a call that can't be interrupted", self)
             deadline = time.monotonic() + _GROUP_WITHIN
             while self._popen.returncode is not None and self._group.lives() and time.monotonic() < deadline:
                 await surely(asyncio.sleep(0.002))
         finally:
             if not self._is_closed:
-                self.receive()  # what it had sent before
-                self.unstarted = self.take_back(_MOST_TOKENS)
+                self.receive()  # messages that it had sent before
+                self.unstarted = self.take_back(_MOST_STARTS)
                 self._close()
 
     async def end(self) -> None:
-        """Let an idle worker end by itself, with all it does at its exit; what is not over by then is killed."""
+        """Let an idle worker process exit normally, with its exit handlers; kill it after a time limit."""
         self._is_ending = True
         self._loop.remove_reader(self._socket)
         with suppress(OSError):  # it is dead
             self._socket.shutdown(socket.SHUT_WR)
-        told = self._loop.call_later(_SAY_AFTER, logger.info, "%r takes its time to exit; it has %g s", self, _END_WITHIN)
+        told = self._loop.call_later(_SAY_AFTER, logger.info, "waiting up to %g s for %r to exit", _END_WITHIN, self)
         try:
             async with asyncio.timeout(_END_WITHIN):
                 await asyncio.shield(self.exited)
-                # Helpers that end after it, such as multiprocessing's resource tracker, which cleans up behind it.
+                # Wait for helpers that end after it, such as multiprocessing's resource tracker.
                 for pause in pauses(0.001, 0.1):
                     if not self._group.lives():
                         break
                     await asyncio.sleep(pause)
         except TimeoutError:
-            logger.warning("%r has not ended within %g s and is killed with all it has started", self, _END_WITHIN)
+            logger.warning("%r did not exit within %g s and is killed with all its children", self, _END_WITHIN)
             self._group.kill()
         finally:
             told.cancel()
@@ -348,11 +348,20 @@ class WorkerProcess:
                 self._loop.remove_writer(self._socket)
             self._loop.remove_reader(self._socket)
             self._socket.close()
-            for fd in (self._tokens, self._tokens_in, self._lifeline):
+            for fd in (self._starts, self._starts_in, self._lifeline):
                 os.close(fd)
 
 
+def _loaded(data: memoryview) -> tuple[Any, Any] | None:
+    """Return the message that some bytes stand for; None if no worker sends such bytes."""
+    try:
+        message = marshal.loads(data)
+    except (EOFError, ValueError, TypeError):
+        return None
+    return message if isinstance(message, tuple) and len(message) == 2 else None
+
+
 def _interpreter_flags() -> list[str]:
-    """Return the options this interpreter was started with, such as -O or -X utf8."""
+    """Return the options of this interpreter, such as -O or -X utf8."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [flag for flag in flags if flag != "-P"]

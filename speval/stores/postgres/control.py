@@ -295,7 +295,7 @@ class PostgresControl(Control):
             (before,) = self._execute(c, _BYTES, (self._url.schema,)).fetchone()
             return before, self._execute(c, _PRUNE).rowcount
 
-        def vacuum(c: Connection) -> None:  # which is no part of a transaction, and lets others work
+        def vacuum(c: Connection) -> None:  # outside of a transaction, and without blocking workers
             for setting in _FOR_VACUUM:
                 c.execute(f"SET {setting}")
             try:

@@ -109,7 +109,7 @@ class SqliteControl(Control):
         given_up: Other threads set it to end all waiting for locks.
     """
 
-    _fix = "restore the file from a copy, or start a new one"
+    _fix = "use a backup of the file, or start a new one"
 
     def __init__(
         self, path: Path, mode: ControlMode = "read", clock: Clock | None = None, given_up: Event | None = None
@@ -243,7 +243,7 @@ class SqliteControl(Control):
         return _drop(c, ids), ids[-1] if len(ids) == _CHUNK else None
 
     def _drop_attempts(self) -> None:
-        """Delete the attempts of what is not there any more; what an interrupted drop has left is found too."""
+        """Delete attempts without an evaluation, also those that an interrupted drop has left."""
         upto: int | None = self._file.read(lambda c: c.execute(MAX_SEQ).fetchone())[0]
         while upto is not None:
             upto, seqs = self._file.read(_nobodys, upto)
@@ -292,7 +292,7 @@ class SqliteControl(Control):
         facts: Facts = {"journal": journal, "schema": SCHEMA, "since release": meta.get("release")}
         findings = []
         if self._file.lacks_log and (problem := missing_log(c)):
-            fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; if it is no copy, nothing is missing'
+            fix = 'copy both files, or take copies with `sqlite3 NAME ".backup COPY"`; otherwise nothing is missing'
             findings.append(Finding(problem, fix, False))
         stored = meta.get("journal_mode")
         if self._file.is_immutable:
@@ -311,9 +311,9 @@ class SqliteControl(Control):
         damage, obstacle = damage_of(self._file.path, self.shown, is_immutable=self._file.is_immutable)
         facts["integrity"] = "damaged" if damage else "ok" if obstacle is None else "not checked"
         if obstacle is not None:
-            problem = f"SQLite could not check the file in a process of its own ({obstacle})"
+            problem = f"SQLite could not check the file in a separate process ({obstacle})"
             findings.append(Finding(problem, "run `speval doctor` with a Python that this user may execute", False))
-        fix = f"`speval salvage {self.shown} NEW` copies the intact evaluations"
+        fix = f"`speval salvage {self.shown} NEW` copies all intact data"
         findings += [Finding(f"damaged: {problem}", fix, True) for problem in damage]
         return f"{fix}, `speval drop` deletes one"
 

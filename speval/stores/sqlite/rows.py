@@ -150,7 +150,7 @@ def bounded(db: str, cursor: sqlite3.Cursor, limit: int, place: int = 0) -> Iter
     try:
         for row in cursor:
             if last is not None and row[place] <= last:
-                fix = f"`speval salvage {db} NEW` saves what can be saved"
+                fix = f"`speval salvage {db} NEW` copies all intact data"
                 raise DatabaseError(db, f"damaged: number {row[place]} comes after {last}; {fix}")
             last = row[place]
             yield row
