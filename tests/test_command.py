@@ -500,7 +500,7 @@ def test_doctor_has_facts_and_exits_with_1_when_something_is_broken(filled, call
     with connection:
         connection.execute("DELETE FROM attempts WHERE seq = 1")
     connection.close()
-    assert "error: 1 evaluation without their attempt; go back to a copy" in call("doctor", "runs.db", code=1).stdout
+    assert "error: 1 evaluation without a status; use a backup of the file" in call("doctor", "runs.db", code=1).stdout
 
 
 # watch
