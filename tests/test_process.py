@@ -101,9 +101,8 @@ def test_a_module_imported_by_name_that_calls_speval_is_refused_with_a_clear_sen
     )
     done = scripts.run("import experiment, speval\nspeval.speval(experiment.function, [1], 'runs.db', concurrency=2)")
     assert done.returncode == 1
-    assert (
-        "a worker process imports this module for the function, and the module calls speval() at its top level" in done.stderr
-    )
+    told = "a worker process imports this module for the function, and the module calls speval() at its top level"
+    assert told in done.stderr
     assert 'under if __name__ == "__main__"' in done.stderr
 
 
