@@ -164,7 +164,7 @@ def test_endless_reading_raises_an_error(fresh):
         watch(fresh(ENDLESS["b-tree of evaluations without end"]))
 
 
-def test_ctrl_c_is_obeyed_while_a_statement_runs(fresh):
+def test_ctrl_c_ends_a_running_statement(fresh):
     db = fresh(ENDLESS["b-tree of evaluations without end"])
     script = f"""
         import sys

@@ -14,6 +14,7 @@ import pytest
 from speval import FunctionError, aio, as_completed, load_evals, speval, sync
 from speval import open_calls as calls
 from speval import portal as crossing
+from speval.stores.sqlite import record as recording
 from speval.stores.sqlite.contents import GuardedConnection
 from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.states import STATES
@@ -177,16 +178,16 @@ def test_a_generator_collected_in_any_thread_ends_and_holds_no_lock(db, monkeypa
             gc.collect()
             collected.set()
 
-    def first(cls, name):
-        real = getattr(cls, name)
+    def first(owner, name):
+        real = getattr(owner, name)
 
         def both(*args, **kwargs):
             collect()
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(cls, name, both)
+        monkeypatch.setattr(owner, name, both)
 
-    first(SqliteStore, "_record")  # in the store's thread, within a transaction
+    first(recording, "record")  # in the store's thread, within a transaction
     first(SqliteStore, "record")  # in the loop's
     first(Lease, "_beat")
     gc.disable()

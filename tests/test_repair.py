@@ -104,5 +104,5 @@ def test_compacting_is_refused_while_workers_are_at_work(anywhere):
             assert control.compact().workers == 0
         return
     change(anywhere, "UPDATE workers SET ended_at = NULL")
-    with make_control(anywhere, "write") as control, pytest.raises(DatabaseError, match="1 worker at work"):
+    with make_control(anywhere, "write") as control, pytest.raises(DatabaseError, match="1 worker alive"):
         control.compact()

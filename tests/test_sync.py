@@ -17,6 +17,7 @@ from fcntl import ioctl
 import pytest
 
 from speval import OptionError, as_completed, load_evals, retry, speval
+from speval.stores.sqlite.states import STATES
 
 from .conftest import Scripts, rows, wait_for
 
@@ -58,7 +59,7 @@ def test_as_completed_yields_and_leaving_early_releases(db):
         if len(seen) == 5:
             break
     assert len(seen) == 5
-    assert rows(db, "SELECT count(*) FROM states WHERE worker IS NOT NULL") == [(0,)]
+    assert rows(db, f"SELECT count(*) FROM {STATES} WHERE worker IS NOT NULL") == [(0,)]
     rest = [e["name"] for e in as_completed(lambda args: args, range(10_000), db)]
     assert sorted(map(int, rest)) == list(range(10_000))
 
@@ -256,7 +257,7 @@ def test_ctrl_c_releases_what_is_held_and_exits_130(terminal, db, kind):
     assert program.read().rstrip().endswith("KeyboardInterrupt")
     assert program.read().count("Traceback") == 1
     assert rows(db, "SELECT status, count(*) FROM evals GROUP BY 1") == [("pending", 5)]
-    assert rows(db, "SELECT sum(attempt - released) FROM states") == [(0,)]
+    assert rows(db, f"SELECT sum(attempt - released) FROM {STATES}") == [(0,)]
     assert rows(db, "SELECT count(*) FROM workers WHERE ended_at IS NULL") == [(0,)]
     assert speval(lambda args: args, range(5), db).completed == 5  # at once: nothing has to be waited for
 

@@ -230,10 +230,10 @@ TRUNCATED = "TRUNCATE {0}.evaluations, {0}.queue, {0}.running, {0}.attempts"
     ids=["dropped", "truncated", "attempts truncated", "deleted"],
 )
 async def test_a_schema_that_others_drop_or_empty_ends_the_run_and_what_was_computed_is_kept(
-    postgres, space, tmp_path, monkeypatch, sql, message
+    postgres, namespace, tmp_path, monkeypatch, sql, message
 ):
     monkeypatch.chdir(tmp_path)
-    url = postgres.url(namespace=space)
+    url = postgres.url(namespace=namespace)
     gone = sql.format(PostgresUrl.parse(url).schema)
 
     async def function(args):

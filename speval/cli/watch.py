@@ -154,8 +154,9 @@ def _bar(seen: Overview, width: int) -> Text:
     total = max(1, seen.total)
     ends = [round(room * part / total) for part in _running_sums(seen.completed, seen.failed, seen.in_progress)]
     # A status with at least one evaluation gets at least one character.
-    failed = max(ends[1] - ends[0], 1 if seen.failed else 0)
-    held = max(ends[2] - ends[1], 1 if seen.in_progress else 0)
+    # A damaged file can contain counts that do not fit together.
+    failed = min(room, max(ends[1] - ends[0], 1 if seen.failed else 0))
+    held = min(room - failed, max(ends[2] - ends[1], 1 if seen.in_progress else 0))
     done = max(0, min(ends[0], room - failed - held))
     bar = text(
         " ", ("━" * done, STYLES["completed"]), ("━" * failed, STYLES["failed"]), ("━" * held, STYLES["in_progress"]),

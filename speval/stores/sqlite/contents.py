@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -200,8 +200,9 @@ _Object = tuple[str, str, str, int, str]  # type, name, table, root page, statem
 
 
 def _objects(c: sqlite3.Connection) -> list[_Object]:
-    rows = c.execute(_OBJECTS, (_LONGEST_SQL,))
-    return [(str(type_), str(name), str(table), root or 0, _plain(sql)) for type_, name, table, root, sql in rows]
+    # Closed at once: an error keeps this frame, and with it an open cursor, which would keep the file open.
+    with closing(c.execute(_OBJECTS, (_LONGEST_SQL,))) as rows:
+        return [(str(type_), str(name), str(table), root or 0, _plain(sql)) for type_, name, table, root, sql in rows]
 
 
 def _is_plain(sql: str) -> bool:

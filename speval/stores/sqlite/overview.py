@@ -19,7 +19,8 @@ __all__ = ["MAX_SEQ", "SqliteLook"]
 _COUNTS = """
 SELECT
     (SELECT count(*) FROM evaluations WHERE id > -9e18),
-    (SELECT total(last - first + 1) FROM fresh) + (SELECT count(*) FROM queue) + (SELECT total(held) FROM running),
+    (SELECT total(last - first + 1) FROM fresh) + (SELECT count(*) FROM queue WHERE id > -9e18)
+        + (SELECT total(held) FROM running),
     (SELECT total(last - first + 1) FROM claimed) + (SELECT total(NOT held) FROM running),
     (SELECT count(*) FROM attempts INDEXED BY attempts_failed WHERE final AND outcome <> 'completed')
 """

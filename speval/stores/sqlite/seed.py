@@ -71,7 +71,7 @@ _STRANGERS = """
 INSERT INTO unlisted SELECT id FROM evaluations AS e WHERE NOT EXISTS (SELECT 1 FROM incoming AS i WHERE i.name = e.name)
 """
 _LAST = "SELECT coalesce(max(id), 0) FROM evaluations WHERE id NOT IN unlisted"
-_COUNT = "SELECT count(*) FROM evaluations"
+_COUNT = "SELECT count(*) FROM evaluations WHERE id > -9e18"
 # Where others have deleted only a part of an evaluation; its attempts keep their numbers, which are never reused.
 _WITHOUT_STATE = f"""
 SELECT s.id, coalesce((SELECT max(a.attempt) FROM attempts AS a WHERE a.evaluation = s.id AND NOT a.final), 0)

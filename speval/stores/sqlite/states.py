@@ -70,7 +70,7 @@ STATES = f"""
 # How many evaluations have a state.
 HOMES = """
 SELECT (SELECT total(last - first + 1) FROM fresh) + (SELECT total(last - first + 1) FROM claimed)
-    + (SELECT count(*) FROM queue) + (SELECT count(*) FROM running)
+    + (SELECT count(*) FROM queue WHERE id > -9e18) + (SELECT count(*) FROM running WHERE id > -9e18)
     + (SELECT count(*) FROM attempts INDEXED BY attempts_final WHERE final)
 """
 

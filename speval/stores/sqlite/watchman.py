@@ -17,7 +17,7 @@ from .contents import GuardedConnection
 
 __all__ = ["Watchman", "identity", "lacks_log", "missing_log"]
 
-_NEWEST = "SELECT coalesce(max(seq), 0), (SELECT count(*) FROM evaluations) FROM attempts"
+_NEWEST = "SELECT coalesce(max(seq), 0), (SELECT count(*) FROM evaluations WHERE id > -9e18) FROM attempts"
 _UNENDED = "SELECT host, pid, machine FROM workers INDEXED BY workers_here WHERE ended_at IS NULL ORDER BY id LIMIT 100"
 
 
