@@ -231,6 +231,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell starts in 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start and interrupt inherit it
 
 
+# Begins a script that becomes another user, who may not be able to read what it would import later.
+IMPORT_ALL = """
+import importlib, pkgutil
+import encodings.idna, stringprep
+import speval
+for module in pkgutil.walk_packages(speval.__path__, "speval."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+
+
 @pytest.fixture
 def scripts(tmp_path: Path) -> Iterator[Scripts]:
     scripts = Scripts(tmp_path)

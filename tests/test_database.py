@@ -29,6 +29,7 @@ from speval.spaces.eager import Space
 from speval.stores import control as shared
 from speval.stores.base import Ended, Record
 
+from .conftest import IMPORT_ALL
 from .databases import findings
 
 MEGABYTE = 1_000_000
@@ -312,9 +313,8 @@ def test_a_sound_database_has_nothing_to_complain_about_and_can_be_compacted(fil
 # SQLite only
 
 
-READER = """
+READER = f"""{IMPORT_ALL}
 import os, sys
-import encodings.idna, speval.stores.sqlite.control
 from speval import Database, SpevalError
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)

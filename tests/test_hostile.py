@@ -175,7 +175,7 @@ def test_ctrl_c_ends_a_running_statement(fresh):
         sqlite_contents._LEAST = 10**15  # as long as it takes for the signal to come
         file = SqliteFile(Path({str(db)!r}), "read")
         print("reading", flush=True)
-        file.read(lambda c: c.execute("SELECT total(id) FROM evaluations").fetchall())
+        file.read(lambda c: c.execute("SELECT total(length(args)) FROM evaluations").fetchall())
     """
     lines = "\n".join(line.removeprefix(" " * 8) for line in script.splitlines())
     with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

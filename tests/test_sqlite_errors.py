@@ -13,7 +13,7 @@ import pytest
 from speval import aio
 from speval.errors import DatabaseError
 
-from .conftest import Scripts
+from .conftest import IMPORT_ALL, Scripts
 
 
 def double(args):
@@ -22,10 +22,8 @@ def double(args):
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
 
-AS_NOBODY = """
+AS_NOBODY = f"""{IMPORT_ALL}
 import os, resource, sys
-import speval, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
-import encodings.idna, stringprep
 speval.speval(abs, [], os.path.join(os.environ["HERE"], "warm.db"), executor="thread")  # all that is imported later
 call, db = sys.argv[1:]
 if os.geteuid() == 0:

@@ -27,7 +27,7 @@ from speval.stores.sqlite.file import SqliteFile
 from speval.stores.sqlite.schema import APPLICATION_ID, SCHEMA
 from speval.stores.sqlite.states import STATES
 
-from .conftest import Scripts, rows, signed
+from .conftest import IMPORT_ALL, Scripts, rows, signed
 
 
 def double(args):
@@ -279,10 +279,8 @@ def test_the_file_says_whose_it_is(db):
     assert rows(db, "PRAGMA journal_mode") == [("wal",)]
 
 
-UNPRIVILEGED = """
+UNPRIVILEGED = f"""{IMPORT_ALL}
 import os, sys, json
-import speval.aio, speval.portal, speval.stores.sqlite.store, speval.executors.thread, speval.terminal.screen
-import encodings.idna, stringprep
 # As root, permissions mean nothing; nobody has them.
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
@@ -310,11 +308,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(open_folder, scripts: Scrip
     assert list(open_folder.iterdir()) == []
 
 
-LOOKS = """
+LOOKS = f"""{IMPORT_ALL}
 import os, sys
-import speval.stores.sqlite.control
 from speval import Database
-import encodings.idna
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
 with Database(sys.argv[1]) as db:
