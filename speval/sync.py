@@ -11,8 +11,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -114,7 +114,8 @@ def speval(
         durability=durability,
         progress=progress,
     )
-    from . import aio
+    with _importing():
+        from . import aio
 
     space = _encoded(eval_space)
     return _called(lambda: aio.evaluated(func, space, db, options), space)
@@ -218,9 +219,21 @@ def retry(
         return control.retry(chosen, status=status)
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Let Ctrl-C out of an import: Python 3.11 turns what interrupts the making of a class into a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
 def _called(main: Callable[[], Coroutine[Any, Any, T]], space: Space | Source | None = None) -> T:
     """Run a coroutine and return what it returns; it closes the space once it has begun."""
-    from .portal import Call, Future
+    with _importing():
+        from .portal import Call, Future
 
     call = Call(main, Future())
     try:
@@ -277,8 +290,9 @@ class _Completed(Generator[Evaluation, None, None]):
             self._ready.extend(batch)
 
     def _begin(self) -> None:
-        from . import aio
-        from .portal import Call, Future
+        with _importing():
+            from . import aio
+            from .portal import Call, Future
 
         func, eval_space, db, options = self._make
         self._space = space = _encoded(eval_space)

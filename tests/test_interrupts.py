@@ -365,3 +365,27 @@ def test_ctrl_c_during_a_checkpoint_or_a_rescue_comes_out_of_it(db):
         file.connection = usual
         connection.close()
         file.close()
+
+
+def test_ctrl_c_within_the_making_of_an_imported_class_comes_out_as_it_is(scripts):
+    done = scripts.run(
+        """
+        import sys
+        import anyio  # but not its backend, which a call imports
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == "anyio._backends._asyncio":
+                    error = RuntimeError("Error calling __set_name__")
+                    raise error from KeyboardInterrupt()
+
+        sys.meta_path.insert(0, Interrupting())
+        from speval import as_completed, speval
+        for call in (lambda: speval(abs, [1], "runs.db"), lambda: next(as_completed(abs, [1], "runs.db"))):
+            try:
+                call()
+            except KeyboardInterrupt:
+                print("interrupted")
+        """
+    )
+    assert done.stdout == "interrupted\n" * 2, done.stderr
