@@ -147,7 +147,7 @@ async def load_evals(db: str | PathLike[str], *, status: Status | None = None) -
         One for each evaluation stored, in eval-space order; what later calls added follows what was there.
 
     Raises:
-        DatabaseMissingError: there is no such database.
+        DatabaseMissingError: the database does not exist.
         DatabaseError: the database does not belong to speval, or can't be read.
     """
     location = checked_database(db)

@@ -37,7 +37,7 @@ class Database:
             at once, and only to read. The first method that writes opens it to write.
 
     Raises:
-        DatabaseMissingError: there is no such database.
+        DatabaseMissingError: the database does not exist.
         DatabaseError: the database does not belong to speval, or can't be read.
     """
 

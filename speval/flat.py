@@ -150,7 +150,7 @@ def to_frame(db: str | PathLike[str], *, status: Status | None = None, library: 
 
     Raises:
         MissingExtraError: the library is not installed.
-        DatabaseError: there is no such database, or it can't be read.
+        DatabaseError: the database does not exist, or can't be read.
     """
     path = checked_database(db)
     checked_status(status, (None, "pending", "in_progress", "completed", "failed"))

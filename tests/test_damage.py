@@ -19,7 +19,7 @@ from .crashes import inconsistencies
 CLAIMED = "DELETE FROM fresh; INSERT INTO claimed SELECT id, id, {0}, {1}, 0.0 FROM evaluations WHERE id > 3"
 RUNNING = "DELETE FROM fresh; INSERT INTO running SELECT id, 1 - {2}, 0, 0, 0, {1}, {2}, {0}, 0.0 FROM evaluations WHERE id > 3"
 HELD_BY = {
-    "nobody": ("NULL", 0, 0),
+    "no worker": ("NULL", 0, 0),
     "a worker that is not there": ("42", 0, 0),
     "several workers that are not there": ("id", 0, 0),
     "a text": ("'some\nbody'", 0, 0),
@@ -27,7 +27,7 @@ HELD_BY = {
     "a fraction": ("0.5", 0, 0),
     "a worker that has left": ("(SELECT id FROM workers WHERE ended_at IS NOT NULL LIMIT 1)", 0, 0),
     "a worker that is not there, in a backoff": ("42", 0, 1),
-    "nobody, claimed ahead": ("NULL", 1, 0),
+    "no worker, claimed ahead": ("NULL", 1, 0),
 }
 DAMAGE = {
     f"{who}, {name}": sql.format(*how)

@@ -437,12 +437,11 @@ def test_a_hard_limit_that_is_lowered_between_two_calls_keeps_no_worker_from_sta
 
 LAST_THREAD = """
 import os, resource, shutil, sys, tempfile
-import speval.aio, speval.portal, speval.executors.thread, speval.stores.sqlite.store, speval.stores.sqlite.lease
 from speval import SystemLimitError, speval
 
 folder = tempfile.mkdtemp(dir="/tmp")  # one that the other user can reach
 os.chmod(folder, 0o777)
-# The other user may not be able to read what is imported by a call.
+# A call imports what it needs, which the other user may not be able to read.
 speval(str, range(5), f"{folder}/0.db", executor="thread", progress=False)
 for most in range(1, 20):  # threads
     child = os.fork()

@@ -2,10 +2,8 @@
 
 import os
 import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,16 +37,6 @@ except speval.SpevalError as error:
 
 
 @pytest.fixture
-def folder():
-    """A folder that everybody may enter, which pytest's own are not."""
-    folder = Path(tempfile.mkdtemp(prefix="speval-test-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
 def as_nobody(scripts: Scripts, monkeypatch, tmp_path):
     """Calls speval on a file as somebody without rights."""
     if os.geteuid() != 0:
@@ -66,8 +54,8 @@ def as_nobody(scripts: Scripts, monkeypatch, tmp_path):
 # Permissions
 
 
-async def test_a_file_that_may_not_be_read_or_written_is_named_with_the_chmod_that_helps(folder, as_nobody):
-    db = folder / "runs.db"
+async def test_a_file_that_may_not_be_read_or_written_is_named_with_the_chmod_that_helps(open_folder, as_nobody):
+    db = open_folder / "runs.db"
     await aio.speval(double, [1], db)
     told = f"{db} belongs to {ME} and has mode 600; `chmod o+{{}} {db}` by {ME} helps"
     for call, right in (("speval", "rw"), ("load_evals", "r")):
@@ -78,24 +66,24 @@ async def test_a_file_that_may_not_be_read_or_written_is_named_with_the_chmod_th
     assert f"{db} belongs to {ME} and has mode 644; `chmod o+w {db}`" in as_nobody("speval", db)
 
 
-async def test_a_folder_without_room_for_the_files_beside_is_named_and_not_the_database(folder, as_nobody):
-    db = folder / "runs.db"
+async def test_a_folder_without_room_for_the_files_beside_is_named_and_not_the_database(open_folder, as_nobody):
+    db = open_folder / "runs.db"
     await aio.speval(double, [1], db)
     db.chmod(0o666)
     out = as_nobody("speval", db)
-    assert f"{folder} belongs to {ME} and has mode 755; `chmod o+w {folder}` by {ME} helps" in out
+    assert f"{open_folder} belongs to {ME} and has mode 755; `chmod o+w {open_folder}` by {ME} helps" in out
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
-async def test_of_the_files_beside_a_database_the_one_that_is_closed_is_named(folder, as_nobody, suffix):
-    db = folder / "runs.db"
+async def test_of_the_files_beside_a_database_the_one_that_is_closed_is_named(open_folder, as_nobody, suffix):
+    db = open_folder / "runs.db"
     beside = Path(f"{db}{suffix}")
 
     async def function(args):
         db.chmod(0o666)
-        for path in folder.iterdir():
+        for path in open_folder.iterdir():
             path.chmod(0o600 if path == beside else 0o666)
-        folder.chmod(0o777)
+        open_folder.chmod(0o777)
         out = as_nobody("speval", db)
         assert out.startswith("DatabaseError"), out
         assert f"{beside} belongs to {ME} and has mode 600; `chmod o+rw {beside}`" in out
@@ -104,14 +92,17 @@ async def test_of_the_files_beside_a_database_the_one_that_is_closed_is_named(fo
     assert (await aio.speval(function, [1], db)).completed == 1
 
 
-async def test_a_folder_on_the_way_that_may_not_be_entered_is_named(folder, as_nobody):
-    inner = folder / "inner" / "deeper"
+async def test_a_folder_on_the_way_that_may_not_be_entered_is_named(open_folder, as_nobody):
+    inner = open_folder / "inner" / "deeper"
     inner.mkdir(parents=True)
     await aio.speval(double, [1], inner / "runs.db")
-    (folder / "inner").chmod(0o700)
+    (open_folder / "inner").chmod(0o700)
     for call in ("speval", "load_evals"):
         out = as_nobody(call, inner / "runs.db")
-        assert f"runs.db: can't be reached: {folder}/inner belongs to {ME} and has mode 700; `chmod o+x {folder}/inner`" in out
+        assert (
+            f"runs.db: can't be reached: {open_folder}/inner belongs to {ME} and has mode 700; `chmod o+x {open_folder}/inner`"
+            in out
+        )
 
 
 # Names
@@ -225,11 +216,13 @@ async def test_where_temporary_files_find_no_room_their_folder_is_named_and_not_
     assert told in out, out + err
 
 
-async def test_a_folder_that_is_closed_under_a_reader_is_named_by_the_next_call(folder, as_nobody):
-    db = folder / "inner" / "runs.db"
+async def test_a_folder_that_is_closed_under_a_reader_is_named_by_the_next_call(open_folder, as_nobody):
+    db = open_folder / "inner" / "runs.db"
     await aio.speval(double, [1], db)
     db.chmod(0o644)
-    (folder / "inner").chmod(0o755)
+    (open_folder / "inner").chmod(0o755)
     assert as_nobody("load_evals", db) == "[2]"
-    (folder / "inner").chmod(0o744)
-    assert f"{folder}/inner belongs to {ME} and has mode 744; `chmod o+x {folder}/inner`" in as_nobody("load_evals", db)
+    (open_folder / "inner").chmod(0o744)
+    assert f"{open_folder}/inner belongs to {ME} and has mode 744; `chmod o+x {open_folder}/inner`" in as_nobody(
+        "load_evals", db
+    )

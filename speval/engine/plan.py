@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 __all__ = ["LOOK", "Commit", "Decision", "Finish", "Rest", "State", "plan", "share", "wanted"]
 
-LOOK = 0.5  # seconds between looks for changed settings while there is no other reason to look
+LOOK = 0.5  # seconds between two polls for changed settings, when nothing else wakes the worker
 _AHEAD = 0.03  # seconds of work claimed beyond what the slots can start at once
 _MOST_AHEAD = 1000  # evaluations claimed ahead, to share the cost of a commit; more makes commits long, not cheaper
 _STALE = 0.15  # seconds after which claims that have not started are given back

@@ -110,7 +110,7 @@ def worker_label(id: int, host: str, pid: int) -> str:
 
 
 def label_of(worker: Sequence[Any]) -> str | None:
-    """Return the display name of a worker from its id, host and pid, which are None if it is not known."""
+    """Return the display name of a worker from its id, host and pid, which are None for an unknown worker."""
     return None if worker[0] is None else worker_label(*worker)
 
 

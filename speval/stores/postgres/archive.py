@@ -14,9 +14,9 @@ from ...url import PostgresUrl
 from ..archive import Archive, Content, Counts, StoredAttempt, StoredEvaluation, StoredWorker, pieces
 from ..base import StoreMode
 from ..rows import Damaged
-from .connection import Connection, PostgresConnection
+from .connection import Connection
 from .rows import PAGE_SIZE, page_of, settings_of
-from .schema import READY, Names, prepare, stored_name, true_name
+from .schema import READY, Names, opened, stored_name, true_name
 
 __all__ = ["PostgresArchive"]
 
@@ -95,13 +95,7 @@ class PostgresArchive(Archive):
         self._shown = url.shown
         self.damaged = Damaged(url.shown)
         self._names = Names(url.schema)
-        self._connection = PostgresConnection(url, writes=mode != "read")
-        try:
-            self._connection.open()
-            self._connection.run(prepare, url, mode)
-        except BaseException:
-            self._connection.close()
-            raise
+        self._connection = opened(url, mode)
 
     def __repr__(self) -> str:
         return f"<PostgresArchive {self._shown!r}>"

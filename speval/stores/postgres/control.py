@@ -18,10 +18,10 @@ from ...model import Attempt, Compacted, Evaluation, Finding, Overview, Status, 
 from ...url import PostgresUrl
 from ..control import RECLAIMED, Choice, Control, ControlMode, Facts, Rows, holds, orphaned
 from ..rows import decoded, error_of, label_of
-from .connection import Connection, PostgresConnection, numbers, texts
+from .connection import Connection, numbers, texts
 from .overview import PostgresLook
 from .rows import COLUMNS, PAGE_SIZE, STATES, evaluation, loading, page_of
-from .schema import READY, SCHEMA, Names, prepare, stored_name, true_name
+from .schema import READY, SCHEMA, Names, opened, stored_name, true_name
 
 __all__ = ["PostgresControl"]
 
@@ -159,13 +159,7 @@ class PostgresControl(Control):
         super().__init__(url.shown, clock)
         self._url = url
         self._names_of = Names(url.schema)
-        self._connection = PostgresConnection(url, writes=mode != "read", given_up=given_up)
-        try:
-            self._connection.open()
-            self._connection.run(prepare, url, mode)
-        except BaseException:
-            self._connection.close()
-            raise
+        self._connection = opened(url, mode, given_up)
 
     def close(self) -> None:
         self._connection.close()

@@ -115,7 +115,7 @@ def why_not_connected(error: psycopg.OperationalError, conninfo: str, timeout: f
 
 
 def _second_attempt(conninfo: str, timeout: float) -> tuple[list[str], Verdict]:
-    """Return the codes from the servers, and the verdict if there are none."""
+    """Return the codes from the servers, and the verdict for an error without a code."""
     deadline = time.monotonic() + timeout
     connection = pq.PGconn.connect_start(conninfo.encode())
     try:

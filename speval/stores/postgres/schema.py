@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from threading import Event
 from typing import Any
 
 from ...errors import DatabaseError, DatabaseMissingError, ForeignDatabaseError, NewerSchemaError
 from ...url import PostgresUrl
 from ..base import StoreMode
-from .connection import Connection
+from .connection import Connection, PostgresConnection
 from .errors import SCHEMA
 from .trust import check_functions, check_owners
 
-__all__ = ["READY", "SCHEMA", "Names", "prepare", "stored_name", "true_name"]
+__all__ = ["READY", "SCHEMA", "Names", "opened", "prepare", "stored_name", "true_name"]
 
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 
@@ -87,6 +88,27 @@ def prepare(connection: Connection, url: PostgresUrl, mode: StoreMode) -> None:
     script = resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
     connection.execute(names(script))
     connection.execute(names(_SIGN), (str(SCHEMA), RELEASE_FOR_SCHEMA))
+
+
+def opened(url: PostgresUrl, mode: StoreMode, given_up: Event | None = None) -> PostgresConnection:
+    """Return an open connection to a namespace, once its schema is checked, or created for the mode "create".
+
+    Args:
+        url: The database and the namespace.
+        mode: What it is opened for.
+        given_up: Other threads set it to end all waiting for answers.
+
+    Raises:
+        DatabaseError: the server or the schema can't be used.
+    """
+    connection = PostgresConnection(url, writes=mode != "read", given_up=given_up)
+    try:
+        connection.open()
+        connection.run(prepare, url, mode)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _recognise(connection: Connection, url: PostgresUrl, mode: StoreMode) -> bool:

@@ -71,7 +71,7 @@ class TransactionThread:
         """Start the thread and connect.
 
         Raises:
-            RuntimeError: there is no room for another thread.
+            RuntimeError: the system allows no more threads.
         """
         await self._connection
 

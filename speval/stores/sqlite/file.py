@@ -29,8 +29,16 @@ from .fork import Owner
 from .guard import check_file, check_journal, check_library, check_path
 from .mount import Freshness, check_locks, filesystem, is_network
 from .pair import Marker, check_pair
-from .schema import APPLICATION_ID, COLUMNS_0_1, SCHEMA, describe, migrate, stored_journal_mode, stored_release
-from .states import CLAIMED, add_range, lift
+from .schema import (
+    APPLICATION_ID,
+    COLUMNS_0_1,
+    SCHEMA,
+    describe,
+    migrate,
+    show_as_current,
+    stored_journal_mode,
+    stored_release,
+)
 from .watchman import Watchman, identity, lacks_log
 
 __all__ = ["SqliteFile", "shown_path"]
@@ -42,7 +50,6 @@ T = TypeVar("T")
 
 _PATIENCE = 60.0  # seconds to wait for the lock of another program
 _SHORT = 0.2  # seconds to wait for it with what the next commit can do as well
-_IN_PROGRESS_0_1 = "SELECT rowid, coalesce(updated, 0) FROM evals WHERE status = 'in_progress' ORDER BY rowid"
 _SILENCE = 3.0  # seconds of waiting for it before that is said
 
 
@@ -179,11 +186,7 @@ class SqliteFile:
                 self.connection.close()
                 self.owner.leave()
                 self.connection, self._still = copy, still
-                in_progress = copy.execute(_IN_PROGRESS_0_1).fetchall() if self.is_0_1 else []
-                migrate(copy)
-                lift(copy, [id for id, _ in in_progress])  # migrating the file itself makes these pending
-                for id, updated_at in in_progress:
-                    add_range(copy, CLAIMED, id, id, None, 0, updated_at)
+                show_as_current(copy)
 
     def look_after(self) -> None:
         """Check that the name still belongs to the open file; for readers that read repeatedly.

@@ -10,13 +10,24 @@ import sqlite3
 from importlib import resources
 
 from .checksum import of_attempt, of_evaluation
+from .states import CLAIMED, add_range, lift
 
-__all__ = ["APPLICATION_ID", "COLUMNS_0_1", "SCHEMA", "describe", "migrate", "stored_journal_mode", "stored_release"]
+__all__ = [
+    "APPLICATION_ID",
+    "COLUMNS_0_1",
+    "SCHEMA",
+    "describe",
+    "migrate",
+    "show_as_current",
+    "stored_journal_mode",
+    "stored_release",
+]
 
 APPLICATION_ID = 0x7370_6576  # "spev"
 SCHEMA = 3
 RELEASE_FOR_SCHEMA = "1.0"  # the first release that reads SCHEMA
 COLUMNS_0_1 = ["name", "status", "updated", "result", "args"]
+_IN_PROGRESS_0_1 = "SELECT rowid, coalesce(updated, 0) FROM evals WHERE status = 'in_progress' ORDER BY rowid"
 
 # Read at import: a process may drop its privileges before it opens a database.
 _SCRIPTS = {
@@ -66,6 +77,16 @@ def migrate(connection: sqlite3.Connection) -> bool:
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA}")
     return from_0_1
+
+
+def show_as_current(copy: sqlite3.Connection) -> None:
+    """Bring a copy to SCHEMA that only shows a file: what is in progress in one of speval 0.1.1 stays so, held by no worker."""
+    is_0_1 = describe(copy)[3] == COLUMNS_0_1
+    in_progress = copy.execute(_IN_PROGRESS_0_1).fetchall() if is_0_1 else []
+    migrate(copy)
+    lift(copy, [id for id, _ in in_progress])  # migrating the file itself makes these pending
+    for id, updated_at in in_progress:
+        add_range(copy, CLAIMED, id, id, None, 0, updated_at)
 
 
 def _script(connection: sqlite3.Connection, name: str) -> None:
